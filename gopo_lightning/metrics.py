@@ -1,0 +1,71 @@
+"""Pure: what is worth knowing about a rollout. Every tag is defined in docs/metrics.md."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Mean of the values that are numbers; NaN if there is none."""
+    return values[~values.isnan()].float().mean()
+
+
+def _std(values: Tensor) -> Tensor:
+    """Unbiased standard deviation of the values that are numbers; NaN for fewer than two."""
+    kept = values[~values.isnan()].float()
+    return kept.std() if kept.numel() > 1 else kept.new_tensor(float("nan"))
+
+
+def pair_ties(rewards_PG: Tensor) -> tuple[Tensor, Tensor]:
+    """``(tied_P, pairs_P)``: a group's pairs of valid completions with equal rewards, and all its valid pairs."""
+    valid_PG = ~rewards_PG.isnan()
+    pair_PGG = valid_PG[:, :, None] & valid_PG[:, None, :]
+    pair_PGG &= torch.ones_like(pair_PGG[0]).triu(1)
+    tied_PGG = pair_PGG & (rewards_PG[:, :, None] == rewards_PG[:, None, :])
+    return tied_PGG.sum((1, 2)), pair_PGG.sum((1, 2))
+
+
+def reward_metrics(rewards_PGK: Tensor, rewards_PG: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Spread, ties and gaps of one rollout's rewards, over the groups of all ranks."""
+    tied_P, pairs_P = pair_ties(rewards_PG)
+    spread_P = torch.stack([_std(rewards_G) for rewards_G in rewards_PG])
+    metrics = {
+        "reward/mean": _mean(rewards_PG),
+        "reward/std": _std(rewards_PG),
+        "reward/within_group_std": _mean(spread_P),
+        "reward/tied_pair_fraction": tied_P.sum() / pairs_P.sum().clamp(min=1),
+        "reward/all_tied_group_fraction": ((tied_P == pairs_P) & (pairs_P > 0)).float().mean(),
+        "reward/nan_fraction": rewards_PG.isnan().float().mean(),
+    }
+    for k, name in enumerate(names):
+        metrics[f"reward/{name}/mean"] = _mean(rewards_PGK[..., k])
+        metrics[f"reward/{name}/std"] = _std(rewards_PGK[..., k])
+    return metrics
+
+
+def completion_metrics(lengths_N: Tensor, truncated_N: Tensor) -> dict[str, Tensor]:
+    """Lengths in tokens, EOS included, and how many completions hit the limit."""
+    lengths_N = lengths_N.float()
+    return {
+        "completion/length_mean": lengths_N.mean(),
+        "completion/length_min": lengths_N.min(),
+        "completion/length_max": lengths_N.max(),
+        "completion/truncated_fraction": truncated_N.float().mean(),
+    }
+
+
+def win_rate(rewards_PG: Tensor, reference_PG: Tensor) -> Tensor:
+    """Share of (policy, reference) pairs of completions of one prompt that the policy's wins; ties count half.
+
+    Args:
+        rewards_PG: of the policy's completions.
+        reference_PG: of the reference's completions of the same prompts; its G may differ.
+
+    Returns:
+        win_rate_P in [0, 1]; pairs with a NaN do not count, NaN where no pair is left.
+    """
+    policy, reference = rewards_PG[:, :, None], reference_PG[:, None, :]
+    asked = ~(policy.isnan() | reference.isnan())
+    wins = (policy > reference).float() + 0.5 * (policy == reference).float()
+    return (wins * asked).sum((1, 2)) / asked.sum((1, 2))

@@ -1,0 +1,185 @@
+"""What flows between the stages: prompts, completions, experience.
+
+Shape legend, used as a suffix throughout the package:
+
+    P  prompts (of this rank, or of one micro-batch)
+    G  completions of one prompt: a *group*
+    N  = P * G completions; completion ``n`` belongs to prompt ``n // G``
+    L  prompt tokens, left-padded
+    T  completion tokens, right-padded
+    V  vocabulary
+    K  reward sources
+
+All structs are frozen: a stage reads its input and makes a new output.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+
+def _index(value: Any, index: Tensor) -> Any:
+    """``value[index]`` along the first dimension, for a tensor, a tuple or None."""
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)]
+    return None if value is None else tuple(value[i] for i in index.tolist())
+
+
+class TensorStruct:
+    """A frozen dataclass of tensors, tuples and nested structs that moves between devices as one."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """A copy with every tensor on ``device``."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if isinstance(value := getattr(self, f.name), Tensor | TensorStruct)
+        }
+        return dataclasses.replace(self, **moved)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the dataset, rendered for the policy.
+
+    >>> Prompt(index=7, token_ids=(1, 5, 9), text="Movie review: A film", columns={"stars": 4})
+    Prompt(index=7, token_ids=(1, 5, 9), text='Movie review: A film', messages=None, columns={'stars': 4})
+    """
+
+    index: int
+    """Row number in the dataset. With the seed and the step it keys the random stream of each completion."""
+    token_ids: tuple[int, ...]
+    """What the policy reads: the chat template is applied, special tokens are in."""
+    text: str
+    """The plain prompt, or the content of the last user message."""
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """The conversation, or None for a plain prompt. Reward models render it with their own template."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """The dataset's other columns, for reward functions."""
+
+
+@dataclass(frozen=True)
+class PromptBatch(TensorStruct):
+    """P prompts, left-padded to the longest."""
+
+    prompts: tuple[Prompt, ...]
+    tokens_PL: Tensor
+    """int64."""
+    mask_PL: Tensor
+    """bool, True on real tokens."""
+
+    @classmethod
+    def collate(cls, prompts: Sequence[Prompt], pad_token_id: int) -> "PromptBatch":
+        """Left-pad ``prompts``; raises ValueError on an empty batch or an empty prompt."""
+        if not prompts or any(not p.token_ids for p in prompts):
+            rows = [p.index for p in prompts if not p.token_ids]
+            raise ValueError(f"prompts of rows {rows} have no tokens; a prompt needs at least one. Drop these rows.")
+        longest = max(len(p.token_ids) for p in prompts)
+        tokens_PL = torch.full((len(prompts), longest), pad_token_id, dtype=torch.int64)
+        mask_PL = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens_PL[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+            mask_PL[row, longest - len(prompt.token_ids) :] = True
+        return cls(tuple(prompts), tokens_PL, mask_PL)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, index_P: Tensor) -> "PromptBatch":
+        """The prompts of ``index_P``, without the columns that are padding for all of them."""
+        mask_PL = _index(self.mask_PL, index_P)
+        first = int(mask_PL.any(0).int().argmax())
+        tokens_PL = _index(self.tokens_PL, index_P)[:, first:]
+        return PromptBatch(_index(self.prompts, index_P), tokens_PL, mask_PL[:, first:])
+
+
+@dataclass(frozen=True)
+class Completions(TensorStruct):
+    """N sampled completions.
+
+    With EOS id 2 and pad id 0, the texts "a b" (ended) and "a b c d" (cut off at 4 tokens) are
+
+        tokens_NT    = [[11, 12,  2,  0], [11, 12, 13, 14]]
+        mask_NT      = [[ 1,  1,  1,  0], [ 1,  1,  1,  1]]
+        truncated_N  = [False, True]
+    """
+
+    tokens_NT: Tensor
+    """int64, right-padded."""
+    mask_NT: Tensor
+    """bool, True up to and including the first EOS (never by ``token != pad``: pad may be EOS)."""
+    truncated_N: Tensor
+    """bool, True where ``max_new_tokens`` ended the completion, not EOS or a stop string."""
+    texts: tuple[str, ...]
+    """Decoded without special tokens."""
+    sampler_logprobs_NT: Tensor | None = None
+    """float32, at the sampling temperature before top-k/top-p/min-p; None if the engine has none."""
+
+    def __len__(self) -> int:
+        return self.tokens_NT.shape[0]
+
+    @property
+    def lengths_N(self) -> Tensor:
+        """Tokens of each completion, EOS included."""
+        return self.mask_NT.sum(-1)
+
+    def select(self, index_N: Tensor) -> "Completions":
+        """The completions of ``index_N``, without the columns that are padding for all of them."""
+        mask_NT = _index(self.mask_NT, index_N)
+        width = max(int(mask_NT.sum(-1).max()), 1)
+        picked = {f.name: _index(getattr(self, f.name), index_N) for f in dataclasses.fields(self)}
+        for name in ("tokens_NT", "mask_NT", "sampler_logprobs_NT"):
+            if picked[name] is not None:
+                picked[name] = picked[name][:, :width]
+        return Completions(**picked)
+
+
+@dataclass(frozen=True)
+class Experience(TensorStruct):
+    """One rollout of this rank, scored and ranked: all that a training step reads."""
+
+    prompts: PromptBatch
+    completions: Completions
+    rewards_PGK: Tensor
+    """float32, one column a source; NaN where a source has no valid score."""
+    rewards_PG: Tensor
+    """float32, the sources combined."""
+    advantages_PG: Tensor
+    """float32."""
+    old_logprobs_NT: Tensor | None = None
+    """float32, of the policy that sampled; None when every update is on-policy (the ratio is then 1)."""
+    reference_logprobs_NT: Tensor | None = None
+    """float32, of the frozen reference; None when nothing reads it."""
+
+    @property
+    def group_size(self) -> int:
+        """G."""
+        return self.rewards_PG.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, index_P: Tensor) -> "Experience":
+        """The whole groups of ``index_P``, trimmed to their own longest prompt and completion."""
+        G = self.group_size
+        index_N = (index_P[:, None] * G + torch.arange(G, device=index_P.device)).flatten()
+        completions = self.completions.select(index_N)
+        width = completions.tokens_NT.shape[1]
+
+        def rows(logprobs_NT: Tensor | None) -> Tensor | None:
+            return None if logprobs_NT is None else _index(logprobs_NT, index_N)[:, :width]
+
+        return Experience(
+            prompts=self.prompts.select(index_P),
+            completions=completions,
+            rewards_PGK=_index(self.rewards_PGK, index_P),
+            rewards_PG=_index(self.rewards_PG, index_P),
+            advantages_PG=_index(self.advantages_PG, index_P),
+            old_logprobs_NT=rows(self.old_logprobs_NT),
+            reference_logprobs_NT=rows(self.reference_logprobs_NT),
+        )

@@ -1,0 +1,420 @@
+"""The policy loss against loops written from the published formulas, finite differences and hand-worked numbers."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gopo_lightning import losses
+from gopo_lightning.losses import LossConfig
+
+N, T = 4, 6
+NAN = math.nan
+AGGREGATIONS = ("token", "sequence", "constant")
+
+
+def example(seed: int = 1, spread: float = 0.5) -> dict[str, Tensor]:
+    """Float64 log-probs whose ratios leave the trust region on both sides; lengths 6, 3, 1, 4."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    logprobs_NT = normal(N, T) - 2
+    return {
+        "logprobs_NT": logprobs_NT,
+        "old_logprobs_NT": logprobs_NT + spread * normal(N, T),
+        "reference_logprobs_NT": logprobs_NT + spread * normal(N, T),
+        "advantages_N": torch.tensor([2.0, -2 / 3, 2 / 3, -2.0], dtype=torch.float64),
+        "mask_NT": torch.arange(T) < torch.tensor([[6], [3], [1], [4]]),
+    }
+
+
+def whole(config: LossConfig, mask_NT: Tensor, max_new_tokens: int = T) -> Tensor:
+    return losses.denominator(
+        mask_NT,
+        aggregation=config.aggregation,
+        max_new_tokens=max_new_tokens,
+        num_completions=mask_NT.shape[0],
+    )
+
+
+def loss_of(config: LossConfig, tensors: dict[str, Tensor], denominator: Tensor | None = None) -> Tensor:
+    denominator = whole(config, tensors["mask_NT"]) if denominator is None else denominator
+    return losses.policy_loss(**tensors, config=config, denominator=denominator)[0]
+
+
+# Parity with the published formulas, as loops over Python floats
+
+
+def reference_loss(kind: str, x: dict[str, Tensor], c: LossConfig, max_new_tokens: int) -> float:
+    """The losses that TRL calls grpo, dapo, dr_grpo, and GSPO (grpo with sequence ratios), one token at a time."""
+    per_completion: list[list[float]] = []
+    for n in range(N):
+        tokens = [t for t in range(T) if x["mask_NT"][n, t]]
+        log_ratio = {t: (x["logprobs_NT"][n, t] - x["old_logprobs_NT"][n, t]).item() for t in tokens}
+        sequence_ratio = math.exp(sum(log_ratio.values()) / len(tokens))
+        A = x["advantages_N"][n].item()
+        terms = []
+        for t in tokens:
+            r = sequence_ratio if kind == "gspo" else math.exp(log_ratio[t])
+            clipped = min(max(r, 1 - c.clip_low), 1 + c.clip_high)
+            capped = r if c.clip_ceiling is None else min(r, c.clip_ceiling)
+            d = (x["reference_logprobs_NT"][n, t] - x["logprobs_NT"][n, t]).item()
+            terms.append(-min(capped * A, clipped * A) + c.kl_coef * (math.exp(d) - d - 1))
+        per_completion.append(terms)
+    if kind == "dapo":
+        return sum(map(sum, per_completion)) / sum(map(len, per_completion))
+    if kind == "dr_grpo":
+        return sum(map(sum, per_completion)) / (N * max_new_tokens)
+    return sum(sum(terms) / len(terms) for terms in per_completion) / N
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "clip", [{}, {"clip_low": 0.1, "clip_high": 0.28, "clip_ceiling": 1.3, "kl_coef": 0.1}]
+)
+@pytest.mark.parametrize(
+    ("kind", "aggregation", "ratio"),
+    [
+        ("grpo", "sequence", "token"),
+        ("dapo", "token", "token"),
+        ("dr_grpo", "constant", "token"),
+        ("gspo", "sequence", "sequence"),
+    ],
+)
+def test_equals_the_published_formulas(
+    kind: str, aggregation: str, ratio: str, clip: dict[str, float], seed: int
+) -> None:
+    config = LossConfig(aggregation=aggregation, importance_sampling=ratio, **clip)
+    x = example(seed)
+    actual = loss_of(config, x, whole(config, x["mask_NT"], max_new_tokens=9))
+    assert actual.item() == pytest.approx(reference_loss(kind, x, config, max_new_tokens=9), rel=1e-6)
+
+
+def test_gspo_gradient_is_that_of_the_sequence_ratio() -> None:
+    """GSPO eq. 5: without clipping the gradient at every token of n is -A_n s_n / (|y_n| N)."""
+    config = LossConfig(aggregation="sequence", importance_sampling="sequence", clip_low=1.0, clip_high=1e6)
+    x = example()
+    x["logprobs_NT"].requires_grad_()
+    loss_of(config, x).backward()
+    log_ratio_NT = (x["logprobs_NT"] - x["old_logprobs_NT"]).detach() * x["mask_NT"]
+    length_N = x["mask_NT"].sum(-1)
+    s_N = torch.exp(log_ratio_NT.sum(-1) / length_N)
+    expected = -(x["advantages_N"] * s_N / length_N / N).unsqueeze(-1) * x["mask_NT"]
+    torch.testing.assert_close(x["logprobs_NT"].grad, expected, rtol=1e-6, atol=1e-9)
+
+
+# Finite differences
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "ratio", "estimator"),
+    list(itertools.product(AGGREGATIONS, ("token", "sequence"), ("k3", "k2"))),
+)
+def test_gradient_equals_finite_differences(aggregation: str, ratio: str, estimator: str) -> None:
+    config = LossConfig(
+        aggregation=aggregation,
+        importance_sampling=ratio,
+        kl_estimator=estimator,
+        kl_coef=0.3,
+        clip_low=0.15,
+        clip_high=0.25,
+        clip_ceiling=1.4,
+    )
+    x = example(seed=3)
+
+    def function(logprobs_NT: Tensor) -> Tensor:
+        return loss_of(config, x | {"logprobs_NT": logprobs_NT})
+
+    assert torch.autograd.gradcheck(function, (x["logprobs_NT"].requires_grad_(),), eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", ["uniform", "log", "poly", "loglog"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_token_weights_equal_finite_differences(weight: str, aggregation: str) -> None:
+    config = LossConfig(aggregation=aggregation, token_weight=weight)
+    x = example(seed=4)
+
+    def function(logprobs_NT: Tensor) -> Tensor:
+        return loss_of(config, x | {"logprobs_NT": logprobs_NT})
+
+    assert torch.autograd.gradcheck(function, (x["logprobs_NT"].requires_grad_(),), eps=1e-6, atol=1e-6)
+
+
+# Hand-worked values
+
+
+def one_token(ratio: float, advantage: float, **options: Any) -> tuple[float, float, dict[str, float]]:
+    """Loss, d loss / d log-prob, and metrics of a single token."""
+    logprobs_NT = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    loss, metrics = losses.policy_loss(
+        logprobs_NT,
+        torch.zeros(1, 1, dtype=torch.float64),
+        None,
+        torch.tensor([advantage]),
+        torch.ones(1, 1, dtype=torch.bool),
+        config=LossConfig(**options),
+        denominator=torch.tensor(1.0),
+    )
+    (gradient,) = torch.autograd.grad(loss, logprobs_NT)
+    return loss.item(), gradient.item(), {k: v.item() for k, v in metrics.items()}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "options", "loss", "gradient", "clipped"),
+    [
+        (1.0, 2.0, {}, -2.0, -2.0, None),
+        (1.1, 2.0, {}, -2.2, -2.2, None),
+        (1.5, 2.0, {}, -2.4, 0.0, "clip_high"),
+        (1.5, -2.0, {}, 3.0, 3.0, None),
+        (0.5, -2.0, {}, 1.6, 0.0, "clip_low"),
+        (0.5, 2.0, {}, -1.0, -1.0, None),
+        (1.25, 1.0, {"clip_high": 0.28}, -1.25, -1.25, None),
+        (0.75, -1.0, {"clip_low": 0.3}, 0.75, 0.75, None),
+        (5.0, -1.0, {"clip_ceiling": 4.0}, 4.0, 0.0, "clip_ceiling"),
+        (3.0, -1.0, {"clip_ceiling": 4.0}, 3.0, 3.0, None),
+        (5.0, 1.0, {"clip_ceiling": 4.0}, -1.2, 0.0, "clip_high"),
+    ],
+)
+def test_clipping_by_hand(
+    ratio: float,
+    advantage: float,
+    options: dict[str, float],
+    loss: float,
+    gradient: float,
+    clipped: str | None,
+) -> None:
+    actual_loss, actual_gradient, metrics = one_token(ratio, advantage, **options)
+    assert actual_loss == pytest.approx(loss, abs=1e-6)
+    assert actual_gradient == pytest.approx(gradient, abs=1e-6)
+    assert metrics.pop("ratio") == pytest.approx(ratio)
+    assert {k for k, v in metrics.items() if v} == ({clipped} if clipped else set())
+
+
+def test_denominators_by_hand() -> None:
+    mask_NT = losses.loss_mask(
+        torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool(),
+        valid_N=torch.tensor([True, True, False, True]),
+        truncated_N=torch.tensor([False, False, False, True]),
+        config=LossConfig(mask_truncated=True),
+    )
+    assert mask_NT.tolist() == [[True] * 3, [True, True, False], [False] * 3, [False] * 3]
+    counts = {
+        kind: losses.denominator(mask_NT, aggregation=kind, max_new_tokens=10, num_completions=4).item()
+        for kind in AGGREGATIONS
+    }
+    assert counts == {"token": 5, "sequence": 2, "constant": 40}
+
+
+def test_truncated_completions_stay_by_default() -> None:
+    mask_NT, yes = torch.ones(2, 3, dtype=torch.bool), torch.tensor([True, True])
+    assert losses.loss_mask(mask_NT, yes, yes, LossConfig()).all()
+
+
+def test_on_policy_without_old_logprobs_is_reinforce() -> None:
+    """The loss is -sum A / tokens, its gradient -A / tokens at every token, whatever the clip."""
+    x = example()
+    x["logprobs_NT"].requires_grad_()
+    for kind in ("token", "sequence"):
+        config = LossConfig(importance_sampling=kind, clip_low=0.0, clip_high=0.0)
+        loss = loss_of(config, x | {"old_logprobs_NT": None})
+        (gradient,) = torch.autograd.grad(loss, x["logprobs_NT"])
+        expected = -x["advantages_N"].unsqueeze(-1) * x["mask_NT"] / 14
+        assert loss.item() == pytest.approx(expected.sum().item())
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_token_weights_by_hand() -> None:
+    weights = {kind: losses.token_weights(3, kind).tolist() for kind in ("uniform", "log", "poly", "loglog")}
+    assert weights["uniform"] == [1, 1, 1]
+    assert weights["log"] == pytest.approx([1 / math.log(2), 1 / math.log(3), 1 / math.log(4)])
+    assert weights["poly"] == pytest.approx([1, 2**-0.5, 3**-0.5])
+    assert weights["loglog"] == pytest.approx([1 / math.log(math.log(t)) for t in (6, 7, 8)])
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_token_weights_multiply_the_advantage_of_each_token(ratio: str) -> None:
+    x = example()
+    x["logprobs_NT"].requires_grad_()
+    gradients = {}
+    for kind in ("uniform", "poly"):
+        config = LossConfig(token_weight=kind, importance_sampling=ratio)
+        (gradients[kind],) = torch.autograd.grad(loss_of(config, x), x["logprobs_NT"])
+    expected = gradients["uniform"] * losses.token_weights(T, "poly")
+    torch.testing.assert_close(gradients["poly"], expected)
+    assert not torch.equal(gradients["poly"], gradients["uniform"])
+
+
+def test_kl_estimators_by_hand() -> None:
+    policy, reference = torch.tensor(-1.0), torch.tensor(-1.5)
+    assert losses.kl_k2(policy, reference).item() == pytest.approx(0.125)
+    assert losses.kl_k3(policy, reference).item() == pytest.approx(math.exp(-0.5) + 0.5 - 1)
+
+
+def test_kl_estimators_average_to_the_exact_kl() -> None:
+    """Over a whole vocabulary k3 has KL(policy, reference) as its mean, k2's gradient is the KL's."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20, generator=generator, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(20, generator=generator, dtype=torch.float64).log_softmax(0)
+    policy = logits.log_softmax(0)
+    exact = (policy.exp() * (policy - reference)).sum()
+    mean_k3 = (policy.exp() * losses.kl_k3(policy, reference)).sum()
+    torch.testing.assert_close(mean_k3, exact)
+    (exact_gradient,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    on_policy_k2 = (policy.exp().detach() * losses.kl_k2(policy, reference)).sum()
+    (k2_gradient,) = torch.autograd.grad(on_policy_k2, logits, retain_graph=True)
+    torch.testing.assert_close(k2_gradient, exact_gradient)
+
+
+def test_metrics_are_sums_over_unmasked_tokens() -> None:
+    x = example()
+    _, metrics = losses.policy_loss(**x, config=LossConfig(), denominator=torch.tensor(1.0))
+    ratio_NT = torch.exp(x["logprobs_NT"] - x["old_logprobs_NT"])
+    low = (ratio_NT < 0.8) & (x["advantages_N"] < 0).unsqueeze(-1) & x["mask_NT"]
+    high = (ratio_NT > 1.2) & (x["advantages_N"] > 0).unsqueeze(-1) & x["mask_NT"]
+    assert low.any()
+    assert high.any()
+    assert metrics["clip_low"].item() == low.sum()
+    assert metrics["clip_high"].item() == high.sum()
+    assert metrics["ratio"].item() == pytest.approx(ratio_NT[x["mask_NT"]].sum().item())
+    kl_NT = losses.kl_k3(x["logprobs_NT"], x["reference_logprobs_NT"])
+    assert metrics["kl"].item() == pytest.approx(kl_NT[x["mask_NT"]].sum().item())
+    assert set(metrics) == {"ratio", "clip_low", "clip_high", "kl"}
+    assert all(v.dtype == torch.float32 and not v.requires_grad for v in metrics.values())
+
+
+# Masks, denominators, precision
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_masked_entries_reach_neither_loss_nor_gradient(aggregation: str, ratio: str) -> None:
+    config = LossConfig(aggregation=aggregation, importance_sampling=ratio, kl_coef=0.1, clip_ceiling=3.0)
+    clean = example()
+    clean["mask_NT"][3] = False
+    poisoned = dict(clean)
+    for bad, name in zip(
+        (NAN, -math.inf, math.inf), ("logprobs_NT", "old_logprobs_NT", "reference_logprobs_NT"), strict=True
+    ):
+        poisoned[name] = torch.where(clean["mask_NT"], clean[name], bad)
+    poisoned["advantages_N"] = torch.tensor([2.0, -2 / 3, 2 / 3, NAN], dtype=torch.float64)
+    gradients, results = [], []
+    for x in (clean, poisoned):
+        logprobs_NT = x["logprobs_NT"].clone().requires_grad_()
+        denominator = whole(config, x["mask_NT"])
+        loss, metrics = losses.policy_loss(
+            **x | {"logprobs_NT": logprobs_NT}, config=config, denominator=denominator
+        )
+        gradients.append(torch.autograd.grad(loss, logprobs_NT)[0])
+        results.append({"loss": loss.item()} | {k: v.item() for k, v in metrics.items()})
+    assert results[0] == results[1]
+    assert torch.equal(gradients[0], gradients[1])
+    assert not gradients[1][~clean["mask_NT"]].any()
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_an_empty_mask_gives_zero_and_a_backward_pass(aggregation: str) -> None:
+    x = example()
+    x["mask_NT"][:] = False
+    x["logprobs_NT"].requires_grad_()
+    loss = loss_of(LossConfig(aggregation=aggregation), x)
+    loss.backward()
+    assert loss.item() == 0
+    assert not x["logprobs_NT"].grad.any()
+
+
+@pytest.mark.parametrize("split", [[4], [1, 1, 1, 1], [3, 1], [1, 3], [2, 2]])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_gradient_does_not_depend_on_the_micro_batches(
+    split: list[int], aggregation: str, ratio: str
+) -> None:
+    """Each part is trimmed to its own longest completion, as the module does; a row is masked for NaN."""
+    config = LossConfig(aggregation=aggregation, importance_sampling=ratio, kl_coef=0.2, token_weight="log")
+    x = example()
+    x["mask_NT"] = losses.loss_mask(
+        x["mask_NT"], torch.tensor([True, False, True, True]), torch.zeros(N, dtype=torch.bool), config
+    )
+    parameter = torch.linspace(0.5, 1.5, T, dtype=torch.float64, requires_grad=True)
+
+    def gradient(parts: list[int]) -> tuple[Tensor, float]:
+        denominator = sum(whole(config, m, max_new_tokens=8) for m in x["mask_NT"].split(parts))
+        parameter.grad, total, start = None, 0.0, 0
+        for size in parts:
+            rows = slice(start, start + size)
+            width = max(int(x["mask_NT"][rows].sum(-1).max()), 1)
+            part = {k: v[rows] if v.dim() == 1 else v[rows, :width] for k, v in x.items()}
+            part["logprobs_NT"] = part["logprobs_NT"] * parameter[:width]
+            loss = loss_of(config, part, denominator)
+            loss.backward()
+            total, start = total + loss.item(), start + size
+        return parameter.grad.clone(), total
+
+    torch.testing.assert_close(gradient(split), gradient([N]), rtol=1e-12, atol=1e-12)
+
+
+def test_a_denominator_below_one_is_not_clamped() -> None:
+    """One token over two ranks that average their gradients: the module passes 1 / 2."""
+    x = example()
+    once, twice = (loss_of(LossConfig(), x, torch.tensor(d)) for d in (1.0, 0.5))
+    assert twice.item() == pytest.approx(2 * once.item())
+
+
+def test_a_zero_advantage_stays_in_the_denominator() -> None:
+    x = example()
+    dropped = {k: v[:3] for k, v in x.items()}
+    x["advantages_N"][3] = 0
+    config = LossConfig()
+    torch.testing.assert_close(loss_of(config, x), loss_of(config, dropped, whole(config, x["mask_NT"])))
+
+
+def test_bfloat16_inputs_are_raised_to_float32() -> None:
+    x = {k: v.bfloat16() if v.is_floating_point() else v for k, v in example().items()}
+    raised = {k: v.float() if v.is_floating_point() else v for k, v in x.items()}
+    loss = loss_of(LossConfig(kl_coef=0.1), x)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, loss_of(LossConfig(kl_coef=0.1), raised))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_estimator": "k1"}, "expected gradient .* zero"),
+        ({"kl_estimator": "k4"}, "kl_estimator='k4'.*k3"),
+        ({"aggregation": "mean"}, "aggregation='mean'.*sequence"),
+        ({"importance_sampling": "word"}, "importance_sampling='word'"),
+        ({"token_weight": "exp"}, "token_weight='exp'.*loglog"),
+        ({"clip_low": 1.5}, r"clip_low=1\.5.*\[0, 1\]"),
+        ({"clip_low": NAN}, "clip_low=nan"),
+        ({"clip_high": -0.1}, r"clip_high=-0\.1"),
+        ({"clip_ceiling": 1.1}, r"clip_ceiling=1\.1 must be above"),
+        ({"kl_coef": -1.0}, r"kl_coef=-1\.0"),
+        ({"kl_coef": NAN}, "kl_coef=nan"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**options)
+
+
+def test_missing_reference_and_wrong_shapes_are_refused() -> None:
+    x = example()
+    with pytest.raises(ValueError, match=r"kl_coef=0\.1 needs the reference"):
+        loss_of(LossConfig(kl_coef=0.1), x | {"reference_logprobs_NT": None})
+    with pytest.raises(ValueError, match="does not fit the mask"):
+        loss_of(LossConfig(), x | {"old_logprobs_NT": x["old_logprobs_NT"][:, :3]})
+    with pytest.raises(ValueError, match="aggregation='mean'"):
+        losses.denominator(x["mask_NT"], aggregation="mean", max_new_tokens=1, num_completions=1)
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LossConfig().clip_low = 0.3

@@ -1,0 +1,54 @@
+"""Which groups go through the model together: whole groups, of like length, within a budget of tokens."""
+
+import torch
+from torch import Tensor
+
+from gopo_lightning.structs import Experience
+
+
+def split_groups(
+    experience: Experience,
+    *,
+    budget: int | None,
+    shared: bool,
+    active_P: Tensor | None = None,
+    at_least: int = 1,
+) -> list[Tensor]:
+    """Row numbers of the groups of each micro-batch, longest first.
+
+    Args:
+        budget: most tokens of one micro-batch, padding included; a larger group goes alone. None: no limit.
+        shared: the prompt is forwarded once per group (L + G·T tokens), not once per completion (G·(L + T)).
+        active_P: bool, groups to forward; the others are left out. All if None.
+        at_least: number of micro-batches wanted, so that every rank runs as many: large ones are split, then inactive
+            groups fill up (their gradient is zero). At most P.
+
+    Returns:
+        At least one micro-batch, each an int64 tensor on the CPU.
+    """
+    G = experience.group_size
+    prompt_P = experience.prompts.mask_PL.sum(-1).cpu()
+    completion_P = experience.completions.lengths_N.view(-1, G).amax(-1).cpu()
+    order = sorted(range(len(experience)), key=lambda p: (-int(completion_P[p]), -int(prompt_P[p]), p))
+    chosen = [p for p in order if active_P is None or bool(active_P[p])]
+    idle = [p for p in order if p not in set(chosen)]
+
+    def cost(groups: list[int]) -> int:
+        L, T = int(prompt_P[groups].max()), int(completion_P[groups].max())
+        return len(groups) * (L + G * T if shared else G * (L + T))
+
+    batches: list[list[int]] = []
+    for group in chosen:
+        if batches and (budget is None or cost([*batches[-1], group]) <= budget):
+            batches[-1].append(group)
+        else:
+            batches.append([group])
+    while len(batches) < at_least:
+        largest = max(batches, key=len, default=[])
+        if len(largest) > 1:
+            half = len(largest) // 2
+            batches.append(largest[half:])
+            del largest[half:]
+        else:
+            batches.append([idle.pop()])
+    return [torch.tensor(groups) for groups in batches]

@@ -1,0 +1,71 @@
+"""Refuses, before anything is loaded, what the module would otherwise have to ignore."""
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from gopo_lightning.rollout.engine import SamplingConfig
+
+
+def check_positive(**values: int) -> None:
+    """ValueError for a count below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+
+
+def check_trainer(trainer: Trainer, *, updates_per_rollout: int, policy_dtype: str) -> None:
+    """What manual optimisation cannot honour; Lightning's own messages do not name the remedy."""
+    if trainer.gradient_clip_val:
+        raise ValueError(
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val}: the module clips by itself; "
+            f"set model.init_args.max_grad_norm={trainer.gradient_clip_val} instead"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: one batch is one rollout; "
+            "set model.init_args.micro_batch_tokens to split it"
+        )
+    if trainer.precision == "16-mixed":
+        raise ValueError("trainer.precision=16-mixed: its loss scaling is not supported here; use bf16-mixed")
+    if trainer.precision == "bf16-true" or policy_dtype == "bfloat16":
+        rank_zero_warn(
+            "bfloat16 master weights: at learning rates near 1e-6 almost every update rounds to nothing. "
+            "Use policy.dtype: float32 with trainer.precision: bf16-mixed."
+        )
+    _check_intervals(trainer, updates_per_rollout)
+
+
+def check_minibatches(trainer: Trainer, num_minibatches: int) -> None:
+    """The prompts of one rank must split into equal minibatches."""
+    prompts_per_step = getattr(getattr(trainer, "datamodule", None), "prompts_per_step", None)
+    if prompts_per_step is not None and prompts_per_step // trainer.world_size % num_minibatches:
+        raise ValueError(
+            f"num_minibatches={num_minibatches} must divide the prompts of one rank, prompts_per_step / world size = "
+            f"{prompts_per_step} / {trainer.world_size}"
+        )
+
+
+def check_sampling(sampling: SamplingConfig, *, updates_per_rollout: int) -> None:
+    """Greedy sampling cannot train; filtered sampling makes the policy ratio inexact."""
+    if sampling.temperature == 0:
+        raise ValueError("sampling.temperature=0: greedy completions of a prompt are all equal; train with 1.0")
+    if sampling.filters:
+        repeats = f", and more so over {updates_per_rollout} updates per rollout" if updates_per_rollout > 1 else ""
+        rank_zero_warn(
+            f"top_p={sampling.top_p}, top_k={sampling.top_k}, min_p={sampling.min_p} cut tokens away: completions do "
+            f"not come from the policy itself, so the policy ratio is inexact{repeats}. Exact values are 1.0, 0 and 0."
+        )
+
+
+def _check_intervals(trainer: Trainer, updates_per_rollout: int) -> None:
+    """The Trainer looks at global_step between batches only, and a batch makes K optimiser steps."""
+    intervals = {"trainer.max_steps": max(trainer.max_steps, 0)}
+    for callback in trainer.checkpoint_callbacks:
+        name = f"every_n_train_steps of {type(callback).__name__}"
+        intervals[name] = getattr(callback, "_every_n_train_steps", None) or 0
+    for name, interval in intervals.items():
+        if interval % updates_per_rollout:
+            raise ValueError(
+                f"{name}={interval} is no multiple of num_inner_epochs × num_minibatches = {updates_per_rollout}, the "
+                f"optimiser steps of one rollout; use {max(interval // updates_per_rollout, 1) * updates_per_rollout}"
+            )

@@ -1,0 +1,80 @@
+"""LightningCLI in subclass mode: model and data are named by class path, everything else is Lightning's own."""
+
+import logging
+import sys
+import warnings
+
+import transformers
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from gopo_lightning import data, module, reward_model  # noqa: F401  (registers the short class names)
+from gopo_lightning.callbacks import ExportHF
+from gopo_lightning.module import GOPOModule
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+TRAINER_DEFAULTS = {
+    "use_distributed_sampler": False,  # the data modules bring their own samplers
+    "inference_mode": False,  # sharded weights are gathered in place
+    "num_sanity_val_steps": 0,  # a full validation runs at step 0 instead
+    "check_val_every_n_epoch": None,  # val_check_interval counts batches across epochs
+    "log_every_n_steps": 1,
+}
+
+
+class GOPOCommandLine(LightningCLI):
+    """The command line of ``python -m gopo_lightning``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--export_dir",
+            type=str | None,
+            default=None,
+            help="where fit writes the trained Hugging Face model or adapter at its end; <run folder>/export when null",
+        )
+        parser.add_argument(
+            "--export_every_n_steps", type=int | None, default=None, help="also export every n optimiser steps"
+        )
+
+    def before_fit(self) -> None:
+        if isinstance(self.model, GOPOModule):
+            options = self.config["fit"]
+            folder = options["export_dir"] or f"{self.trainer.log_dir or self.trainer.default_root_dir}/export"
+            self.trainer.callbacks.append(ExportHF(folder, options["export_every_n_steps"]))  # type: ignore[attr-defined]
+
+
+def run(args: list[str] | None = None) -> GOPOCommandLine:
+    """Parse ``args`` (the command line's if None), build trainer, model and data, and run the subcommand."""
+    _quieten()
+    return GOPOCommandLine(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults=TRAINER_DEFAULTS,
+        parser_kwargs={"default_env": False},
+        seed_everything_default=0,
+        args=args,
+    )
+
+
+def _quieten() -> None:
+    """Leave out what the libraries say at every run and nobody can act on."""
+    for message in (
+        ".*does not have many workers.*",  # prompts are tokenised once, in setup
+        ".*ModelCheckpoint. with manual optim.*",  # we count optimiser steps as it expects
+        ".*LeafSpec.* is deprecated.*",
+        ".*sync_dist=True.*",  # values are the same on all ranks when they are logged
+        ".*your dataloader is not resumable.*",  # our samplers skip what was seen
+        "The following callbacks returned in `LightningModule.configure_callbacks` will override.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()

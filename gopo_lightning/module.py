@@ -1,0 +1,374 @@
+"""The LightningModule: policy, frozen reference, rewards; optimiser steps and logging. The maths lives elsewhere.
+
+batch["experience"] ──▶ log-probs ──▶ loss ──▶ backward ──▶ optimiser step
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from gopo_lightning import advantages
+from gopo_lightning.batching import split_groups
+from gopo_lightning.callbacks.predictions import PredictionWriter, prediction_records
+from gopo_lightning.callbacks.validate_first import ValidateFirst
+from gopo_lightning.checks import check_minibatches, check_positive, check_sampling, check_trainer
+from gopo_lightning.distributed import all_reduce_sum, gather_objects, gather_rows, world_size
+from gopo_lightning.evaluation import EvaluationMetrics
+from gopo_lightning.logprobs import TokenLogprobs, completion_logprobs
+from gopo_lightning.losses import LossConfig, denominator, loss_mask, policy_loss
+from gopo_lightning.metrics import completion_metrics, reward_metrics
+from gopo_lightning.policy import (
+    Policy,
+    PolicyConfig,
+    clip_grad_norm,
+    eos_token_ids,
+    evaluating,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    reference_of,
+)
+from gopo_lightning.rewards import RewardSource, combine
+from gopo_lightning.rollout import RolloutCallback, RolloutEngine, SamplingConfig, TransformersEngine
+from gopo_lightning.structs import Experience
+
+
+class GOPOModule(LightningModule):
+    """Group Ordinal Policy Optimization (arXiv 2602.03876) and its baselines.
+
+    Args:
+        policy: which causal LM to train.
+        rewards: the reward sources, at least one.
+        sampling: temperature, lengths and stop conditions of the completions.
+        loss: clipping, KL penalty and aggregation.
+        engine: what samples the completions.
+        optimizer: built on the policy's trainable parameters; AdamW by default.
+        reward_weights: one weight per source; 1 each when null.
+        advantage: `ordinal` (GOPO), `grpo`, `dr_grpo`, `rloo`, `batch`, or the dotted path of your own function
+            rewards_PG → advantages_PG.
+        advantage_options: keyword arguments of that function, such as `ties: arbitrary`.
+        num_completions: G, completions of one prompt in training; at least 2.
+        eval_num_completions: completions of one prompt in validation, test and predict.
+        lr_schedule: a schedule of `transformers.get_scheduler`, such as `constant_with_warmup`, `linear`, `cosine`.
+        warmup_steps: optimiser steps over which the learning rate rises from 0.
+        max_grad_norm: gradients are scaled down to this L2 norm; null for none.
+        micro_batch_tokens: most tokens of one forward and backward, in whole groups (a larger one goes alone);
+            null takes a minibatch at once. The result does not depend on it, memory does.
+        num_inner_epochs: passes over one rollout.
+        num_minibatches: optimiser steps in one pass; must divide the prompts of one rank.
+        log_entropy: log the policy's entropy.
+        log_reference_kl: log the KL divergence to the reference although kl_coef is 0 (one more forward a step).
+        seed: of the completions' random streams; the value of seed_everything when null.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        rewards: list[RewardSource],
+        sampling: SamplingConfig,
+        loss: LossConfig = LossConfig(),  # noqa: B008  (frozen)
+        engine: RolloutEngine | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0),
+        reward_weights: list[float] | None = None,
+        advantage: str = "ordinal",
+        advantage_options: dict[str, Any] | None = None,
+        num_completions: int = 8,
+        eval_num_completions: int = 4,
+        lr_schedule: str = "constant_with_warmup",
+        warmup_steps: int = 10,
+        max_grad_norm: float | None = 1.0,
+        micro_batch_tokens: int | None = None,
+        num_inner_epochs: int = 1,
+        num_minibatches: int = 1,
+        log_entropy: bool = True,
+        log_reference_kl: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        check_positive(
+            eval_num_completions=eval_num_completions,
+            num_inner_epochs=num_inner_epochs,
+            num_minibatches=num_minibatches,
+            micro_batch_tokens=1 if micro_batch_tokens is None else micro_batch_tokens,
+        )
+        if num_completions < 2:
+            raise ValueError(f"num_completions={num_completions}: ranking needs at least 2 completions; use 8")
+        if not rewards:
+            raise ValueError("rewards is empty: name at least one reward source")
+        self.policy_config, self.sampling, self.loss_config = policy, sampling, loss
+        self.optimizer_callable, self.lr_schedule, self.warmup_steps = optimizer, lr_schedule, warmup_steps
+        self.max_grad_norm, self.micro_batch_tokens = max_grad_norm, micro_batch_tokens
+        self.num_inner_epochs, self.num_minibatches = num_inner_epochs, num_minibatches
+        self.log_entropy, self.log_reference_kl = log_entropy, log_reference_kl
+        self.reward_names = [source.name for source in rewards]
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.phase = "start"
+        self.policy_is_initial = False
+        self.rollout = RolloutCallback(
+            engine or TransformersEngine(),
+            rewards,
+            combine=combine.get("weighted_sum", num_sources=len(rewards), weights=reward_weights),
+            advantage=advantages.get(advantage, all_reduce=all_reduce_sum, **(advantage_options or {})),
+            sampling=sampling,
+            num_completions=num_completions,
+            eval_num_completions=eval_num_completions,
+            seed=self.seed,
+        )
+        self.policy: Policy = None  # type: ignore[assignment]  # see configure_model
+        self._frozen: dict[str, PreTrainedModel] = {}  # a dict hides it from state_dict, checkpoints and the strategy
+        self.eval_metrics = EvaluationMetrics()
+
+    # ------------------------------------------------------------------ set-up
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's; the data module renders prompts with it."""
+        return load_tokenizer(self.policy_config)
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Token ids that end a completion."""
+        return eos_token_ids(self.policy, self.tokenizer)
+
+    @property
+    def frozen_reference(self) -> PreTrainedModel | None:
+        """The frozen copy, present if something reads it and the policy is fully trained."""
+        return self._frozen.get("reference")
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """K, optimiser steps per batch."""
+        return self.num_inner_epochs * self.num_minibatches
+
+    @property
+    def _reads_reference(self) -> bool:
+        return self.loss_config.kl_coef > 0 or self.log_reference_kl
+
+    def configure_callbacks(self) -> list[Callback]:
+        check_trainer(self.trainer, updates_per_rollout=self.updates_per_rollout, policy_dtype=self.policy_config.dtype)
+        if self.trainer.state.fn == "fit":
+            check_sampling(self.sampling, updates_per_rollout=self.updates_per_rollout)
+        return [self.rollout, ValidateFirst(), PredictionWriter()]
+
+    def configure_model(self) -> None:
+        if self.policy is None:
+            self.policy = load_policy(self.policy_config)
+            self.policy_is_initial = True
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.policy_is_initial = False
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self._reads_reference and self.policy_config.lora is None and not self._frozen:
+            self._frozen["reference"] = load_reference(self.policy_config)
+        if stage == "fit":
+            check_minibatches(self.trainer, self.num_minibatches)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer_callable([p for p in self.policy.parameters() if p.requires_grad])
+        total = self.trainer.max_steps if self.trainer.max_steps > 0 else int(self.trainer.estimated_stepping_batches)
+        scheduler = get_scheduler(self.lr_schedule, optimizer, self.warmup_steps, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        for model in self._frozen.values():
+            model.to(self.device)  # type: ignore[arg-type]
+        self.policy.train()
+
+    # ---------------------------------------------------------------- training
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        start = perf_counter()
+        experience = self._with_logprobs(batch["experience"])
+        updates = [self._update(minibatch) for minibatch in self._minibatches(experience)]
+        metrics = {key: torch.stack([update[key] for update in updates]).mean() for key in updates[0]}
+        metrics["train/sampler_logprob_diff"] = updates[0]["train/sampler_logprob_diff"]  # later ones saw other weights
+        seconds = {**batch["seconds"], "train": perf_counter() - start}  # the metrics have synchronised the device
+        self._log_training(experience, metrics, seconds)
+
+    def _with_logprobs(self, experience: Experience) -> Experience:
+        """Adds the log-probs that must be taken before the first update: the old policy's and the reference's."""
+        old = reference = None
+        if self.updates_per_rollout > 1:
+            old = self._frozen_logprobs(self.policy, experience)
+        if self._reads_reference:
+            with reference_of(self.policy, self.frozen_reference) as model:
+                reference = self._frozen_logprobs(model, experience)
+        return replace(experience, old_logprobs_NT=old, reference_logprobs_NT=reference)
+
+    @torch.no_grad()
+    def _frozen_logprobs(self, model: torch.nn.Module, experience: Experience) -> Tensor:
+        """logprobs_NT without gradient, micro-batch by micro-batch."""
+        G = experience.group_size
+        logprobs_PGT = torch.zeros_like(experience.completions.tokens_NT, dtype=torch.float32).unflatten(0, (-1, G))
+        with evaluating(model):
+            for index_P in self._micro_batches(experience):
+                logprobs_NT = self._logprobs(model, experience.select(index_P)).logprobs_NT
+                logprobs_PGT[index_P, :, : logprobs_NT.shape[1]] = logprobs_NT.unflatten(0, (-1, G))
+        return logprobs_PGT.flatten(0, 1)
+
+    def _logprobs(self, model: torch.nn.Module, experience: Experience, with_entropy: bool = False) -> TokenLogprobs:
+        return completion_logprobs(
+            model,
+            experience.prompts,
+            experience.completions,
+            temperature=self.sampling.temperature,
+            with_entropy=with_entropy,
+            shared_prefix=self._shares_prefix,
+        )
+
+    @property
+    def _shares_prefix(self) -> bool:
+        return False
+
+    def _minibatches(self, experience: Experience) -> Iterator[Experience]:
+        """num_inner_epochs × num_minibatches experiences; the split is drawn anew each epoch."""
+        generator = torch.Generator().manual_seed(self.seed + self.trainer.global_step)
+        for _ in range(self.num_inner_epochs):
+            if self.num_minibatches == 1:
+                yield experience
+                continue
+            order_P = torch.randperm(len(experience), generator=generator)
+            for index_P in order_P.chunk(self.num_minibatches):
+                yield experience.select(index_P)
+
+    def _micro_batches(self, experience: Experience, skip_zero: bool = False) -> list[Tensor]:
+        """Whole groups by token budget; every rank gets the same number."""
+        active_P = experience.advantages_PG.ne(0).any(-1) if skip_zero else None
+        split = partial(split_groups, experience, budget=self.micro_batch_tokens, shared=self._shares_prefix)
+        count = len(split(active_P=active_P))
+        return split(active_P=active_P, at_least=max(gather_objects(count)))
+
+    def _update(self, experience: Experience) -> dict[str, Tensor]:
+        """One optimiser step; the denominator is that of the whole minibatch over all ranks."""
+        config, completions = self.loss_config, experience.completions
+        valid_N = advantages.valid(experience.rewards_PG).flatten()
+        mask_NT = loss_mask(completions.mask_NT, valid_N, completions.truncated_N, config)
+        total = all_reduce_sum(
+            denominator(
+                mask_NT,
+                aggregation=config.aggregation,
+                max_new_tokens=self.sampling.max_new_tokens,
+                num_completions=len(completions),
+            )
+        )
+        micro_batches = self._micro_batches(experience, skip_zero=config.kl_coef == 0)
+        sums: Counter[str] = Counter()
+        for i, index_P in enumerate(micro_batches):
+            with self._gradient_sync(i + 1 == len(micro_batches)):
+                self._accumulate(experience.select(index_P), total, sums)
+        return self._step(experience, sums)
+
+    def _accumulate(self, experience: Experience, total: Tensor, sums: "Counter[str]") -> None:
+        """Forward and backward of one micro-batch; adds its metrics to ``sums``."""
+        config, completions = self.loss_config, experience.completions
+        valid_N = advantages.valid(experience.rewards_PG).flatten()
+        mask_NT = loss_mask(completions.mask_NT, valid_N, completions.truncated_N, config)
+        current = self._logprobs(self.policy, experience, with_entropy=self.log_entropy)
+        loss, metrics = policy_loss(
+            current.logprobs_NT,
+            experience.old_logprobs_NT,
+            experience.reference_logprobs_NT,
+            experience.advantages_PG.flatten(),
+            mask_NT,
+            config=config,
+            denominator=total,
+        )
+        self.manual_backward(loss * world_size())  # DDP and FSDP average over ranks; the denominator is global
+        metrics["tokens"], metrics["loss"] = mask_NT.sum(), loss.detach()
+        if current.entropy_NT is not None:
+            metrics["entropy"] = current.entropy_NT.detach()[mask_NT].sum()
+        if completions.sampler_logprobs_NT is not None:
+            difference_NT = current.logprobs_NT.detach() - completions.sampler_logprobs_NT
+            metrics["sampler_logprob_diff"] = difference_NT[mask_NT].abs().sum()
+        for key, value in metrics.items():
+            sums[key] += value.double()  # type: ignore[assignment]
+
+    def _step(self, experience: Experience, sums: "Counter[str]") -> dict[str, Tensor]:
+        """Clip, step, and the minibatch's metrics over all ranks."""
+        keys = sorted(sums)
+        reduced = dict(zip(keys, all_reduce_sum(torch.stack([sums[key] for key in keys])), strict=True))  # type: ignore[arg-type]
+        grad_norm = clip_grad_norm(self.policy, self.max_grad_norm or float("inf"))
+        if not (reduced["loss"].isfinite() and grad_norm.isfinite()):
+            self._stop_nonfinite(experience, reduced["loss"], grad_norm)
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
+        lr = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        self.policy_is_initial = False
+        optimizer.zero_grad()
+        scheduler.step()
+        tokens = reduced.pop("tokens").clamp(min=1)
+        metrics = {"train/loss": reduced.pop("loss"), "train/grad_norm": grad_norm, "train/lr": torch.tensor(lr)}
+        names = {key: f"{key}_fraction" for key in reduced if key.startswith("clip")}
+        return metrics | {f"train/{names.get(key, key)}": value / tokens for key, value in reduced.items()}
+
+    def _stop_nonfinite(self, experience: Experience, loss: Tensor, grad_norm: Tensor) -> None:
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        path = folder / f"nonfinite_step{self.trainer.global_step}_rank{self.global_rank}.pt"
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(experience.to("cpu"), path)
+        raise ValueError(
+            f"step {self.trainer.global_step}: loss {loss.item()} and gradient norm {grad_norm.item()} must be finite. "
+            f"The weights are untouched; the batch is in {path}. Look at it, lower the learning rate, or use float32."
+        )
+
+    def _gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients only at the last micro-batch."""
+        strategy = self.trainer.strategy
+        if is_last or not isinstance(strategy, ParallelStrategy):
+            return nullcontext()
+        return strategy.block_backward_sync()
+
+    def _log_training(self, experience: Experience, metrics: dict[str, Tensor], seconds: dict[str, float]) -> None:
+        rewards_PG = gather_rows(experience.rewards_PG)
+        lengths_N = gather_rows(experience.completions.lengths_N)
+        metrics |= reward_metrics(gather_rows(experience.rewards_PGK), rewards_PG, self.reward_names)
+        metrics |= completion_metrics(lengths_N, gather_rows(experience.completions.truncated_N))
+        for phase in ("rollout", "train"):
+            metrics[f"throughput/{phase}_tokens_per_second"] = lengths_N.sum() / seconds[phase]
+        metrics |= {f"seconds/{phase}": torch.tensor(value) for phase, value in seconds.items()}
+        self._log(metrics)
+        writer = getattr(self.logger, "experiment", None)
+        if hasattr(writer, "add_histogram") and self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            writer.add_histogram("advantage/histogram", experience.advantages_PG, self.trainer.global_step)  # type: ignore[union-attr]
+
+    def _log(self, metrics: dict[str, Tensor]) -> None:
+        """All curves are drawn over optimiser steps, not batches."""
+        metrics = {key: value.float() for key, value in metrics.items()}
+        self.log_dict({**metrics, "step": float(self.trainer.global_step)}, batch_size=1)
+
+    # -------------------------------------------------------------- evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        self.phase = "validate"
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.eval_metrics.update_batch(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log(self.eval_metrics.pop("val"))
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.eval_metrics.update_batch(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self._log(self.eval_metrics.pop("test"))
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """One record per prompt, padding rows left out."""
+        return prediction_records(batch["experience"], batch["is_padding"], self.reward_names)

@@ -1,0 +1,170 @@
+"""Fills ``batch["experience"]``: sample, score, rank. Nothing but the batch is written; the module only reads it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from gopo_lightning.policy import evaluating, load_reference, reference_of
+from gopo_lightning.rewards import RewardSource, score
+from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
+from gopo_lightning.rollout.reference import ReferenceCompletions
+from gopo_lightning.rollout.streams import stream_seeds
+from gopo_lightning.structs import Experience, PromptBatch
+
+if TYPE_CHECKING:
+    from gopo_lightning.module import GOPOModule
+
+EVALUATION_STEP = -1
+"""Keys the random streams of validation, test and predict: the same at every step, so that curves compare policies."""
+
+
+class RolloutCallback(Callback):
+    """Before each batch: G completions of each prompt, their rewards, and in training their advantages.
+
+    Args:
+        engine: samples completions.
+        rewards: the K reward sources.
+        combine: rewards_PGK → rewards_PG.
+        advantage: rewards_PG → advantages_PG.
+        sampling: temperature, lengths, stop conditions.
+        num_completions: G in training.
+        eval_num_completions: G in validation, test and predict.
+        seed: of the random streams; a completion's stream is keyed by (seed, step, prompt row, completion index).
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        rewards: Sequence[RewardSource],
+        *,
+        combine: Callable[[Tensor], Tensor],
+        advantage: Callable[[Tensor], Tensor],
+        sampling: SamplingConfig,
+        num_completions: int,
+        eval_num_completions: int,
+        seed: int,
+    ) -> None:
+        self.engine, self.reward_sources = engine, rewards
+        self.combine, self.advantage = combine, advantage
+        self.sampling, self.seed = sampling, seed
+        self.num_completions, self.eval_num_completions = num_completions, eval_num_completions
+        self.reference = ReferenceCompletions()
+        self._reference_model: nn.Module | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for source in self.reward_sources:
+            source.setup(trainer.strategy.root_device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reference": self.reference.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.reference.load_state_dict(state_dict["reference"])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: "GOPOModule", batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        experience, seconds = self.roll_out(
+            pl_module, pl_module.policy, batch["prompts"], self.num_completions, step=trainer.global_step
+        )
+        with _phase(pl_module, "train"):
+            batch["experience"] = self._rank(experience)
+        batch["seconds"] = seconds
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: "GOPOModule", batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:  # type: ignore[override]
+        self._evaluate(pl_module, batch)
+        batch["reference_PG"] = self._reference_rewards(pl_module, batch)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: "GOPOModule", batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:  # type: ignore[override]
+        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: "GOPOModule", batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:  # type: ignore[override]
+        self._evaluate(pl_module, batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._share_reference(trainer, "reference_completions.jsonl")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._share_reference(trainer, "reference_completions_test.jsonl")
+
+    def roll_out(
+        self, module: "GOPOModule", model: nn.Module, prompts: PromptBatch, num_completions: int, *, step: int
+    ) -> tuple[Experience, dict[str, float]]:
+        """Sample from ``model`` and score. Advantages are still 0. Returns the experience and seconds per phase."""
+        indices = [prompt.index for prompt in prompts.prompts]
+        seeds_N = stream_seeds(self.seed, step, indices, num_completions)
+        autocast = module.trainer.precision_plugin.forward_context()  # hooks run outside of it
+        with _phase(module, "rollout") as rollout, evaluating(model), torch.no_grad(), autocast:
+            completions = self.engine.generate(
+                model,
+                module.tokenizer,
+                prompts,
+                num_completions,
+                self.sampling,
+                seeds_N=seeds_N,
+                eos_token_ids=module.eos_token_ids,
+            )
+        with _phase(module, "reward") as reward:
+            prompts_N = [prompt for prompt in prompts.prompts for _ in range(num_completions)]
+            rewards_NK = score(self.reward_sources, prompts_N, completions.texts).to(prompts.tokens_PL.device)
+            rewards_PGK = rewards_NK.view(len(prompts), num_completions, -1)
+            rewards_PG = self.combine(rewards_PGK)
+        experience = Experience(prompts, completions, rewards_PGK, rewards_PG, torch.zeros_like(rewards_PG))
+        return experience, {"rollout": rollout[0], "reward": reward[0]}
+
+    def _rank(self, experience: Experience) -> Experience:
+        return replace(experience, advantages_PG=self.advantage(experience.rewards_PG).float())
+
+    def _evaluate(self, module: "GOPOModule", batch: Any) -> None:
+        batch["experience"], batch["seconds"] = self.roll_out(
+            module, module.policy, batch["prompts"], self.eval_num_completions, step=EVALUATION_STEP
+        )
+
+    def _reference_rewards(self, module: "GOPOModule", batch: Any) -> Tensor:
+        """reference_PG of the batch's prompts, from the store, or sampled now and kept."""
+        prompts: PromptBatch = batch["prompts"]
+        known = self.reference.rewards(prompts)
+        if known is None:
+            initial = module.policy_is_initial
+            experience = batch["experience"] if initial else self._sample_reference(module, prompts)
+            self.reference.add(experience)
+            known = self.reference.rewards(prompts)
+            assert known is not None
+        return known.to(prompts.tokens_PL.device)
+
+    def _sample_reference(self, module: "GOPOModule", prompts: PromptBatch) -> Experience:
+        """Completions of the step-0 policy after training has begun: loaded for this validation only."""
+        if self._reference_model is None and module.frozen_reference is None and module.policy_config.lora is None:
+            self._reference_model = load_reference(module.policy_config).to(module.device)  # type: ignore[arg-type]
+        frozen: Any = module.frozen_reference or self._reference_model
+        with reference_of(module.policy, frozen) as model:
+            return self.roll_out(module, model, prompts, self.eval_num_completions, step=EVALUATION_STEP)[0]
+
+    def _share_reference(self, trainer: Trainer, name: str) -> None:
+        self._reference_model = None
+        folder = trainer.log_dir  # a broadcast: on all ranks
+        self.reference.share(Path(folder) / name if folder and trainer.is_global_zero else None)
+
+
+@contextmanager
+def _phase(module: "GOPOModule", name: str) -> Iterator[list[float]]:
+    """Name the phase for the progress bar and measure its seconds (with the device's queue empty at both ends)."""
+    module.phase = name
+    seconds = [0.0]
+    synchronize = torch.cuda.synchronize if module.device.type == "cuda" else nullcontext
+    synchronize()
+    start = perf_counter()
+    yield seconds
+    synchronize()
+    seconds[0] = perf_counter() - start

@@ -1,0 +1,80 @@
+"""Builds small training runs for the tests of module, callbacks and command line."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from gopo_lightning.data.prompts import PromptDataModule
+from gopo_lightning.data.sources import PromptSource
+from gopo_lightning.module import GOPOModule
+from gopo_lightning.policy import PolicyConfig
+from gopo_lightning.rewards import FunctionReward
+from gopo_lightning.rollout import SamplingConfig
+
+
+def count_vowels(prompts: list[str], completions: list[str]) -> list[float]:
+    """A reward with many ties."""
+    return [float(sum(character in "aeiou" for character in text)) for text in completions]
+
+
+def some_invalid(prompts: list[str], completions: list[str]) -> list[float | None]:
+    """No score for a third of the completions, none at all for one prompt."""
+    scores = count_vowels(prompts, completions)
+    return [
+        None if prompt.endswith("babab") or i % 3 == 0 else score
+        for i, (prompt, score) in enumerate(zip(prompts, scores, strict=True))
+    ]
+
+
+def make_module(folder: Path, **overrides: Any) -> GOPOModule:
+    """GOPO with plain SGD, so that a step's change of weights is its gradient."""
+    options: dict[str, Any] = {
+        "policy": PolicyConfig(str(folder)),
+        "rewards": [FunctionReward("tests.runs.count_vowels", name="vowels")],
+        "sampling": SamplingConfig(max_new_tokens=8),
+        "optimizer": lambda params: torch.optim.SGD(params, lr=1.0),
+        "num_completions": 4,
+        "eval_num_completions": 2,
+        "lr_schedule": "constant",
+        "warmup_steps": 0,
+        "max_grad_norm": None,
+        "seed": 3,
+    }
+    return GOPOModule(**(options | overrides))
+
+
+def make_data(prompts_file: Path, **overrides: Any) -> PromptDataModule:
+    """Twelve training prompts, four a step; five validation prompts in batches of four."""
+    source = PromptSource(str(prompts_file))
+    held_out = PromptSource(str(prompts_file), limit=5)
+    options = {"train": source, "validation": held_out, "predict": held_out, "prompts_per_step": 4}
+    return PromptDataModule(**(options | overrides))
+
+
+def make_trainer(folder: Path, **overrides: Any) -> Trainer:
+    """CPU, TensorBoard, no bar."""
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 2,
+        "val_check_interval": 2,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "inference_mode": False,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": TensorBoardLogger(str(folder), name="run"),
+        "callbacks": [],
+    }
+    return Trainer(**(options | overrides))
+
+
+def weights(module: GOPOModule) -> torch.Tensor:
+    """All weights of the policy as one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in module.policy.parameters()])
+

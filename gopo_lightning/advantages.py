@@ -81,18 +81,14 @@ def ordinal_from_wins(wins_PGG: Tensor) -> Tensor:
     Equals ``ordinal`` where W comes from rewards.
     """
     if wins_PGG.dim() != 3 or wins_PGG.shape[1] != wins_PGG.shape[2]:
-        raise ValueError(
-            f"wins have shape {tuple(wins_PGG.shape)}; a comparison matrix is [P, G, G]. Reshape it."
-        )
+        raise ValueError(f"wins have shape {tuple(wins_PGG.shape)}; a comparison matrix is [P, G, G]. Reshape it.")
     _check_groups(wins_PGG[..., 0])
     asked_PGG = _asked(wins_PGG)
     wins_PGG = wins_PGG.double()
     outside = (wins_PGG < 0) | (wins_PGG > 1)
     if bool((outside & asked_PGG).any()):
         worst = wins_PGG[outside & asked_PGG][0].item()
-        raise ValueError(
-            f"a comparison is {worst}; it must lie in [0, 1], or be NaN where nothing was asked."
-        )
+        raise ValueError(f"a comparison is {worst}; it must lie in [0, 1], or be NaN where nothing was asked.")
     wins_PGG = torch.where(wins_PGG.isnan(), 1 - wins_PGG.mT, wins_PGG)
     margin_PGG = torch.where(asked_PGG, wins_PGG - wins_PGG.mT, 0.0)
     return _scaled(2 * margin_PGG.sum(-1), asked_PGG.sum(-1), asked_PGG.any(-1))
@@ -114,9 +110,7 @@ def rloo(rewards_PG: Tensor) -> Tensor:
     """A_i = r_i - mean of the others of the group (RLOO, arXiv 2402.14740, eq. 9)."""
     rewards_PG, valid_PG, num_valid_P1 = _magnitudes(rewards_PG)
     margin_PG = num_valid_P1 * rewards_PG - rewards_PG.sum(-1, keepdim=True)
-    return _scaled(
-        torch.where(_is_constant(rewards_PG, valid_PG), 0.0, margin_PG), num_valid_P1 - 1, valid_PG
-    )
+    return _scaled(torch.where(_is_constant(rewards_PG, valid_PG), 0.0, margin_PG), num_valid_P1 - 1, valid_PG)
 
 
 def batch(rewards_PG: Tensor, *, all_reduce: Callable[[Tensor], Tensor] = lambda moments: moments) -> Tensor:
@@ -166,9 +160,7 @@ def get(name: str, *, all_reduce: Callable[[Tensor], Tensor] | None = None, **op
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if unknown := [] if takes_any else sorted(set(options) - set(parameters)):
         known = sorted(set(parameters) - {"all_reduce"}) or "none"
-        raise ValueError(
-            f"advantage '{name}' has no option {unknown}; its options are {known}. Remove or rename it."
-        )
+        raise ValueError(f"advantage '{name}' has no option {unknown}; its options are {known}. Remove or rename it.")
     required = {n for n, p in parameters.items() if p.default is p.empty and p.kind is p.KEYWORD_ONLY}
     if missing := sorted(required - set(options)):
         raise ValueError(f"advantage '{name}' needs the options {missing}, which are not given. Add them.")
@@ -201,9 +193,7 @@ def _check_choice(option: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 def _check_groups(rewards_PG: Tensor) -> None:
     if rewards_PG.dim() != 2:
-        raise ValueError(
-            f"rewards have shape {tuple(rewards_PG.shape)}; they must be [prompts, completions]."
-        )
+        raise ValueError(f"rewards have shape {tuple(rewards_PG.shape)}; they must be [prompts, completions].")
     if rewards_PG.shape[1] < 2:
         raise ValueError(
             f"a group has {rewards_PG.shape[1]} completion(s); an advantage compares completions of one "

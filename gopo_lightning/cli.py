@@ -1,6 +1,7 @@
 """LightningCLI in subclass mode: model and data are named by class path, everything else is Lightning's own."""
 
 import logging
+import os
 import sys
 import warnings
 
@@ -32,7 +33,7 @@ class GOPOCommandLine(LightningCLI):
             "--export_dir",
             type=str | None,
             default=None,
-            help="where fit writes the trained Hugging Face model or adapter at its end; <run folder>/export when null",
+            help="where fit writes the trained Hugging Face model or adapter at its end; <run folder>/policy when null",
         )
         parser.add_argument(
             "--export_every_n_steps", type=int | None, default=None, help="also export every n optimiser steps"
@@ -41,8 +42,8 @@ class GOPOCommandLine(LightningCLI):
     def before_fit(self) -> None:
         if isinstance(self.model, GOPOModule):
             options = self.config["fit"]
-            folder = options["export_dir"] or f"{self.trainer.log_dir or self.trainer.default_root_dir}/export"
-            self.trainer.callbacks.append(ExportHF(folder, options["export_every_n_steps"]))  # type: ignore[attr-defined]
+            export = ExportHF(options["export_dir"], options["export_every_n_steps"])
+            self.trainer.callbacks.append(export)  # type: ignore[attr-defined]
 
 
 def run(args: list[str] | None = None) -> GOPOCommandLine:
@@ -64,6 +65,7 @@ def run(args: list[str] | None = None) -> GOPOCommandLine:
 
 def _quieten() -> None:
     """Leave out what the libraries say at every run and nobody can act on."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for message in (
         ".*does not have many workers.*",  # prompts are tokenised once, in setup
         ".*ModelCheckpoint. with manual optim.*",  # we count optimiser steps as it expects

@@ -101,9 +101,7 @@ def loss_mask(mask_NT: Tensor, valid_N: Tensor, truncated_N: Tensor, config: Los
     return mask_NT.bool() & kept_N.unsqueeze(-1)
 
 
-def denominator(
-    mask_NT: Tensor, *, aggregation: Aggregation, max_new_tokens: int, num_completions: int
-) -> Tensor:
+def denominator(mask_NT: Tensor, *, aggregation: Aggregation, max_new_tokens: int, num_completions: int) -> Tensor:
     """float32 scalar: what these completions add to the denominator, to be summed over micro-batches and
     ranks.
 
@@ -147,9 +145,7 @@ def kl_k3(logprobs_NT: Tensor, reference_logprobs_NT: Tensor) -> Tensor:
     return torch.exp(d_NT) - d_NT - 1
 
 
-def importance_ratio(
-    logprobs_NT: Tensor, old_logprobs_NT: Tensor, mask_NT: Tensor, kind: ImportanceSampling
-) -> Tensor:
+def importance_ratio(logprobs_NT: Tensor, old_logprobs_NT: Tensor, mask_NT: Tensor, kind: ImportanceSampling) -> Tensor:
     """[N, T] policy / old policy; inputs are finite outside ``mask_NT``.
 
     ``token``: exp(log policy - log old). ``sequence``: s_n = exp(mean over tokens of the same) at every
@@ -206,9 +202,7 @@ def policy_loss(
         if set, and ``kl`` (k3, whatever the loss uses) if a reference is given.
     """
     if reference_logprobs_NT is None and config.kl_coef > 0:
-        raise ValueError(
-            f"kl_coef={config.kl_coef} needs the reference's log-probs, which are missing. Set it to 0."
-        )
+        raise ValueError(f"kl_coef={config.kl_coef} needs the reference's log-probs, which are missing. Set it to 0.")
     mask_NT = mask_NT.bool()
     logprobs_NT = _clean(logprobs_NT, mask_NT)
     old_NT = logprobs_NT.detach() if old_logprobs_NT is None else _clean(old_logprobs_NT.detach(), mask_NT)
@@ -246,9 +240,7 @@ def _clip_metrics(ratio_NT: Tensor, advantages_NT: Tensor, config: LossConfig) -
 def _clean(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """``values_NT`` in float32 or better, 0 outside the mask (0 * NaN is NaN, so a product would not do)."""
     if values_NT.shape != mask_NT.shape:
-        raise ValueError(
-            f"a tensor of shape {tuple(values_NT.shape)} does not fit the mask {tuple(mask_NT.shape)}."
-        )
+        raise ValueError(f"a tensor of shape {tuple(values_NT.shape)} does not fit the mask {tuple(mask_NT.shape)}.")
     dtype = torch.promote_types(values_NT.dtype, torch.float32)
     return torch.where(mask_NT, values_NT.to(dtype), 0.0)
 

@@ -4,14 +4,14 @@ batch["experience"] ──▶ log-probs ──▶ loss ──▶ backward ──
 """
 
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -41,6 +41,7 @@ from gopo_lightning.policy import (
     load_tokenizer,
     reference_of,
 )
+from gopo_lightning.prefix_sharing import PrefixSharing, decide_prefix_sharing
 from gopo_lightning.rewards import RewardSource, combine
 from gopo_lightning.rollout import RolloutCallback, RolloutEngine, SamplingConfig, TransformersEngine
 from gopo_lightning.structs import Experience
@@ -69,6 +70,8 @@ class GOPOModule(LightningModule):
             null takes a minibatch at once. The result does not depend on it, memory does.
         num_inner_epochs: passes over one rollout.
         num_minibatches: optimiser steps in one pass; must divide the prompts of one rank.
+        prefix_sharing: `always` forwards a group's prompt once, `never` with each completion; `auto` shares after
+            comparing both on the first step, and else says why not.
         log_entropy: log the policy's entropy.
         log_reference_kl: log the KL divergence to the reference although kl_coef is 0 (one more forward a step).
         seed: of the completions' random streams; the value of seed_everything when null.
@@ -93,6 +96,7 @@ class GOPOModule(LightningModule):
         micro_batch_tokens: int | None = None,
         num_inner_epochs: int = 1,
         num_minibatches: int = 1,
+        prefix_sharing: PrefixSharing = "auto",
         log_entropy: bool = True,
         log_reference_kl: bool = False,
         seed: int | None = None,
@@ -113,6 +117,8 @@ class GOPOModule(LightningModule):
         self.optimizer_callable, self.lr_schedule, self.warmup_steps = optimizer, lr_schedule, warmup_steps
         self.max_grad_norm, self.micro_batch_tokens = max_grad_norm, micro_batch_tokens
         self.num_inner_epochs, self.num_minibatches = num_inner_epochs, num_minibatches
+        self.prefix_sharing: PrefixSharing = prefix_sharing
+        self._shares_prefix: bool | None = None  # decided at the first step
         self.log_entropy, self.log_reference_kl = log_entropy, log_reference_kl
         self.reward_names = [source.name for source in rewards]
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
@@ -128,7 +134,7 @@ class GOPOModule(LightningModule):
             eval_num_completions=eval_num_completions,
             seed=self.seed,
         )
-        self.policy: Policy = None  # type: ignore[assignment]  # see configure_model
+        self.policy: Policy = cast(Policy, None)  # see configure_model
         self._frozen: dict[str, PreTrainedModel] = {}  # a dict hides it from state_dict, checkpoints and the strategy
         self.eval_metrics = EvaluationMetrics()
 
@@ -165,7 +171,7 @@ class GOPOModule(LightningModule):
         return [self.rollout, ValidateFirst(), PredictionWriter()]
 
     def configure_model(self) -> None:
-        if self.policy is None:
+        if cast(Policy | None, self.policy) is None:
             self.policy = load_policy(self.policy_config)
             self.policy_is_initial = True
 
@@ -178,7 +184,7 @@ class GOPOModule(LightningModule):
         if stage == "fit":
             check_minibatches(self.trainer, self.num_minibatches)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_callable([p for p in self.policy.parameters() if p.requires_grad])
         total = self.trainer.max_steps if self.trainer.max_steps > 0 else int(self.trainer.estimated_stepping_batches)
         scheduler = get_scheduler(self.lr_schedule, optimizer, self.warmup_steps, total)
@@ -202,6 +208,10 @@ class GOPOModule(LightningModule):
 
     def _with_logprobs(self, experience: Experience) -> Experience:
         """Adds the log-probs that must be taken before the first update: the old policy's and the reference's."""
+        if self._shares_prefix is None:
+            self._shares_prefix = decide_prefix_sharing(
+                self.prefix_sharing, self.policy, experience, self.sampling.temperature
+            )
         old = reference = None
         if self.updates_per_rollout > 1:
             old = self._frozen_logprobs(self.policy, experience)
@@ -228,12 +238,8 @@ class GOPOModule(LightningModule):
             experience.completions,
             temperature=self.sampling.temperature,
             with_entropy=with_entropy,
-            shared_prefix=self._shares_prefix,
+            shared_prefix=bool(self._shares_prefix),
         )
-
-    @property
-    def _shares_prefix(self) -> bool:
-        return False
 
     def _minibatches(self, experience: Experience) -> Iterator[Experience]:
         """num_inner_epochs × num_minibatches experiences; the split is drawn anew each epoch."""
@@ -249,7 +255,7 @@ class GOPOModule(LightningModule):
     def _micro_batches(self, experience: Experience, skip_zero: bool = False) -> list[Tensor]:
         """Whole groups by token budget; every rank gets the same number."""
         active_P = experience.advantages_PG.ne(0).any(-1) if skip_zero else None
-        split = partial(split_groups, experience, budget=self.micro_batch_tokens, shared=self._shares_prefix)
+        split = partial(split_groups, experience, budget=self.micro_batch_tokens, shared=bool(self._shares_prefix))
         count = len(split(active_P=active_P))
         return split(active_P=active_P, at_least=max(gather_objects(count)))
 
@@ -267,13 +273,13 @@ class GOPOModule(LightningModule):
             )
         )
         micro_batches = self._micro_batches(experience, skip_zero=config.kl_coef == 0)
-        sums: Counter[str] = Counter()
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
         for i, index_P in enumerate(micro_batches):
             with self._gradient_sync(i + 1 == len(micro_batches)):
                 self._accumulate(experience.select(index_P), total, sums)
         return self._step(experience, sums)
 
-    def _accumulate(self, experience: Experience, total: Tensor, sums: "Counter[str]") -> None:
+    def _accumulate(self, experience: Experience, total: Tensor, sums: dict[str, Tensor]) -> None:
         """Forward and backward of one micro-batch; adds its metrics to ``sums``."""
         config, completions = self.loss_config, experience.completions
         valid_N = advantages.valid(experience.rewards_PG).flatten()
@@ -296,12 +302,12 @@ class GOPOModule(LightningModule):
             difference_NT = current.logprobs_NT.detach() - completions.sampler_logprobs_NT
             metrics["sampler_logprob_diff"] = difference_NT[mask_NT].abs().sum()
         for key, value in metrics.items():
-            sums[key] += value.double()  # type: ignore[assignment]
+            sums[key] += value.double()
 
-    def _step(self, experience: Experience, sums: "Counter[str]") -> dict[str, Tensor]:
+    def _step(self, experience: Experience, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clip, step, and the minibatch's metrics over all ranks."""
         keys = sorted(sums)
-        reduced = dict(zip(keys, all_reduce_sum(torch.stack([sums[key] for key in keys])), strict=True))  # type: ignore[arg-type]
+        reduced = dict(zip(keys, all_reduce_sum(torch.stack([sums[key] for key in keys])), strict=True))
         grad_norm = clip_grad_norm(self.policy, self.max_grad_norm or float("inf"))
         if not (reduced["loss"].isfinite() and grad_norm.isfinite()):
             self._stop_nonfinite(experience, reduced["loss"], grad_norm)
@@ -344,7 +350,7 @@ class GOPOModule(LightningModule):
         metrics |= {f"seconds/{phase}": torch.tensor(value) for phase, value in seconds.items()}
         self._log(metrics)
         writer = getattr(self.logger, "experiment", None)
-        if hasattr(writer, "add_histogram") and self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if hasattr(writer, "add_histogram"):
             writer.add_histogram("advantage/histogram", experience.advantages_PG, self.trainer.global_step)  # type: ignore[union-attr]
 
     def _log(self, metrics: dict[str, Tensor]) -> None:

@@ -24,8 +24,8 @@ def some_invalid(prompts: list[str], completions: list[str]) -> list[float | Non
     """No score for a third of the completions, none at all for one prompt."""
     scores = count_vowels(prompts, completions)
     return [
-        None if prompt.endswith("babab") or i % 3 == 0 else score
-        for i, (prompt, score) in enumerate(zip(prompts, scores, strict=True))
+        None if prompt.endswith("ababab") or len(completion.encode()) % 3 == 0 else score
+        for prompt, completion, score in zip(prompts, completions, scores, strict=True)
     ]
 
 
@@ -77,4 +77,3 @@ def make_trainer(folder: Path, **overrides: Any) -> Trainer:
 def weights(module: GOPOModule) -> torch.Tensor:
     """All weights of the policy as one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in module.policy.parameters()])
-

@@ -234,9 +234,7 @@ def test_batch_over_two_ranks_equals_one_process() -> None:
     second: list[Tensor] = []
     for shard in shards:
         replies = iter([first])
-        advantages.batch(
-            shard, all_reduce=lambda m, r=replies: next(r, None) if (m.dim()) else second.append(m) or m
-        )
+        advantages.batch(shard, all_reduce=lambda m, r=replies: next(r, None) if (m.dim()) else second.append(m) or m)
     actual = []
     for shard in shards:
         replies = iter([first, second[0] + second[1]])

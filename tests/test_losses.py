@@ -75,9 +75,7 @@ def reference_loss(kind: str, x: dict[str, Tensor], c: LossConfig, max_new_token
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize(
-    "clip", [{}, {"clip_low": 0.1, "clip_high": 0.28, "clip_ceiling": 1.3, "kl_coef": 0.1}]
-)
+@pytest.mark.parametrize("clip", [{}, {"clip_low": 0.1, "clip_high": 0.28, "clip_ceiling": 1.3, "kl_coef": 0.1}])
 @pytest.mark.parametrize(
     ("kind", "aggregation", "ratio"),
     [
@@ -307,9 +305,7 @@ def test_masked_entries_reach_neither_loss_nor_gradient(aggregation: str, ratio:
     for x in (clean, poisoned):
         logprobs_NT = x["logprobs_NT"].clone().requires_grad_()
         denominator = whole(config, x["mask_NT"])
-        loss, metrics = losses.policy_loss(
-            **x | {"logprobs_NT": logprobs_NT}, config=config, denominator=denominator
-        )
+        loss, metrics = losses.policy_loss(**x | {"logprobs_NT": logprobs_NT}, config=config, denominator=denominator)
         gradients.append(torch.autograd.grad(loss, logprobs_NT)[0])
         results.append({"loss": loss.item()} | {k: v.item() for k, v in metrics.items()})
     assert results[0] == results[1]
@@ -331,9 +327,7 @@ def test_an_empty_mask_gives_zero_and_a_backward_pass(aggregation: str) -> None:
 @pytest.mark.parametrize("split", [[4], [1, 1, 1, 1], [3, 1], [1, 3], [2, 2]])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_gradient_does_not_depend_on_the_micro_batches(
-    split: list[int], aggregation: str, ratio: str
-) -> None:
+def test_gradient_does_not_depend_on_the_micro_batches(split: list[int], aggregation: str, ratio: str) -> None:
     """Each part is trimmed to its own longest completion, as the module does; a row is masked for NaN."""
     config = LossConfig(aggregation=aggregation, importance_sampling=ratio, kl_coef=0.2, token_weight="log")
     x = example()

@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -68,29 +68,31 @@ class RolloutCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.reference.load_state_dict(state_dict["reference"])
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: "GOPOModule", batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        module = cast("GOPOModule", pl_module)
         experience, seconds = self.roll_out(
-            pl_module, pl_module.policy, batch["prompts"], self.num_completions, step=trainer.global_step
+            module, module.policy, batch["prompts"], self.num_completions, step=trainer.global_step
         )
-        with _phase(pl_module, "train"):
-            batch["experience"] = self._rank(experience)
+        module.phase = "train"
+        batch["experience"] = replace(experience, advantages_PG=self.advantage(experience.rewards_PG).float())
         batch["seconds"] = seconds
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: "GOPOModule", batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:  # type: ignore[override]
-        self._evaluate(pl_module, batch)
-        batch["reference_PG"] = self._reference_rewards(pl_module, batch)
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        module = cast("GOPOModule", pl_module)
+        self._evaluate(module, batch)
+        batch["reference_PG"] = self._reference_rewards(module, batch)
 
     def on_test_batch_start(
-        self, trainer: Trainer, pl_module: "GOPOModule", batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:  # type: ignore[override]
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: "GOPOModule", batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:  # type: ignore[override]
-        self._evaluate(pl_module, batch)
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._evaluate(cast("GOPOModule", pl_module), batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._share_reference(trainer, "reference_completions.jsonl")
@@ -122,9 +124,6 @@ class RolloutCallback(Callback):
             rewards_PG = self.combine(rewards_PGK)
         experience = Experience(prompts, completions, rewards_PGK, rewards_PG, torch.zeros_like(rewards_PG))
         return experience, {"rollout": rollout[0], "reward": reward[0]}
-
-    def _rank(self, experience: Experience) -> Experience:
-        return replace(experience, advantages_PG=self.advantage(experience.rewards_PG).float())
 
     def _evaluate(self, module: "GOPOModule", batch: Any) -> None:
         batch["experience"], batch["seconds"] = self.roll_out(

@@ -1,0 +1,268 @@
+"""Prompts for the policy: sources -> rows -> rendered, checked ``Prompt`` -> batches of this rank."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Dataset
+
+from gopo_lightning.data.rendering import PromptRenderer, Template
+from gopo_lightning.data.sampler import InOrderSampler, PromptSampler
+from gopo_lightning.data.sources import PromptSource, load_rows
+from gopo_lightning.structs import Prompt, PromptBatch
+
+Overlong = Literal["error", "drop", "truncate_left"]
+
+
+class Batch:
+    """``{"prompts": PromptBatch, "is_padding": bool [P]}``, to which hooks add keys by ``batch[key] = value``.
+
+    Not a ``dict``: the precision plugins of Lightning for FSDP and for true half precision rebuild every
+    mapping of a batch field by field, and refuse the frozen structs in it.
+    """
+
+    def __init__(self, **items: Any) -> None:
+        self._items = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._items[key] = value
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._items
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """``batch[key]``, or ``default`` where there is none."""
+        return self._items.get(key, default)
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> "Batch":
+        """A copy on ``device``; Lightning calls it."""
+        return Batch(**{k: v.to(device, **kwargs) for k, v in self._items.items()})
+
+
+class PromptDataset(Dataset[tuple[Prompt, bool]]):
+    """Rows as prompts, rendered when asked for; every row is checked once at the start.
+
+    Item ``i`` is (prompt, is padding): numbers from ``len`` on are padding, see ``InOrderSampler``.
+
+    Args:
+        rows: of the source.
+        render: row number and row -> prompt.
+        max_prompt_tokens: longer prompts are ``overlong``; None is no limit.
+        overlong: what to do with those.
+
+    Attributes:
+        num_overlong: how many rows were too long.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        render: PromptRenderer,
+        *,
+        max_prompt_tokens: int | None = None,
+        overlong: Overlong = "error",
+    ) -> None:
+        self.rows, self.render = rows, render
+        self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
+        self.num_overlong = 0
+        self._kept = [index for index in range(len(rows)) if self._keeps(index)]
+        if not self._kept:
+            raise ValueError(
+                f"all {len(rows)} prompts of {render.source.path} are longer than max_prompt_tokens="
+                f"{max_prompt_tokens} and were dropped. Raise it, or use overlong: truncate_left."
+            )
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, item: int) -> tuple[Prompt, bool]:
+        index = self._kept[item % len(self)]
+        prompt = self.render(index, self.rows[index])
+        if self.max_prompt_tokens is not None and len(prompt.token_ids) > self.max_prompt_tokens:
+            prompt = _truncated_left(prompt, self.max_prompt_tokens, self.render.tokenizer.bos_token_id)
+        return prompt, item >= len(self)
+
+    def _keeps(self, index: int) -> bool:
+        """Check the row, count it if overlong, and say whether it stays."""
+        num_tokens = len(self.render(index, self.rows[index]).token_ids)
+        if self.max_prompt_tokens is None or num_tokens <= self.max_prompt_tokens:
+            return True
+        self.num_overlong += 1
+        if self.overlong == "error":
+            raise ValueError(
+                f"row {index} (counted from 0) of {self.render.source.path} has {num_tokens} tokens, more than "
+                f"max_prompt_tokens={self.max_prompt_tokens}. Raise it, or set overlong to drop or truncate_left."
+            )
+        return self.overlong == "truncate_left"
+
+
+def _truncated_left(prompt: Prompt, max_tokens: int, bos_token_id: int | None) -> Prompt:
+    """The last ``max_tokens`` tokens; a BOS at the front stays there and counts."""
+    ids = prompt.token_ids
+    head = ids[:1] if bos_token_id is not None and ids[0] == bos_token_id and max_tokens > 1 else ()
+    kept = head + ids[len(ids) - (max_tokens - len(head)) :]
+    return Prompt(prompt.index, kept, prompt.text, prompt.messages, prompt.columns)
+
+
+class PromptDataModule(LightningDataModule):
+    """Serves prompts: ``batch["prompts"]`` is a ``PromptBatch``, ``batch["is_padding"]`` marks repeated rows.
+
+    The tokenizer is that of the module (``module.tokenizer``), there when ``setup`` runs.
+
+    Args:
+        train: prompts to train on.
+        validation: prompts for validation; none if not given.
+        test: prompts for the test subcommand.
+        predict: prompts for the predict subcommand.
+        prompts_per_step: P, prompts of one training step over ALL ranks; the world size must divide it.
+        val_prompts_per_step: the same for validation, test and predict; prompts_per_step if not given.
+        system_prompt: a system message put first; it replaces the row's own, if there is one.
+        apply_chat_template: whether plain strings become a user message: always, never, or auto, which is
+            only when system_prompt or chat_template_kwargs is given. Conversations are always rendered by the
+            template.
+        chat_template_kwargs: passed to the chat template, such as enable_thinking: false.
+        max_prompt_tokens: longest prompt, special tokens included; no limit if not given.
+        overlong: what happens to a longer one: error, drop, or truncate_left, which keeps a BOS and the last
+            tokens. How many were is logged and kept in num_overlong.
+        seed: of the order of the training prompts.
+    """
+
+    def __init__(
+        self,
+        train: PromptSource | None = None,
+        validation: PromptSource | None = None,
+        test: PromptSource | None = None,
+        predict: PromptSource | None = None,
+        prompts_per_step: int = 8,
+        val_prompts_per_step: int | None = None,
+        system_prompt: str | None = None,
+        apply_chat_template: Template = "auto",
+        chat_template_kwargs: dict[str, Any] | None = None,
+        max_prompt_tokens: int | None = None,
+        overlong: Overlong = "error",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if apply_chat_template == "never" and (system_prompt is not None or chat_template_kwargs):
+            raise ValueError(
+                "apply_chat_template='never' leaves system_prompt and chat_template_kwargs without effect. Remove "
+                "them, or use 'auto'."
+            )
+        if max_prompt_tokens is not None and max_prompt_tokens < 1:
+            raise ValueError(f"max_prompt_tokens={max_prompt_tokens} must be at least 1. Use null for no limit.")
+        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.prompts_per_step = prompts_per_step
+        self.val_prompts_per_step = prompts_per_step if val_prompts_per_step is None else val_prompts_per_step
+        self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
+        self.seed = seed
+        self.num_overlong: dict[str, int] = {}
+        self._rendering: dict[str, Any] = {
+            "system_prompt": system_prompt,
+            "apply_chat_template": apply_chat_template,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        self._datasets: dict[str, PromptDataset] = {}
+
+    def prepare_data(self) -> None:
+        """Fetch what is not local, on one process per node; ``setup`` then reads the cache."""
+        for source in self.sources.values():
+            if source is not None:
+                load_rows(source)
+
+    def setup(self, stage: str) -> None:
+        """Read, render and check the prompts of ``stage`` (fit, validate, test, predict)."""
+        parts = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
+        for part in parts:
+            source = self.sources[part]
+            if source is None and not (stage == "fit" and part == "validation"):
+                raise ValueError(f"no {part} prompts are given, which '{stage}' needs. Set data.{part}.path.")
+            if source is not None and part not in self._datasets:
+                self._datasets[part] = self._dataset(part, source)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """P / world size prompts a step, shuffled, from the step on at which a resumed run stands."""
+        trainer: Any = self.trainer
+        if trainer.overfit_batches:
+            raise ValueError(
+                f"overfit_batches={trainer.overfit_batches} has no effect on the order of these prompts. Set "
+                "data.train.limit to that many prompts instead."
+            )
+        # Said on resume of every loader without a state; the order of ours needs none.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+        dataset, progress = self._datasets["train"], trainer.fit_loop.epoch_loop.batch_progress
+        sampler = PromptSampler(
+            len(dataset),
+            self.prompts_per_step,
+            seed=self.seed,
+            position=lambda: progress.total.processed,
+            **self._shard(),
+        )
+        return self._loader(dataset, sampler)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """All validation prompts in order; nothing if none are given."""
+        if "validation" in self._datasets:
+            return self._in_order("validation")
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        return []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """All test prompts in order."""
+        return self._in_order("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """All prompts to complete, in order."""
+        warnings.filterwarnings("ignore", message="You are using a custom batch sampler `InOrderSampler`")
+        return self._in_order("predict")
+
+    def _dataset(self, part: str, source: PromptSource) -> PromptDataset:
+        assert self.trainer is not None
+        tokenizer = self.trainer.lightning_module.tokenizer
+        dataset = PromptDataset(
+            load_rows(source),
+            PromptRenderer(tokenizer, source, **self._rendering),
+            max_prompt_tokens=self.max_prompt_tokens,
+            overlong=self.overlong,
+        )
+        self.num_overlong[part] = dataset.num_overlong
+        done = {"drop": "dropped", "truncate_left": "cut on the left", "error": ""}[self.overlong]
+        note = f", {dataset.num_overlong} longer than {self.max_prompt_tokens} tokens were {done}"
+        note = note if dataset.num_overlong else ""
+        rank_zero_info(f"{part}: {len(dataset)} prompts of {source.path}{note}.")
+        return dataset
+
+    def _in_order(self, part: str) -> DataLoader[Any]:
+        dataset = self._datasets[part]
+        return self._loader(dataset, InOrderSampler(len(dataset), self.val_prompts_per_step, **self._shard()))
+
+    def _shard(self) -> dict[str, int]:
+        """Rank and world size among the processes that read different data (tensor-parallel ones read the same)."""
+        assert self.trainer is not None
+        given = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        return {"rank": given["rank"], "world_size": given["num_replicas"]}
+
+    def _loader(self, dataset: PromptDataset, sampler: PromptSampler | InOrderSampler) -> DataLoader[Any]:
+        trainer: Any = self.trainer
+        if sampler.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                "use_distributed_sampler=True would split prompts that are already split over the ranks. Set "
+                "trainer.use_distributed_sampler: false."
+            )
+        pad_token_id = trainer.lightning_module.tokenizer.pad_token_id
+        if pad_token_id is None:
+            raise ValueError("the tokenizer has no pad token, which batches of prompts need. Set its pad_token.")
+        return DataLoader(dataset, batch_sampler=sampler, collate_fn=_collate_with(pad_token_id))
+
+
+def _collate_with(pad_token_id: int) -> Callable[[list[tuple[Prompt, bool]]], Batch]:
+    def collate(items: list[tuple[Prompt, bool]]) -> Batch:
+        prompts, is_padding = zip(*items, strict=True)
+        return Batch(prompts=PromptBatch.collate(prompts, pad_token_id), is_padding=torch.tensor(is_padding))
+
+    return collate

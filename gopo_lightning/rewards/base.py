@@ -1,0 +1,95 @@
+"""What a reward source is, and how a batch of completions is scored by several of them."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from gopo_lightning.structs import Prompt
+
+Scores: TypeAlias = Tensor | Iterable[float | None]
+"""N numbers: a tensor, list, tuple or NumPy array; in a list or tuple None may stand for NaN."""
+
+
+class SourceConfigError(ValueError):
+    """A source cannot work with these data or this model at all: `score` passes it on unchanged."""
+
+
+class RewardSource(ABC):
+    """Gives each completion a number; more is better. None or NaN: this completion has no valid score."""
+
+    name: str
+    """In logs and error messages."""
+
+    def setup(self, device: torch.device) -> None:  # noqa: B027 - most sources need none
+        """Load what is needed and place it on ``device``. Called once, before the first completion."""
+
+    @abstractmethod
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
+        """N scores of N completions; ``prompts[n]`` is the prompt of ``completions[n]``."""
+
+
+def score(sources: Sequence[RewardSource], prompts_N: Sequence[Prompt], completions_N: Sequence[str]) -> Tensor:
+    """rewards_NK, float32 on the CPU, one column a source; NaN where a source has no valid score.
+
+    Raises:
+        RuntimeError: a source raised, or returned something else than N numbers. The message has the source's
+            name and the first offending prompt.
+        SourceConfigError: from the source, unchanged.
+    """
+    return torch.stack([_column(source, prompts_N, completions_N) for source in sources], dim=-1)
+
+
+def _column(source: RewardSource, prompts_N: Sequence[Prompt], completions_N: Sequence[str]) -> Tensor:
+    try:
+        return _as_tensor(source(prompts_N, completions_N), len(completions_N))
+    except SourceConfigError:
+        raise
+    except Exception as error:
+        raise RuntimeError(_describe(error, source, prompts_N, completions_N)) from error
+
+
+def _as_tensor(scores: Scores, num_completions: int) -> Tensor:
+    """float32 [N] on the CPU, None → NaN; ValueError on any other shape or a value that is no number."""
+    if isinstance(scores, Tensor):
+        column = scores.detach().float().cpu()
+    elif isinstance(scores, str | bytes | Mapping | Set) or not isinstance(scores, Iterable):
+        raise ValueError(f"returned {type(scores).__name__}; return a tensor or list with one number each")
+    else:
+        column = torch.tensor([math.nan if s is None else float(s) for s in scores], dtype=torch.float32)
+    if column.shape != (num_completions,):
+        raise ValueError(
+            f"returned scores of shape {tuple(column.shape)} for {num_completions} completions; return one number each"
+        )
+    return column
+
+
+def _describe(error: Exception, source: RewardSource, prompts_N: Sequence[Prompt], completions_N: Sequence[str]) -> str:
+    row = _first_offender(error, source, prompts_N, completions_N)
+    where = "No row raises by itself; the batch's first prompt" if row is None else "First offending prompt"
+    prompt = prompts_N[row or 0]
+    return (
+        f"reward source '{source.name}' raised {type(error).__name__}: {error}\n{where}: row {prompt.index}: "
+        f"{prompt.text!r}, completion: {completions_N[row or 0]!r}"
+    )
+
+
+def _first_offender(
+    error: Exception, source: RewardSource, prompts_N: Sequence[Prompt], completions_N: Sequence[str]
+) -> int | None:
+    """The first row that also raises by itself, or None.
+
+    The run stops anyway, so calling the source once more for each row is affordable. After an error of the
+    accelerator every call may fail: then no row is looked for.
+    """
+    if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
+        return None
+    for row, (prompt, completion) in enumerate(zip(prompts_N, completions_N, strict=True)):
+        try:
+            _as_tensor(source([prompt], [completion]), 1)
+        except Exception:  # noqa: BLE001 - any error marks the row
+            return row
+    return None

@@ -1,0 +1,194 @@
+"""A reward model: any Hugging Face sequence classifier, with its own tokenizer and chat template."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+from gopo_lightning.rewards.base import RewardSource, SourceConfigError
+from gopo_lightning.rewards.loading import (
+    Dtype,
+    Truncation,
+    encode,
+    load_classifier,
+    load_tokenizer,
+    max_length_of,
+    pad,
+    set_pad_token,
+)
+from gopo_lightning.structs import Prompt
+
+OutputField: TypeAlias = Literal["logits", "score"]
+Template: TypeAlias = Literal["auto", "chat", "plain"]
+
+
+class SequenceClassifierReward(RewardSource):
+    """Scores completions with a frozen sequence classifier from Hugging Face.
+
+    The model gets its own tokens: prompt and completion are rendered as text with its own chat template, and
+    tokenized with its own tokenizer. Scores are float32; completions are sorted by length, so that a
+    micro-batch has little padding.
+
+    Args:
+        model: hub name, local folder, or `packaged:NAME`.
+        revision: branch, tag or commit on the hub.
+        tokenizer: hub name or folder of the tokenizer; the model's own when null.
+        dtype: of the weights. The head computes in float32 in any case: bfloat16 scores would make false
+            ties.
+        micro_batch_size: completions in one forward pass.
+        max_length: most tokens of prompt and completion; the model's own limit when null.
+        truncation: what happens above max_length. `error` stops the run, `left` drops the first tokens (keeps
+            the completion), `right` the last.
+        output_field: `logits` (a model with one label), or `score` for models whose output carries a field of
+            that name.
+        template: `chat` renders prompt and completion with the chat template, `plain` joins their texts (a
+            plain prompt directly, the messages of a conversation by newlines), `auto` is `chat` where the
+            tokenizer has a template.
+        include_prompt: false scores the completion's text alone, without a template.
+        trust_remote_code: run Python code that comes with the model. Only for sources you trust.
+        name: in logs and error messages.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        dtype: Dtype = "float32",
+        micro_batch_size: int = 32,
+        max_length: int | None = None,
+        truncation: Truncation = "error",
+        output_field: OutputField = "logits",
+        template: Template = "auto",
+        include_prompt: bool = True,
+        trust_remote_code: bool = False,
+        name: str = "reward_model",
+    ) -> None:
+        _check_choice("dtype", dtype, get_args(Dtype))
+        _check_choice("truncation", truncation, get_args(Truncation))
+        _check_choice("output_field", output_field, get_args(OutputField))
+        _check_choice("template", template, get_args(Template))
+        if micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={micro_batch_size}: at least one completion goes in a pass. Use 32.")
+        if template == "chat" and not include_prompt:
+            raise ValueError(
+                "template='chat' with include_prompt=False: a completion alone has no chat. Set template: plain."
+            )
+        self.model_name, self.revision, self.tokenizer_name, self.dtype = model, revision, tokenizer, dtype
+        self.micro_batch_size, self.max_length, self.truncation = micro_batch_size, max_length, truncation
+        self.output_field, self.template, self.include_prompt = output_field, template, include_prompt
+        self.trust_remote_code, self.name = trust_remote_code, name
+        self.model: PreTrainedModel | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+
+    def setup(self, device: torch.device) -> None:
+        """Load model and tokenizer on the first call, and place the model on ``device``.
+
+        Raises:
+            SourceConfigError: more than one label under `output_field: logits`, no pad token for
+                micro-batches, no chat template under `template: chat`.
+        """
+        if self.model is None:
+            tokenizer = load_tokenizer(self.tokenizer_name or self.model_name, self.revision, self.trust_remote_code)
+            model = load_classifier(self.model_name, self.revision, self.dtype, self.trust_remote_code)
+            self._check(model, tokenizer)
+            set_pad_token(model, tokenizer)
+            _float32_head(model)
+            self.max_length = self.max_length or max_length_of(model, tokenizer)
+            self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.model.to(device)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
+        """float32 scores [N], on the model's device.
+
+        Raises:
+            ValueError: a text longer than max_length under `truncation: error`.
+        """
+        if self.model is None or self.tokenizer is None:
+            raise RuntimeError(f"reward source '{self.name}' is not loaded; call setup(device) first")
+        texts, special_tokens = self.render(prompts, completions)
+        encoded = encode(self.tokenizer, texts, self.max_length, self.truncation, special_tokens)
+        lengths_N = [len(ids) for ids in encoded["input_ids"]]
+        order = sorted(range(len(texts)), key=lambda n: lengths_N[n])
+        scores_N = torch.empty(len(texts), dtype=torch.float32, device=self.model.device)
+        for start in range(0, len(order), self.micro_batch_size):
+            rows = order[start : start + self.micro_batch_size]
+            scores_N[rows] = self._forward(pad(self.tokenizer, encoded, rows).to(self.model.device))
+        return scores_N
+
+    def render(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> tuple[list[str], bool]:
+        """The texts that the model reads, and whether the tokenizer still has to add special tokens."""
+        if not self.include_prompt:
+            return list(completions), True
+        pairs = zip(prompts, completions, strict=True)
+        assert self.tokenizer is not None
+        if self.template == "chat" or (self.template == "auto" and self.tokenizer.chat_template):
+            return [_chat(self.tokenizer, prompt, completion) for prompt, completion in pairs], False
+        return [_plain(prompt, completion) for prompt, completion in pairs], True
+
+    def _forward(self, inputs: BatchEncoding) -> Tensor:
+        """float32 scores of one micro-batch."""
+        assert self.model is not None
+        with torch.autocast(self.model.device.type, enabled=False):
+            output = self.model(**inputs)
+        scores = getattr(output, self.output_field, None)
+        if scores is None or scores.numel() != len(inputs["input_ids"]):
+            got = "no such field" if scores is None else f"shape {tuple(scores.shape)}"
+            raise SourceConfigError(
+                f"reward source '{self.name}': output field '{self.output_field}' of {self.model_name} "
+                f"should have one number for each of {len(inputs['input_ids'])} texts, got {got}. Set "
+                "output_field to the one that has the score."
+            )
+        return scores.reshape(-1).float()
+
+    def _check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        if self.output_field == "logits" and model.config.num_labels != 1:
+            raise SourceConfigError(
+                f"reward source '{self.name}': {self.model_name} has {model.config.num_labels} labels, a "
+                "reward is one number. Use a model with num_labels=1, set output_field: score if its output "
+                "has that field, or wrap it in a FunctionReward that picks a label."
+            )
+        if self.template == "chat" and not tokenizer.chat_template:
+            raise SourceConfigError(
+                f"reward source '{self.name}': template='chat', but its tokenizer has no chat template. Set "
+                "template: plain, or tokenizer: a name or folder of one that has a template."
+            )
+        if tokenizer.pad_token_id is None and self.micro_batch_size > 1:
+            raise SourceConfigError(
+                f"reward source '{self.name}': its tokenizer has no pad token, which micro-batches of "
+                f"{self.micro_batch_size} need. Set micro_batch_size: 1, or tokenizer: a name or folder of "
+                "one with a pad token."
+            )
+
+
+def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    """ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{option}={value!r} is unknown. Use one of {list(choices)}.")
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> str:
+    """The conversation with the completion as its last turn; a plain prompt is a user's turn."""
+    messages: list[dict[str, Any]] = list(map(dict, prompt.messages or [{"role": "user", "content": prompt.text}]))
+    rendered = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": completion}], tokenize=False)
+    assert isinstance(rendered, str)
+    return rendered
+
+
+def _plain(prompt: Prompt, completion: str) -> str:
+    """A plain prompt continued by the completion; the contents of a conversation joined by newlines."""
+    if prompt.messages is None:
+        return prompt.text + completion
+    return "\n".join([*(str(message["content"]) for message in prompt.messages), completion])
+
+
+def _float32_head(model: PreTrainedModel) -> None:
+    """Let the last layer compute in float32, whatever the dtype of the others."""
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Module):
+            head.float()
+            head.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))

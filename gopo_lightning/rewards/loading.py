@@ -1,0 +1,101 @@
+"""Hugging Face sequence classifiers: loading and tokenizing, for scoring and for reward-model training."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BatchEncoding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gopo_lightning import assets
+
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16", "auto"]
+Truncation: TypeAlias = Literal["error", "left", "right"]
+
+_UNLIMITED = 1_000_000
+"""Tokenizers without a limit give a model_max_length far above this."""
+
+
+def load_classifier(
+    name: str, revision: str | None, dtype: Dtype, trust_remote_code: bool, **config: Any
+) -> PreTrainedModel:
+    """The sequence classifier ``name`` (hub, folder or `packaged:NAME`); ``config`` overrides its config."""
+    return AutoModelForSequenceClassification.from_pretrained(
+        assets.resolve(name),
+        revision=revision,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        trust_remote_code=trust_remote_code,
+        **config,
+    )
+
+
+def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer ``name``. It pads on the right: classifiers count positions from the first column."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        assets.resolve(name), revision=revision, trust_remote_code=trust_remote_code
+    )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the model's pad id the tokenizer's: decoder classifiers read the score off the last token that is
+    not it.
+    """
+    if tokenizer.pad_token_id is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def max_length_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The most tokens that both model and tokenizer take; None where neither has a limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = [n for n in (tokenizer.model_max_length, positions) if n is not None and 0 < n < _UNLIMITED]
+    return min(limits, default=None)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int | None,
+    truncation: Truncation,
+    add_special_tokens: bool = True,
+) -> BatchEncoding:
+    """Tokens of each text, unpadded, at most ``max_length``; special tokens survive truncation.
+
+    Raises:
+        ValueError: a text is longer under `truncation="error"`, or has no tokens at all.
+    """
+    cut = truncation != "error" and max_length is not None
+    if cut:
+        tokenizer.truncation_side = truncation
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=add_special_tokens,
+        truncation=cut,
+        max_length=max_length if cut else None,
+        verbose=False,
+    )
+    for text, ids in zip(texts, encoded["input_ids"], strict=True):
+        if max_length is not None and len(ids) > max_length:
+            raise ValueError(
+                f"{len(ids)} tokens exceed max_length={max_length} in the text {text[:80]!r}…. Set "
+                "truncation: left or right, a larger max_length if the model allows it, or drop long "
+                "prompts."
+            )
+        if not ids:
+            raise ValueError(f"the text {text!r} has no tokens, so there is nothing to score. Drop empty texts.")
+    return encoded
+
+
+def pad(tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding, rows: Sequence[int]) -> BatchEncoding:
+    """The ``rows`` of ``encoded`` as tensors, padded to the longest of them."""
+    columns = {key: [values[n] for n in rows] for key, values in encoded.items()}
+    if len(rows) == 1:  # nothing to pad, and the tokenizer may have no pad token
+        return BatchEncoding(columns, tensor_type="pt")
+    return tokenizer.pad(columns, return_tensors="pt")

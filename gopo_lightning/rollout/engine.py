@@ -1,0 +1,73 @@
+"""What a rollout engine is: it turns prompts into completions, each from its own random stream."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from gopo_lightning.structs import Completions, PromptBatch
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is drawn: temperature, then top-k, top-p and min-p, in this order."""
+
+    temperature: float = 1.0
+    """Divides the logits. 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Keep the fewest tokens whose probabilities reach this sum. 1 keeps all."""
+    top_k: int = 0
+    """Keep this many of the most likely tokens. 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this many times as likely as the most likely one. 0 keeps all."""
+    max_new_tokens: int = 128
+    """Most tokens of a completion, its EOS included."""
+    min_new_tokens: int = 0
+    """So many tokens come before an EOS, and at least so many before a stop string ends a completion."""
+    stop_strings: tuple[str, ...] = ()
+    """A completion ends with the token that completes any of these; they stay in its text."""
+
+    def __post_init__(self) -> None:
+        # YAML and the command line give lists
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        rules = {
+            "temperature": (self.temperature >= 0, ">= 0; 0 is greedy, 1 samples from the model as it is"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]; 1 keeps every token"),
+            "top_k": (self.top_k >= 0, ">= 0; 0 keeps every token"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]; 0 keeps every token"),
+            "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
+            "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, "in [0, max_new_tokens]"),
+            "stop_strings": (all(self.stop_strings), "non-empty strings; leave the list empty for none"),
+        }
+        for name, (ok, rule) in rules.items():
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but it must be {rule}.")
+
+    @property
+    def filters(self) -> bool:
+        """True if tokens are cut away, so that the sampler is not exactly the policy."""
+        return self.temperature == 0 or self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Samples completions; a class of this shape is named in YAML as ``engine``."""
+
+    def generate(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: PromptBatch,
+        num_completions: int,
+        sampling: SamplingConfig,
+        *,
+        seeds_N: list[int],
+        eos_token_ids: Sequence[int],
+    ) -> Completions:
+        """N = P * ``num_completions`` completions; completion n is of prompt n // G and draws from ``seeds_N[n]``.
+
+        The model's mode (train or eval) is as before when this returns, and its weights are untouched.
+        """
+        ...

@@ -1,0 +1,312 @@
+"""The rollout engine for any causal LM of transformers: our own decode loop on the policy itself.
+
+A prompt is prefilled once, whatever the number of its completions. The loop knows tokens, masks and random streams; a
+*decoder* knows the model: where keys and values live, and how a step is run.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from gopo_lightning.policy import evaluating
+from gopo_lightning.rollout.engine import SamplingConfig
+from gopo_lightning.rollout.sampling import draw
+from gopo_lightning.rollout.streams import uniforms
+from gopo_lightning.shared_prefix import PrefixCache, require_called, shared_prefix_attention, supports_shared_prefix
+from gopo_lightning.structs import Completions, PromptBatch
+
+_COMPACT_BELOW = 0.875
+
+
+class Decoder(Protocol):
+    """The model's side of the loop. Rows A are a rectangle: the same number of completions for every prompt left."""
+
+    def prefill(self) -> Tensor:
+        """Forward the prompts once; logits [P, V] of the first completion token."""
+        ...
+
+    def step(self, tokens_A: Tensor) -> Tensor:
+        """Append a token to every row; logits [A, V] of the next."""
+        ...
+
+    def keep(self, prompts_P: Tensor, rows_A: Tensor) -> None:
+        """Go on with these prompts and rows alone (indices into the present ones)."""
+        ...
+
+    def attention(self) -> AbstractContextManager[None]:
+        """The model's forward must run inside this."""
+        ...
+
+
+class ExpandedDecoder:
+    """The simple form: prefill once, expand the cache G times, decode. Works wherever transformers' own cache does."""
+
+    def __init__(self, model: nn.Module, prompts: PromptBatch, num_completions: int, max_new_tokens: int) -> None:
+        self.model, self.prompts, self.group_size = model, prompts, num_completions
+        self.mask_AS = prompts.mask_PL.long()
+        self.positions_A = prompts.mask_PL.sum(-1)
+        self.cache: Any = None
+
+    def prefill(self) -> Tensor:
+        positions_PL = (self.mask_AS.cumsum(-1) - 1).clamp(min=0)
+        logits_P1V = self._forward(self.prompts.tokens_PL, positions_PL)
+        self.cache.batch_repeat_interleave(self.group_size)
+        self.mask_AS = self.mask_AS.repeat_interleave(self.group_size, 0)
+        self.positions_A = self.positions_A.repeat_interleave(self.group_size, 0)
+        return logits_P1V[:, -1]
+
+    def step(self, tokens_A: Tensor) -> Tensor:
+        self.mask_AS = torch.cat([self.mask_AS, self.mask_AS.new_ones(len(tokens_A), 1)], -1)
+        logits_A1V = self._forward(tokens_A[:, None], self.positions_A[:, None])
+        self.positions_A = self.positions_A + 1
+        return logits_A1V[:, -1]
+
+    def keep(self, prompts_P: Tensor, rows_A: Tensor) -> None:
+        self.cache.batch_select_indices(rows_A)
+        self.mask_AS, self.positions_A = self.mask_AS[rows_A], self.positions_A[rows_A]
+
+    def attention(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=self.mask_AS,
+            position_ids=positions,
+            past_key_values=self.cache if self.cache is not None else DynamicCache(),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = output.past_key_values
+        return output.logits
+
+
+class SharedDecoder:
+    """The fast form: the prompt's keys and values exist once per prompt, whatever G (``shared_prefix.PrefixCache``)."""
+
+    def __init__(self, model: nn.Module, prompts: PromptBatch, num_completions: int, max_new_tokens: int) -> None:
+        self.model, self.prompts = model, prompts
+        self.cache = PrefixCache(prompts.mask_PL, num_completions, max_new_tokens)
+        self.positions_A = prompts.mask_PL.sum(-1).repeat_interleave(num_completions)
+
+    def prefill(self) -> Tensor:
+        positions_PL = (self.prompts.mask_PL.long().cumsum(-1) - 1).clamp(min=0)
+        logits_PV = self._forward(self.prompts.tokens_PL, positions_PL)
+        require_called(self.model, self.cache)
+        return logits_PV
+
+    def step(self, tokens_A: Tensor) -> Tensor:
+        self.cache.advance()
+        logits_AV = self._forward(tokens_A[:, None], self.positions_A[:, None])
+        self.positions_A = self.positions_A + 1
+        return logits_AV
+
+    def keep(self, prompts_P: Tensor, rows_A: Tensor) -> None:
+        self.cache.keep(prompts_P, rows_A)
+        self.positions_A = self.positions_A[rows_A]
+
+    def attention(self) -> AbstractContextManager[None]:
+        return shared_prefix_attention(self.model)
+
+    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),  # read by nobody: the cache knows the padding
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=1,
+            shared_prefix=self.cache,
+        )
+        return output.logits[:, -1]
+
+
+class TransformersEngine:
+    """Samples with the policy's own transformers forward, on the device where the policy is.
+
+    Args:
+        prefix_sharing: ``always`` keeps the prompt's keys and values once per prompt and ``never`` copies them for each
+            completion. ``auto`` shares where the model can, after comparing both on the first call, and else warns.
+        dtype: precision of sampling. ``auto`` is that of the autocast around it (the Trainer's ``precision``), or else
+            that of the weights. Linear weights of another type are copied once per rollout.
+    """
+
+    def __init__(
+        self,
+        prefix_sharing: Literal["auto", "always", "never"] = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    ) -> None:
+        if prefix_sharing not in ("auto", "always", "never"):
+            raise ValueError(f"prefix_sharing is {prefix_sharing!r}, but it must be auto, always or never.")
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {dtype!r}, but it must be auto, float32, bfloat16 or float16.")
+        self.prefix_sharing, self.dtype = prefix_sharing, dtype
+        self._shares: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: PromptBatch,
+        num_completions: int,
+        sampling: SamplingConfig,
+        *,
+        seeds_N: list[int],
+        eos_token_ids: Sequence[int],
+    ) -> Completions:
+        """See :class:`RolloutEngine`."""
+        device = next(model.parameters()).device
+        prompts = prompts.to(device)
+        writer = CompletionWriter(tokenizer, sampling, seeds_N, eos_token_ids, len(prompts), device)
+        with evaluating(model), sampling_precision(model, self._dtype(model, device)):
+            decoder = self._decoder(model, prompts, num_completions, sampling.max_new_tokens)
+            with decoder.attention():
+                logits_AV = decoder.prefill().repeat_interleave(num_completions, 0)
+                while (tokens_A := writer.write(logits_AV)) is not None:
+                    if (kept := writer.compact()) is not None:
+                        decoder.keep(*kept)
+                        tokens_A = tokens_A[kept[1]]
+                    logits_AV = decoder.step(tokens_A)
+        return writer.completions()
+
+    def _dtype(self, model: nn.Module, device: torch.device) -> torch.dtype:
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        autocast = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if autocast else next(model.parameters()).dtype
+
+    def _decoder(self, model: nn.Module, prompts: PromptBatch, num_completions: int, max_new_tokens: int) -> Decoder:
+        if self.prefix_sharing != "never":
+            shares, reason = supports_shared_prefix(model, prompts.tokens_PL.shape[1] + max_new_tokens)
+            if shares and self.prefix_sharing == "auto":
+                if model not in self._shares:
+                    self._shares[model] = decoders_agree(model, prompts)
+                shares, reason = self._shares[model], "its logits differ from those without sharing"
+            if shares:
+                return SharedDecoder(model, prompts, num_completions, max_new_tokens)
+            if self.prefix_sharing == "always":
+                name = type(model).__name__
+                raise ValueError(f"prefix_sharing is always, but {name} cannot: {reason}. Use auto or never.")
+            warnings.warn(f"each completion gets its own copy of the prompt's keys and values: {reason}", stacklevel=3)
+        return ExpandedDecoder(model, prompts, num_completions, max_new_tokens)
+
+
+def decoders_agree(model: nn.Module, prompts: PromptBatch) -> bool:
+    """Whether both decoders give the same logits on one prompt and three more tokens of two completions."""
+    prompts = prompts.select(torch.zeros(1, dtype=torch.int64))
+    tokens_3A = prompts.tokens_PL[0, -1:].expand(3, 2)
+    results = []
+    for kind in (SharedDecoder, ExpandedDecoder):
+        decoder: Decoder = kind(model, prompts, 2, 3)
+        with decoder.attention():
+            logits = [decoder.prefill(), *(decoder.step(tokens_A) for tokens_A in tokens_3A)]
+        results.append(torch.cat(logits).float())
+    shared, expanded = results
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    return bool((shared - expanded).norm() <= tolerance * (expanded - expanded.mean(-1, keepdim=True)).norm())
+
+
+@contextmanager
+def sampling_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Autocast to ``dtype`` inside, with copies of the linear weights in it; the masters come back untouched.
+
+    The numbers are those of autocast alone, which would cast every weight again for every token. Embeddings and norms
+    stay as they are, and so do sharded weights, which cannot be copied.
+    """
+    swaps = [
+        (module._parameters, name, master)
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        for name, master in module._parameters.items()
+        if master is not None and not isinstance(master, DTensor) and master.dtype != dtype
+    ]
+    try:
+        for parameters, name, master in swaps:
+            parameters[name] = nn.Parameter(master.detach().to(dtype), requires_grad=False)
+        with torch.autocast(next(model.parameters()).device.type, dtype, enabled=dtype != torch.float32):
+            yield
+    finally:
+        for parameters, name, master in swaps:
+            parameters[name] = master
+
+
+class CompletionWriter:
+    """The completions as they grow: N rows, of which A (the rectangle ``rows_PG``) are still being decoded."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingConfig,
+        seeds_N: Sequence[int],
+        eos_token_ids: Sequence[int],
+        num_prompts: int,
+        device: torch.device,
+    ) -> None:
+        N, T = len(seeds_N), sampling.max_new_tokens
+        self.tokenizer, self.sampling, self.length = tokenizer, sampling, 0
+        self.eos = torch.tensor(sorted(set(eos_token_ids)), device=device)
+        pad = tokenizer.pad_token_id
+        self.tokens_NT = torch.full((N, T), int(eos_token_ids[0]) if pad is None else int(pad), device=device)
+        self.mask_NT = torch.zeros(N, T, dtype=torch.bool, device=device)
+        self.logprobs_NT = torch.zeros(N, T, device=device)
+        self.finished_N = torch.zeros(N, dtype=torch.bool, device=device)
+        self.uniforms_NT = uniforms(seeds_N, T, device)
+        self.rows_PG = torch.arange(N, device=device).view(num_prompts, -1)
+
+    def write(self, logits_AV: Tensor) -> Tensor | None:
+        """Draw and record one token a row; None when all have ended."""
+        t, rows_A = self.length, self.rows_PG.flatten()
+        early = t < self.sampling.min_new_tokens
+        tokens_A, logprobs_A = draw(
+            logits_AV, self.uniforms_NT[rows_A, t], self.sampling, banned=self.eos if early else None
+        )
+        live_A = ~self.finished_N[rows_A]
+        rows = rows_A[live_A]
+        self.tokens_NT[rows, t] = tokens_A[live_A]
+        self.logprobs_NT[rows, t] = logprobs_A[live_A]
+        self.mask_NT[rows, t] = True
+        self.length = t + 1
+        self.finished_N[rows] = torch.isin(tokens_A[live_A], self.eos)
+        if self.sampling.stop_strings and self.length >= self.sampling.min_new_tokens:
+            self._match_stop_strings()
+        done = self.length == self.sampling.max_new_tokens or bool(self.finished_N.all())
+        return None if done else tokens_A
+
+    def compact(self) -> tuple[Tensor, Tensor] | None:
+        """Indices of the prompts and rows to go on with, when enough have ended to pay for the copy."""
+        live_PG = ~self.finished_N[self.rows_PG]
+        prompts_P = live_PG.any(-1).nonzero()[:, 0]
+        width = int(live_PG.sum(-1).max())
+        if len(prompts_P) * width > _COMPACT_BELOW * self.rows_PG.numel():
+            return None
+        # live rows first; a prompt with fewer of them is filled up with ended ones, which nobody reads
+        columns_PG = live_PG.int().argsort(dim=-1, descending=True, stable=True)[prompts_P, :width]
+        rows_A = (prompts_P[:, None] * live_PG.shape[1] + columns_PG).flatten()
+        self.rows_PG = self.rows_PG.flatten()[rows_A].view(-1, width)
+        return prompts_P, rows_A
+
+    def completions(self) -> Completions:
+        """What was written, without the columns that nobody reached."""
+        width = self.length
+        tokens_NT, mask_NT = self.tokens_NT[:, :width], self.mask_NT[:, :width]
+        rows = [row[kept].tolist() for row, kept in zip(tokens_NT.cpu(), mask_NT.cpu(), strict=True)]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return Completions(tokens_NT, mask_NT, ~self.finished_N, tuple(texts), self.logprobs_NT[:, :width])
+
+    def _match_stop_strings(self) -> None:
+        """Mark the live rows whose text now holds a stop string; only their last tokens are decoded."""
+        stops = self.sampling.stop_strings
+        window = max(len(stop.encode()) for stop in stops) + 8  # a token is a byte or more, a special one none
+        live_N = (~self.finished_N).nonzero()[:, 0]
+        tails = self.tokens_NT[live_N, max(0, self.length - window) : self.length].tolist()
+        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
+        hits = [any(stop in text for stop in stops) for text in texts]
+        self.finished_N[live_N] = torch.tensor(hits, device=live_N.device)

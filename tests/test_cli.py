@@ -1,0 +1,145 @@
+"""The command line, as a user calls it: fit, validate, predict, on one process and on two."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gopo_lightning.cli import run
+
+
+def gopo(*args: str) -> str:
+    """``python -m gopo_lightning`` in a process of its own, as DDP needs; what it printed."""
+    command = [sys.executable, "-m", "gopo_lightning", *args]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_policy: Path, prompts_file: Path) -> Path:
+    """A config of two steps."""
+    source = {"path": str(prompts_file)}
+    values = {
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "val_check_interval": 2,
+            "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(tmp_path), "name": "run"}},
+            "callbacks": [
+                {"class_path": "gopo_lightning.callbacks.ProgressBar"},
+                {"class_path": "gopo_lightning.callbacks.SampleTable", "init_args": {"every_n_steps": 1}},
+                {"class_path": "gopo_lightning.callbacks.Throughput"},
+                {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/reward", "mode": "max"}},
+            ],
+        },
+        "model": {
+            "class_path": "gopo_lightning.GOPOModule",
+            "init_args": {
+                "policy": {"name": str(tiny_policy)},
+                "rewards": [
+                    {
+                        "class_path": "gopo_lightning.rewards.FunctionReward",
+                        "init_args": {"function": "tests.runs.some_invalid", "name": "vowels"},
+                    }
+                ],
+                "sampling": {"max_new_tokens": 6},
+                "num_completions": 4,
+                "eval_num_completions": 2,
+                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}},
+                "lr_schedule": "constant",
+                "warmup_steps": 0,
+            },
+        },
+        "data": {
+            "class_path": "gopo_lightning.PromptDataModule",
+            "init_args": {
+                "prompts_per_step": 4,
+                "train": source,
+                "validation": {**source, "limit": 5},
+                "predict": {**source, "limit": 5},
+            },
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_help_answers_at_once() -> None:
+    start = perf_counter()
+    text = gopo("--help")
+    assert perf_counter() - start < 1
+    assert "fit" in text and "--model.help GOPOModule" in text
+
+
+@pytest.mark.parametrize(("option", "name"), [("--model.help", "GOPOModule"), ("--data.help", "PromptDataModule")])
+def test_every_field_is_documented(option: str, name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run(["fit", option, name])
+    fields = re.split(r"\n  (?=--)", capsys.readouterr().out)[1:]
+    assert len(fields) > 10
+    for field in fields:
+        description = " ".join(field.split("(type:")[0].split())
+        assert re.search(r"[a-z]{2,} [a-z]", description.split("  ")[-1].partition(" ")[2]), field
+
+
+def test_fit_then_validate_then_predict(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(["fit", "--config", str(config), "--export_every_n_steps=1"])
+    output = capsys.readouterr().out
+    assert "step 2/2" in output and "validation" in output
+    folder = tmp_path / "run" / "version_0"
+    assert (folder / "policy" / "model.safetensors").exists() and (folder / "policy-step-1").exists()
+    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
+    run(["validate", "--config", str(config), "--ckpt_path", str(checkpoint)])
+    run(["predict", "--config", str(config), "--ckpt_path", str(checkpoint)])
+    one = read_predictions(tmp_path / "run" / "version_2")
+    assert [row["index"] for row in one] == list(range(5))
+    assert {len(row["completions"]) for row in one} == {2} and set(one[0]["rewards"]) == {"vowels"}
+    assert {reason for row in one for reason in row["finish_reasons"]} <= {"stop", "length"}
+    gopo("predict", "--config", str(config), "--ckpt_path", str(checkpoint), "--trainer.devices=2")
+    assert read_predictions(tmp_path / "run" / "version_3") == one
+
+
+def read_predictions(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks_train_like_one(config: Path, tmp_path: Path) -> None:
+    run(["fit", "--config", str(config)])
+    gopo("fit", "--config", str(config), "--trainer.devices=2", "--trainer.strategy=ddp")
+    one, two = (torch.load(next((tmp_path / "run" / f"version_{i}").rglob("*.ckpt"))) for i in (0, 1))
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][key], value, rtol=0, atol=1e-5)
+    a, b = (events(tmp_path / "run" / f"version_{i}") for i in (0, 1))
+    for tag in ("train/loss", "train/grad_norm", "reward/mean", "reward/nan_fraction", "val/reward", "val/win_rate"):
+        assert [e.value for e in b.Scalars(tag)] == pytest.approx([e.value for e in a.Scalars(tag)], abs=1e-5), tag
+
+
+def events(run: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(run))
+    accumulator.Reload()
+    return accumulator
+
+
+def test_every_tag_is_defined_in_the_docs(config: Path, tmp_path: Path) -> None:
+    loss = ["--model.init_args.loss.kl_coef=0.1", "--model.init_args.loss.clip_ceiling=4"]
+    run(["fit", "--config", str(config), *loss])
+    tags = events(tmp_path / "run" / "version_0").Tags()
+    logged = {*tags["scalars"], *tags["histograms"], *(tag.removesuffix("/text_summary") for tag in tags["tensors"])}
+    table = Path("docs/metrics.md").read_text()
+    defined = {line.split("`")[1] for line in table.splitlines() if line.startswith("| `")}
+    names = {tag.replace("/vowels/", "/<source>/") for tag in logged}
+    names = {"samples/group_<i>" if tag.startswith("samples/") else tag for tag in names}
+    assert names <= defined, sorted(names - defined)
+    missing = {
+        t for t in defined if not t.startswith(("epoch", "test/", "val/pair", "val/spearman", "val/loss"))
+    } - names
+    assert not missing, sorted(missing)

@@ -1,0 +1,95 @@
+"""Loading policies: dropout, LoRA, the reference, special tokens."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gopo_lightning.policy import (
+    PolicyConfig,
+    clip_grad_norm,
+    eos_token_ids,
+    evaluating,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    reference_of,
+)
+from tests.conftest import byte_tokenizer
+
+
+def test_dropout_is_off_in_train_mode(tmp_path: Path) -> None:
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50, resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    policy = load_policy(PolicyConfig(str(tmp_path))).train()
+    tokens = torch.arange(20)[None]
+    assert torch.equal(policy(tokens).logits, policy(tokens).logits)
+
+
+def test_lora_dropout_is_refused() -> None:
+    with pytest.raises(ValueError, match="lora_dropout=0.1"):
+        PolicyConfig("x", lora={"lora_dropout": 0.1})
+
+
+def test_lora_trains_the_adapter_alone_and_is_its_own_reference(tiny_policy: Path) -> None:
+    config = PolicyConfig(str(tiny_policy), lora={"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False})
+    policy = load_policy(config)
+    assert all(("lora_" in name) == p.requires_grad for name, p in policy.named_parameters())
+    tokens = torch.arange(10)[None]
+    base = load_reference(PolicyConfig(str(tiny_policy)))
+    with reference_of(policy, None) as reference:
+        assert torch.equal(reference(tokens).logits, base(tokens).logits)
+    assert not torch.equal(policy(tokens).logits, base(tokens).logits)
+
+
+def test_the_reference_of_a_fully_trained_policy_is_the_frozen_copy(tiny_policy: Path) -> None:
+    policy, frozen = load_policy(PolicyConfig(str(tiny_policy))), load_reference(PolicyConfig(str(tiny_policy)))
+    assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.training
+    with reference_of(policy, frozen) as reference:
+        assert reference is frozen
+    with pytest.raises(ValueError, match="load_reference"), reference_of(policy, None):
+        pass
+
+
+def test_pad_falls_back_to_eos_and_without_either_it_is_an_error(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "eos")
+    assert load_tokenizer(PolicyConfig(str(tmp_path / "eos"))).pad_token == "<eos>"
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match="neither a pad nor an EOS token"):
+        load_tokenizer(PolicyConfig(str(tmp_path / "none")))
+
+
+def test_chat_template_of_the_config_replaces_the_tokenizers(tiny_policy: Path) -> None:
+    tokenizer = load_tokenizer(PolicyConfig(str(tiny_policy), chat_template="{{ messages[0]['content'] }}!"))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+
+
+def test_all_eos_ids_end_a_completion(tiny_policy: Path) -> None:
+    policy = load_policy(PolicyConfig(str(tiny_policy)))
+    tokenizer = load_tokenizer(PolicyConfig(str(tiny_policy)))
+    assert eos_token_ids(policy, tokenizer) == (tokenizer.eos_token_id,)
+    policy.generation_config.eos_token_id = [5, tokenizer.eos_token_id, 7]
+    assert eos_token_ids(policy, tokenizer) == (5, tokenizer.eos_token_id, 7)
+    policy.generation_config.eos_token_id = None
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="EOS"):
+        eos_token_ids(policy, tokenizer)
+
+
+def test_evaluating_restores_the_mode() -> None:
+    model = torch.nn.Linear(1, 1).train()
+    with pytest.raises(RuntimeError), evaluating(model):
+        assert not model.training
+        raise RuntimeError
+    assert model.training
+
+
+def test_clip_grad_norm_scales_to_the_limit() -> None:
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert clip_grad_norm(model, 1.0).item() == 5
+    torch.testing.assert_close(model.weight.grad, torch.tensor([[0.6, 0.8]]))

@@ -60,6 +60,9 @@ class LossConfig:
     expected gradient is zero."""
     mask_truncated: bool = False
     """Leave completions cut off by max_new_tokens out of the loss."""
+    sampler_correction_cap: float | None = None
+    """Truncated importance sampling: where the sampler's numbers differ from the trainer's (another precision or
+    engine), each token counts min(policy / sampler, cap) times. Off by default; 2.0 is common."""
     token_weight: TokenWeight = "uniform"
     """Weight of the advantage at token t = 1, 2, ...: uniform 1, log 1/log(1+t), poly 1/sqrt(t),
     loglog 1/log(log(t+5))."""
@@ -82,6 +85,11 @@ class LossConfig:
             raise ValueError(
                 f"clip_ceiling={self.clip_ceiling} must be above 1 + clip_high = {1 + self.clip_high}, else "
                 "it acts inside the trust region. Raise it (4.0 is common) or leave it null."
+            )
+        if self.sampler_correction_cap is not None and not self.sampler_correction_cap >= 1:
+            raise ValueError(
+                f"sampler_correction_cap={self.sampler_correction_cap} must be at least 1, else it also cuts tokens on "
+                "which sampler and trainer agree. Use 2.0, or null for none."
             )
         if not 0 <= self.kl_coef < math.inf:
             raise ValueError(f"kl_coef={self.kl_coef} must be finite and at least 0. Use 0 for no KL term.")
@@ -172,6 +180,11 @@ def clipped_surrogate(ratio_NT: Tensor, advantages_NT: Tensor, config: LossConfi
     return torch.minimum(capped_NT * advantages_NT, clipped_NT * advantages_NT)
 
 
+def sampler_correction(old_logprobs_NT: Tensor, sampler_logprobs_NT: Tensor, cap: float) -> Tensor:
+    """[N, T] min(old policy / sampler, cap), detached: truncated importance sampling (Ionides 2008)."""
+    return torch.exp(old_logprobs_NT - sampler_logprobs_NT).clamp(max=cap).detach()
+
+
 def policy_loss(
     logprobs_NT: Tensor,
     old_logprobs_NT: Tensor | None,
@@ -181,6 +194,7 @@ def policy_loss(
     *,
     config: LossConfig,
     denominator: Tensor,
+    sampler_logprobs_NT: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one micro-batch (see the module docstring) and its metrics.
 
@@ -203,6 +217,11 @@ def policy_loss(
     """
     if reference_logprobs_NT is None and config.kl_coef > 0:
         raise ValueError(f"kl_coef={config.kl_coef} needs the reference's log-probs, which are missing. Set it to 0.")
+    if sampler_logprobs_NT is None and config.sampler_correction_cap is not None:
+        raise ValueError(
+            f"sampler_correction_cap={config.sampler_correction_cap} needs the sampler's log-probs, which this engine "
+            "does not give. Set it to null."
+        )
     mask_NT = mask_NT.bool()
     logprobs_NT = _clean(logprobs_NT, mask_NT)
     old_NT = logprobs_NT.detach() if old_logprobs_NT is None else _clean(old_logprobs_NT.detach(), mask_NT)
@@ -211,6 +230,9 @@ def policy_loss(
 
     ratio_NT = importance_ratio(logprobs_NT, old_NT, mask_NT, config.importance_sampling)
     loss_NT = -clipped_surrogate(ratio_NT, advantages_NT * weights_T, config)
+    if sampler_logprobs_NT is not None and config.sampler_correction_cap is not None:
+        sampler_NT = _clean(sampler_logprobs_NT, mask_NT)
+        loss_NT = loss_NT * sampler_correction(old_NT, sampler_NT, config.sampler_correction_cap)
     metrics_NT = _clip_metrics(ratio_NT.detach(), advantages_NT, config)
     if reference_logprobs_NT is not None:
         reference_NT = _clean(reference_logprobs_NT.detach(), mask_NT)

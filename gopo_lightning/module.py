@@ -293,6 +293,7 @@ class GOPOModule(LightningModule):
             mask_NT,
             config=config,
             denominator=total,
+            sampler_logprobs_NT=completions.sampler_logprobs_NT,
         )
         self.manual_backward(loss * world_size())  # DDP and FSDP average over ranks; the denominator is global
         metrics["tokens"], metrics["loss"] = mask_NT.sum(), loss.detach()

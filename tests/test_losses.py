@@ -412,3 +412,34 @@ def test_missing_reference_and_wrong_shapes_are_refused() -> None:
 def test_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         LossConfig().clip_low = 0.3
+
+
+def test_sampler_correction_weighs_tokens_by_the_truncated_ratio() -> None:
+    """Sampler probabilities 0.5, 0.2, 0.4 against the policy's 0.5, 0.5, 0.2: weights 1, min(2.5, 2), 0.5."""
+    logprobs_NT = torch.tensor([[0.5, 0.5, 0.2]]).log().requires_grad_()
+    sampler_NT = torch.tensor([[0.5, 0.2, 0.4]]).log()
+    mask_NT = torch.ones(1, 3, dtype=torch.bool)
+    loss, _ = policy_loss(
+        logprobs_NT,
+        None,
+        None,
+        torch.tensor([2.0]),
+        mask_NT,
+        config=LossConfig(sampler_correction_cap=2.0),
+        denominator=torch.tensor(1.0),
+        sampler_logprobs_NT=sampler_NT,
+    )
+    loss.backward()
+    torch.testing.assert_close(logprobs_NT.grad, torch.tensor([[-2.0, -4.0, -1.0]]))
+    with pytest.raises(ValueError, match="does not give"):
+        policy_loss(
+            logprobs_NT,
+            None,
+            None,
+            torch.tensor([2.0]),
+            mask_NT,
+            config=LossConfig(sampler_correction_cap=2.0),
+            denominator=torch.tensor(1.0),
+        )
+    with pytest.raises(ValueError, match="at least 1"):
+        LossConfig(sampler_correction_cap=0.5)

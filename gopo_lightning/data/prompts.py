@@ -1,5 +1,6 @@
 """Prompts for the policy: sources -> rows -> rendered, checked ``Prompt`` -> batches of this rank."""
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -130,7 +131,7 @@ class PromptDataModule(LightningDataModule):
         max_prompt_tokens: longest prompt, special tokens included; no limit if not given.
         overlong: what happens to a longer one: error, drop, or truncate_left, which keeps a BOS and the last
             tokens. How many were is logged and kept in num_overlong.
-        seed: of the order of the training prompts.
+        seed: of the order of the training prompts; the value of seed_everything when null.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class PromptDataModule(LightningDataModule):
         chat_template_kwargs: dict[str, Any] | None = None,
         max_prompt_tokens: int | None = None,
         overlong: Overlong = "error",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if apply_chat_template == "never" and (system_prompt is not None or chat_template_kwargs):
@@ -160,7 +161,7 @@ class PromptDataModule(LightningDataModule):
         self.prompts_per_step = prompts_per_step
         self.val_prompts_per_step = prompts_per_step if val_prompts_per_step is None else val_prompts_per_step
         self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
-        self.seed = seed
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.num_overlong: dict[str, int] = {}
         self._rendering: dict[str, Any] = {
             "system_prompt": system_prompt,

@@ -1,0 +1,121 @@
+"""What a forward carries: whole groups in packed rows (training), or one token of each completion (decoding)."""
+
+import torch
+from torch import Tensor
+
+from gopo_lightning.shared_prefix.attention import (
+    attend_completions,
+    attend_prompt,
+    attention_mask,
+    causal_bias,
+    padding_bias,
+)
+
+
+class PackedGroups:
+    """The layout of packed rows of whole groups, and their attention.
+
+    Args:
+        prompt_mask_PL: bool, True on real tokens.
+        group_size: G.
+        num_tokens: T, the width of each completion.
+    """
+
+    # a plain class on purpose: FSDP takes dataclass arguments apart to cast what is in them
+
+    def __init__(self, prompt_mask_PL: Tensor, group_size: int, num_tokens: int) -> None:
+        self.group_size, self.num_tokens, self.prompt_tokens = group_size, num_tokens, prompt_mask_PL.shape[1]
+        self.prompt_mask_PL = prompt_mask_PL
+        self.prompt_mask_P1LL = attention_mask(prompt_mask_PL)
+        self.prompt_bias_P11L = padding_bias(prompt_mask_PL)
+        self.suffix_bias_TT = causal_bias(num_tokens, prompt_mask_PL.device)
+        self.num_calls = 0
+        """Layers that came by; 0 after a forward means that the model ignores its attention implementation."""
+
+    def attend(
+        self, layer: int, query_PHSD: Tensor, key_PKSD: Tensor, value_PKSD: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """The attention's output, [P, H, S, D]."""
+        G, T, L, K = self.group_size, self.num_tokens, self.prompt_tokens, key_PKSD.shape[1]
+        key, key_PKGTD = key_PKSD[:, :, :L], key_PKSD[:, :, L:].unflatten(2, (G, T))
+        value, value_PKGTD = value_PKSD[:, :, :L], value_PKSD[:, :, L:].unflatten(2, (G, T))
+        query_PKRGTD = query_PHSD[:, :, L:].unflatten(1, (K, -1)).unflatten(3, (G, T))
+        prompt_PHLD = attend_prompt(query_PHSD[:, :, :L], key, value, self.prompt_mask_P1LL, scale, softcap)
+        completion_PKGRTD = attend_completions(
+            query_PKRGTD.transpose(2, 3),
+            (key, value),
+            (key_PKGTD, value_PKGTD),
+            self.prompt_bias_P11L,
+            self.suffix_bias_TT,
+            scale,
+            softcap,
+        )
+        return torch.cat([prompt_PHLD, completion_PKGRTD.transpose(2, 3).flatten(1, 2).flatten(2, 3)], 2)
+
+
+class PrefixCache:
+    """Keys and values of a rollout: the prompts' once per prompt, the completions' in buffers filled token by token.
+
+    Args:
+        prompt_mask_PL: bool, True on real tokens.
+        group_size: G.
+        max_new_tokens: T, the width of the buffers.
+    """
+
+    def __init__(self, prompt_mask_PL: Tensor, group_size: int, max_new_tokens: int) -> None:
+        self.group_size, self.max_new_tokens = group_size, max_new_tokens
+        self.prompt_mask_P1LL: Tensor | None = attention_mask(prompt_mask_PL)
+        self.prompt_bias_P11L = padding_bias(prompt_mask_PL)
+        self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
+        self.suffixes: dict[int, tuple[Tensor, Tensor]] = {}
+        self.num_tokens = 0
+        """Completion tokens written so far, by each row; ``advance`` before each decoding step."""
+        self.num_calls = 0
+        """As in ``PackedGroups``."""
+
+    def advance(self) -> None:
+        """The next forward carries one more token of each completion."""
+        self.num_tokens += 1
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """[P, H, L, D] for the prompts, then [P*G, H, 1, D] for each token."""
+        if self.num_tokens == 0:
+            self.prompts[layer] = key.contiguous(), value.contiguous()
+            return attend_prompt(query, key, value, self.prompt_mask_P1LL, scale, softcap)
+        prompt = self.prompts[layer]
+        P, K = prompt[0].shape[:2]
+        suffix = self._append(layer, key, value, P)
+        query_PGKR1D = query.unflatten(0, (P, -1)).unflatten(2, (K, -1))
+        output_PKGR1D = attend_completions(
+            query_PGKR1D.transpose(1, 2), prompt, suffix, self.prompt_bias_P11L, None, scale, softcap
+        )
+        return output_PKGR1D.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+    def keep(self, prompts_P: Tensor, rows_A: Tensor) -> None:
+        """Go on with these prompts, and of each with as many of these rows (indices into the present P*G)."""
+        G, width = self.group_size, len(rows_A) // len(prompts_P)
+        columns_PG = (rows_A % G).view(-1, width)
+        whole = len(prompts_P) == len(next(iter(self.prompts.values()))[0])
+        for layer, (key_PKLD, value_PKLD) in self.prompts.items():
+            if not whole:
+                self.prompts[layer] = key_PKLD[prompts_P], value_PKLD[prompts_P]
+            if layer in self.suffixes:
+                key, value = (buffer.transpose(1, 2)[prompts_P[:, None], columns_PG] for buffer in self.suffixes[layer])
+                self.suffixes[layer] = key.transpose(1, 2), value.transpose(1, 2)
+        if self.prompt_bias_P11L is not None:
+            self.prompt_bias_P11L = self.prompt_bias_P11L[prompts_P]
+        self.group_size = width
+
+    def _append(self, layer: int, key: Tensor, value: Tensor, num_prompts: int) -> tuple[Tensor, Tensor]:
+        """Write the keys and values [P*G, K, 1, D] of one token; returns all so far, [P, K, G, num_tokens, D] each."""
+        if layer not in self.suffixes:
+            self.suffixes[layer] = tuple(  # type: ignore[assignment]
+                new.new_empty(num_prompts, new.shape[1], self.group_size, self.max_new_tokens, new.shape[-1])
+                for new in (key, value)
+            )
+        for buffer, new in zip(self.suffixes[layer], (key, value), strict=True):
+            buffer[:, :, :, self.num_tokens - 1] = new[:, :, 0].unflatten(0, (num_prompts, -1)).transpose(1, 2)
+        key_PKGTD, value_PKGTD = self.suffixes[layer]
+        return key_PKGTD[..., : self.num_tokens, :], value_PKGTD[..., : self.num_tokens, :]

@@ -22,6 +22,7 @@ from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.sampling import candidates, draw, inverse_cdf
 from gopo_lightning.rollout.streams import stream_seeds, uniforms
 from gopo_lightning.rollout.transformers_engine import TransformersEngine, sampling_precision
+from gopo_lightning.shared_prefix import layouts
 from gopo_lightning.structs import Completions, Prompt, PromptBatch
 from tests.architectures import BUILDERS, SIZES, VOCAB, build, prompt_batch
 from tests.conftest import byte_tokenizer
@@ -310,12 +311,10 @@ def test_auto_shares_where_it_can_and_says_why_where_it_cannot() -> None:
 
 
 def test_auto_falls_back_where_the_numbers_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gopo_lightning import shared_prefix
-
     model, prompts = build("llama"), prompt_batch()
     expected = generate(model, prompts, "never", 2).texts
-    original = shared_prefix.attend_completions
-    monkeypatch.setattr(shared_prefix, "attend_completions", lambda *args: original(*args) * 1.1)
+    original = layouts.attend_completions
+    monkeypatch.setattr(layouts, "attend_completions", lambda *args: original(*args) * 1.1)
     with pytest.warns(UserWarning, match="logits differ"):
         assert generate(model, prompts, "auto", 2).texts == expected
 

@@ -419,7 +419,7 @@ def test_sampler_correction_weighs_tokens_by_the_truncated_ratio() -> None:
     logprobs_NT = torch.tensor([[0.5, 0.5, 0.2]]).log().requires_grad_()
     sampler_NT = torch.tensor([[0.5, 0.2, 0.4]]).log()
     mask_NT = torch.ones(1, 3, dtype=torch.bool)
-    loss, _ = policy_loss(
+    loss, _ = losses.policy_loss(
         logprobs_NT,
         None,
         None,
@@ -432,7 +432,7 @@ def test_sampler_correction_weighs_tokens_by_the_truncated_ratio() -> None:
     loss.backward()
     torch.testing.assert_close(logprobs_NT.grad, torch.tensor([[-2.0, -4.0, -1.0]]))
     with pytest.raises(ValueError, match="does not give"):
-        policy_loss(
+        losses.policy_loss(
             logprobs_NT,
             None,
             None,

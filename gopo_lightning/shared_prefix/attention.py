@@ -88,7 +88,7 @@ class _GroupAttention(torch.autograd.Function):
         normaliser = query.new_empty(query.shape[:-1], dtype=_wide(query))
         ctx.scale, ctx.softcap = scale, softcap
         ctx.save_for_backward(
-            query, prompt_key, prompt_value, suffix_key, suffix_value, prompt_bias, suffix_bias, output, normaliser
+            query, prompt_key, prompt_value, suffix_key, suffix_value, prompt_bias, suffix_bias, normaliser
         )
         for p, g in _parts(query, prompt_key, suffix_key):
             part = query[p, :, g]
@@ -105,41 +105,40 @@ class _GroupAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        query, prompt_key, prompt_value, suffix_key, suffix_value, prompt_bias, suffix_bias, output, normaliser = (
-            ctx.saved_tensors
-        )
-        inputs = (query, prompt_key, prompt_value, suffix_key, suffix_value)
+        *inputs, prompt_bias, suffix_bias, normaliser = ctx.saved_tensors
+        query, prompt_key, prompt_value, suffix_key, suffix_value = inputs
         d_query, d_prompt_key, d_prompt_value, d_suffix_key, d_suffix_value = grads = [
             torch.zeros_like(x) for x in inputs
         ]
-        # d score = weight * (d weight - sum of weight * d weight), and that sum is output . d output
-        offset = (_widen(grad) * output).sum(-1, keepdim=True)
         for p, g in _parts(query, prompt_key, suffix_key):
             part, d_part = query[p, :, g], grad[p, :, g]
             scores = _prompt_scores(part, prompt_key[p], _rows(prompt_bias, p), ctx.scale, ctx.softcap)
-            d_weights = _on_prompt(d_part, prompt_value[p].transpose(-1, -2))
-            weights, d_scores = _score_gradient(scores, d_weights, normaliser[p, :, g], offset[p, :, g], ctx)
-            d_prompt_value[p] += weights.flatten(2, 3).transpose(-1, -2) @ d_part.flatten(2, 3)
-            d_prompt_key[p] += d_scores.flatten(2, 3).transpose(-1, -2) @ part.flatten(2, 3)
-            d_from_prompt = _on_prompt(d_scores, prompt_key[p])
             own_scores = _suffix_scores(part, suffix_key[p, :, g], suffix_bias, ctx.scale, ctx.softcap)
-            d_weights = d_part @ suffix_value[p, :, g].transpose(-1, -2)
-            weights, d_scores = _score_gradient(own_scores, d_weights, normaliser[p, :, g], offset[p, :, g], ctx)
-            d_suffix_value[p, :, g] = weights.transpose(-1, -2) @ d_part
-            d_suffix_key[p, :, g] = d_scores.transpose(-1, -2) @ part
-            d_query[p, :, g] = d_from_prompt + d_scores @ suffix_key[p, :, g]
+            weights, own_weights = ((x - normaliser[p, :, g, :, None]).exp_() for x in (scores, own_scores))
+            d_weights = _widen(_on_prompt(d_part, prompt_value[p].transpose(-1, -2)))
+            d_own_weights = _widen(d_part @ suffix_value[p, :, g].transpose(-1, -2))
+            mean = torch.linalg.vecdot(weights, d_weights) + torch.linalg.vecdot(own_weights, d_own_weights)
+            d_products = _through_softmax(weights, d_weights, mean, scores, ctx).to(query.dtype)
+            d_own_products = _through_softmax(own_weights, d_own_weights, mean, own_scores, ctx).to(query.dtype)
+            d_prompt_value[p] += _over_group(weights.to(query.dtype), d_part)
+            d_prompt_key[p] += _over_group(d_products, part)
+            d_suffix_value[p, :, g] = own_weights.to(query.dtype).transpose(-1, -2) @ d_part
+            d_suffix_key[p, :, g] = d_own_products.transpose(-1, -2) @ part
+            d_query[p, :, g] = _on_prompt(d_products, prompt_key[p]) + d_own_products @ suffix_key[p, :, g]
         return *grads, None, None, None, None
 
 
-def _score_gradient(
-    scores: Tensor, d_weights: Tensor, normaliser: Tensor, offset: Tensor, ctx: Any
-) -> tuple[Tensor, Tensor]:
-    """The weights of ``scores``, and the gradient of the products they were made from, in the inputs' type."""
-    weights = (scores - normaliser[..., None]).exp_()
-    d_scores = _widen(d_weights).sub(offset).mul_(weights).mul_(ctx.scale)
-    if ctx.softcap is not None:
-        d_scores = d_scores * (1 - (scores.nan_to_num(neginf=0.0) / ctx.softcap) ** 2)
-    return weights.to(d_weights.dtype), d_scores.to(d_weights.dtype)
+def _through_softmax(weights: Tensor, d_weights: Tensor, mean: Tensor, scores: Tensor, ctx: Any) -> Tensor:
+    """From the gradient of the weights to that of the products of queries and keys; ``d_weights`` is overwritten."""
+    d_products = d_weights.sub_(mean[..., None]).mul_(weights).mul_(ctx.scale)
+    if ctx.softcap is None:
+        return d_products
+    return d_products * (1 - (scores / ctx.softcap).masked_fill_(scores.isinf(), 0.0) ** 2)
+
+
+def _over_group(left_PKGMX: Tensor, right_PKGMY: Tensor) -> Tensor:
+    """Sum over the rows of a group of the outer products, [P, K, X, Y]."""
+    return left_PKGMX.flatten(2, 3).transpose(-1, -2) @ right_PKGMY.flatten(2, 3)
 
 
 def _prompt_scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

@@ -46,8 +46,11 @@ class GOPOCommandLine(LightningCLI):
             self.trainer.callbacks.append(export)  # type: ignore[attr-defined]
 
 
-def run(args: list[str] | None = None) -> GOPOCommandLine:
-    """Parse ``args`` (the command line's if None), build trainer, model and data, and run the subcommand."""
+def run(args: list[str] | None = None, *, instantiate_only: bool = False) -> GOPOCommandLine:
+    """Parse ``args`` (the command line's if None), build trainer, model and data, and run the subcommand.
+
+    With ``instantiate_only`` there is no subcommand in ``args`` and nothing runs.
+    """
     _quieten()
     return GOPOCommandLine(
         LightningModule,
@@ -60,6 +63,7 @@ def run(args: list[str] | None = None) -> GOPOCommandLine:
         parser_kwargs={"default_env": False},
         seed_everything_default=0,
         args=args,
+        run=not instantiate_only,
     )
 
 

@@ -1,0 +1,50 @@
+"""Every shipped YAML is parsed and instantiated, with the models swapped for tiny ones."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch import LightningModule
+
+from gopo_lightning.cli import run
+
+CONFIGS = sorted(Path("configs").rglob("*.yaml"))
+POLICIES = [path for path in CONFIGS if path.parent.name != "strategy" and path.stem != "reward_model"]
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=str)
+def test_policy_configs_are_instantiated(path: Path, tiny_policy: Path, tmp_path: Path) -> None:
+    overrides = [
+        "--trainer.accelerator=cpu",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+        f"--model.init_args.policy.name={tiny_policy}",
+    ]
+    module = instantiate(path, *overrides)
+    module.configure_model()
+    assert module.policy.config.hidden_size == 32
+
+
+@pytest.mark.parametrize("overlay", sorted(Path("configs/strategy").glob("*.yaml")), ids=str)
+def test_strategy_overlays_change_only_the_trainer(overlay: Path) -> None:
+    assert set(yaml.safe_load(overlay.read_text())) == {"trainer"}
+
+
+def test_the_reward_model_config_is_instantiated() -> None:
+    instantiate(Path("configs/quickstart/reward_model.yaml"), "--trainer.accelerator=cpu")
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*gopo.yaml")), ids=str)
+def test_gopo_and_grpo_differ_in_one_line(path: Path) -> None:
+    gopo, grpo = (
+        path.read_text().splitlines(),
+        path.with_name(path.name.replace("gopo", "grpo")).read_text().splitlines(),
+    )
+    differences = [(a, b) for a, b in zip(gopo, grpo, strict=True) if a != b and not a.startswith("#")]
+    assert [tuple(line.split("#")[0].strip() for line in pair) for pair in differences] == [
+        ("advantage: ordinal", "advantage: grpo")
+    ]
+
+
+def instantiate(path: Path, *overrides: str) -> LightningModule:
+    """The module of a config, without running anything."""
+    return run(["--config", str(path), *overrides], instantiate_only=True).model

@@ -1,0 +1,271 @@
+"""One optimiser step here and in TRL's GRPOTrainer: the same model, prompts, group size, lengths and dtype.
+
+    pip install --no-deps trl==1.16.0        # the peer; nothing else of this project needs it
+    python scripts/benchmark_step.py --output benchmark.json
+
+Each measurement is a fresh process that makes two steps and reports the second, so that neither side is charged for
+loading or for what it does once. Processes alternate between the two sides for several rounds; what counts is the ratio
+within a round and its median. `--check` runs the same completions through both losses and compares the gradients.
+
+Completions have exactly T tokens on both sides (EOS is suppressed), the reward is a cheap function of the text, β is 0.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+SHAPES = ["4x64x48x8", "4x256x48x8", "1x1024x48x8", "4x256x128x8", "2x256x48x16"]
+
+
+def reward(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+    """The number of vowels: free, and rarely all tied."""
+    return [float(sum(character in "aeiou" for character in text)) for text in completions]
+
+
+class Shape:
+    """P prompts of L tokens, G completions of T tokens each, written PxLxTxG."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.P, self.L, self.T, self.G = (int(part) for part in text.split("x"))
+
+    def prompts(self, tokenizer: Any) -> list[str]:
+        """Texts of exactly L tokens each: a token that stands for itself, repeated."""
+        words = [" film", " movie", " story", " actor", " scene", " music", " light", " voice"]
+        texts = [words[p % len(words)] * self.L for p in range(self.P)]
+        assert all(len(tokenizer(text)["input_ids"]) == self.L for text in texts)
+        return texts
+
+
+def peak_rss_gib() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure_ours(model: str, shape: Shape, dtype: str) -> dict[str, float]:
+    """Seconds of the second step through our module and Lightning's Trainer."""
+    import lightning as L
+    import torch
+
+    from gopo_lightning import GOPOModule, PromptDataModule
+    from gopo_lightning.data.sources import PromptSource
+    from gopo_lightning.policy import PolicyConfig
+    from gopo_lightning.rewards import FunctionReward
+    from gopo_lightning.rollout import SamplingConfig
+
+    class Clock(L.Callback):
+        def __init__(self) -> None:
+            self.starts: list[float] = []
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            self.starts.append(perf_counter())
+
+    module = GOPOModule(
+        policy=PolicyConfig(model),
+        rewards=[FunctionReward("scripts.benchmark_step.reward")],
+        sampling=SamplingConfig(max_new_tokens=shape.T, min_new_tokens=shape.T),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-6),
+        num_completions=shape.G,
+        warmup_steps=0,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "prompts.jsonl"
+        texts = shape.prompts(module.tokenizer) * 2  # two steps
+        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+        data = PromptDataModule(train=PromptSource(str(path)), prompts_per_step=shape.P)
+        clock = Clock()
+        trainer = L.Trainer(
+            accelerator="cpu",
+            precision="bf16-mixed" if dtype == "bfloat16" else "32-true",
+            max_steps=2,
+            logger=False,
+            callbacks=[clock],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            inference_mode=False,
+            default_root_dir=folder,
+        )
+        trainer.fit(module, data)
+    metrics = trainer.logged_metrics
+    seconds = {phase: float(metrics[f"seconds/{phase}"]) for phase in ("rollout", "train")}
+    return {"step": clock.starts[1] - clock.starts[0], **seconds, "peak_rss_gib": peak_rss_gib()}
+
+
+def measure_trl(model: str, shape: Shape, dtype: str) -> dict[str, float]:
+    """Seconds of the second step through TRL."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOTrainer
+
+    generation: list[float] = []
+
+    class Timed(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            start = perf_counter()
+            result = super()._generate_and_score_completions(inputs)
+            generation.append(perf_counter() - start)
+            return result
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.ends.append(perf_counter())
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Timed(
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+            processing_class=(tokenizer := AutoTokenizer.from_pretrained(model, padding_side="left")),
+            reward_funcs=reward,
+            train_dataset=_trl_prompts(shape, tokenizer),
+            args=_trl_arguments(folder, shape, dtype, max_steps=2),
+            callbacks=[clock],
+        )
+        trainer.train()
+    step = clock.ends[1] - clock.ends[0]
+    return {"step": step, "rollout": generation[1], "train": step - generation[1], "peak_rss_gib": peak_rss_gib()}
+
+
+def _trl_prompts(shape: Shape, tokenizer: Any) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict({"prompt": shape.prompts(tokenizer) * 2})
+
+
+def _trl_arguments(folder: str, shape: Shape, dtype: str, **overrides: Any) -> Any:
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=shape.P * shape.G,
+        num_generations=shape.G,
+        max_completion_length=shape.T,
+        generation_kwargs={"min_new_tokens": shape.T},
+        beta=0.0,
+        loss_type="dapo",
+        learning_rate=1e-6,
+        bf16=dtype == "bfloat16",
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        **overrides,
+    )
+
+
+def check_gradients(model: str, shape: Shape) -> float:
+    """|ours - TRL's| / |TRL's| of the whole gradient in float32, for the same completions and advantages."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOTrainer
+
+    from gopo_lightning.logprobs import completion_logprobs
+    from gopo_lightning.losses import LossConfig, policy_loss
+    from gopo_lightning.structs import Completions, Prompt, PromptBatch
+
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    ids = [tokenizer(text)["input_ids"] for text in shape.prompts(tokenizer)]
+    prompts = PromptBatch.collate([Prompt(i, tuple(t[: len(t) - i]), "") for i, t in enumerate(ids)], 0)
+    generator = torch.Generator().manual_seed(0)
+    N = shape.P * shape.G
+    tokens_NT = torch.randint(10, 1000, (N, shape.T), generator=generator)
+    lengths_N = torch.randint(1, shape.T + 1, (N,), generator=generator)
+    mask_NT = torch.arange(shape.T) < lengths_N[:, None]
+    advantages_N = torch.randn(N, generator=generator)
+    total = mask_NT.sum().float()
+
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+            processing_class=tokenizer,
+            reward_funcs=reward,
+            train_dataset=_trl_prompts(shape, tokenizer),
+            args=_trl_arguments(folder, shape, "float32", max_steps=1),
+        )
+    theirs.current_gradient_accumulation_steps = 1
+    inputs = {
+        "prompt_ids": prompts.tokens_PL.repeat_interleave(shape.G, 0),
+        "prompt_mask": prompts.mask_PL.long().repeat_interleave(shape.G, 0),
+        "completion_ids": tokens_NT,
+        "completion_mask": mask_NT.long(),
+        "advantages": advantages_N,
+        "num_items_in_batch": total,
+    }
+    theirs._compute_loss(theirs.model, inputs).backward()
+    expected = torch.cat([p.grad.flatten() for p in theirs.model.parameters()])
+
+    ours = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+    completions = Completions(tokens_NT, mask_NT, torch.zeros(N, dtype=torch.bool), ("",) * N)
+    logprobs = completion_logprobs(ours, prompts, completions, shared_prefix=True).logprobs_NT
+    loss, _ = policy_loss(logprobs, None, None, advantages_N, mask_NT, config=LossConfig(), denominator=total)
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in ours.parameters()])
+    return float((gradient - expected).norm() / expected.norm())
+
+
+def fresh_process(side: str, model: str, shape: str, dtype: str) -> dict[str, float]:
+    """Measure one side in a process of its own."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, __file__, "--worker", side, "--model", model, "--shapes", shape, "--dtype", dtype]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{side} {shape} failed:\n{result.stdout}\n{result.stderr}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Alternate, print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="local folder; SmolLM2-135M from the packaged assets by default")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="PxLxTxG")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--check", action="store_true", help="compare the gradients of both losses and stop")
+    parser.add_argument("--output", type=Path, help="JSON file of every measurement")
+    parser.add_argument("--worker", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.model is None:
+        from gopo_lightning import assets
+
+        options.model = str(assets.path("smollm2-135m-instruct"))
+    if options.worker:
+        measure = measure_ours if options.worker == "ours" else measure_trl
+        print(json.dumps(measure(options.model, Shape(options.shapes[0]), options.dtype)))
+        return
+    if options.check:
+        for text in ("2x24x8x4", "3x16x12x2"):
+            print(f"{text}: relative difference of the gradients {check_gradients(options.model, Shape(text)):.1e}")
+        return
+    rows = []
+    print("shape PxLxTxG    round  ours s (rollout + train)   TRL s (rollout + train)    ratio   RSS ours / TRL GiB")
+    for text in options.shapes:
+        ratios = []
+        for round_ in range(options.rounds):
+            ours, trl = (fresh_process(side, options.model, text, options.dtype) for side in ("ours", "trl"))
+            ratios.append(trl["step"] / ours["step"])
+            rows.append({"shape": text, "round": round_, "ours": ours, "trl": trl, "ratio": ratios[-1]})
+            cells = [f"{s['step']:6.1f} ({s['rollout']:5.1f} + {s['train']:5.1f})" for s in (ours, trl)]
+            memory = f"{ours['peak_rss_gib']:.1f} / {trl['peak_rss_gib']:.1f}"
+            print(f"{text:16} {round_:5}  {cells[0]:25}  {cells[1]:25}  {ratios[-1]:6.2f}   {memory}", flush=True)
+        print(f"{text:16} median ratio {statistics.median(ratios):.2f}", flush=True)
+        if options.output:
+            options.output.write_text(json.dumps({"dtype": options.dtype, "measurements": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

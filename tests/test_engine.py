@@ -18,10 +18,11 @@ from transformers import (
 )
 
 from gopo_lightning.logprobs import completion_logprobs
+from gopo_lightning.rollout.decoders import sampling_precision
 from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.sampling import candidates, draw, inverse_cdf
 from gopo_lightning.rollout.streams import stream_seeds, uniforms
-from gopo_lightning.rollout.transformers_engine import TransformersEngine, sampling_precision
+from gopo_lightning.rollout.transformers_engine import TransformersEngine
 from gopo_lightning.shared_prefix import layouts
 from gopo_lightning.structs import Completions, Prompt, PromptBatch
 from tests.architectures import BUILDERS, SIZES, VOCAB, build, prompt_batch

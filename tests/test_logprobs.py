@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from gopo_lightning import logprobs as module
-from gopo_lightning.logprobs import check_shared_prefix, completion_logprobs
+from gopo_lightning.logprobs import check_shared_prefix, completion_logprobs, head
+from gopo_lightning.shared_prefix import PackedGroups
 from gopo_lightning.structs import Completions, PromptBatch
 from tests.architectures import (
     BUILDERS,
@@ -73,7 +73,7 @@ def test_logit_rules_are_found_and_the_model_is_left_as_it_was() -> None:
     }.items():
         model = build(name)
         completion_logprobs(model, prompt_batch(), ragged_completions())
-        rule = module._rules[model]
+        rule = head._rules[model]
         assert (rule.scale, rule.softcap) == expected
         assert "forward" not in vars(model.get_output_embeddings())
         assert getattr(model.config, "final_logit_softcapping", None) == expected[1]
@@ -91,7 +91,7 @@ def test_unknown_head_falls_back_to_the_models_own_logits() -> None:
     expected = one_by_one(model, prompts, completions, 1.0)
     for shared_prefix in (False, True):
         result = completion_logprobs(model, prompts, completions, shared_prefix=shared_prefix)
-        assert module._rules[model] is None
+        assert head._rules[model] is None
         for n, row_TV in enumerate(expected):
             expected_T = row_TV.gather(-1, completions.tokens_NT[n, : len(row_TV), None])[:, 0]
             torch.testing.assert_close(result.logprobs_NT[n, : len(row_TV)], expected_T, atol=2e-5, rtol=1e-5)
@@ -147,7 +147,7 @@ def test_gradient_of_the_head_against_finite_differences() -> None:
         up, down = (((logits_CV + s).double() / 0.6).log_softmax(-1)[range(3), targets_C] for s in (step, -step))
         numeric += step / 1e-2 * ((up - down).sum() / 2e-2)
     logits_CV.requires_grad_()
-    (logprobs_C,) = module._TokenLogprob.apply(logits_CV, targets_C, 0.6, False)
+    (logprobs_C,) = head.TokenLogprob.apply(logits_CV, targets_C, 0.6, False)
     logprobs_C.sum().backward()
     torch.testing.assert_close(logits_CV.grad, numeric, atol=2e-4, rtol=1e-3)
 
@@ -183,5 +183,5 @@ def test_check_agrees_on_a_sound_model_and_not_on_a_broken_one(monkeypatch: pyte
     assert agreement.tolerance == 1e-3
     assert all(p.grad is None for p in model.parameters())
     assert check_shared_prefix(build("gpt2").bfloat16(), prompts, completions).tolerance == 5e-2
-    monkeypatch.setattr(module.PackedGroups, "attend", lambda self, layer, query, *rest: query.cumsum(2))
+    monkeypatch.setattr(PackedGroups, "attend", lambda self, layer, query, *rest: query.cumsum(2))
     assert not check_shared_prefix(model, prompts, completions).ok

@@ -1,5 +1,7 @@
 """Sharing the prompt changes nothing but the cost: log-probs and gradients of every architecture, in every setting."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -21,12 +23,14 @@ from gopo_lightning.shared_prefix import (
     IMPLEMENTATION,
     PackedGroups,
     attend_completions,
+    attention,
     shared_prefix_attention,
     supports_shared_prefix,
 )
 from tests.architectures import (
     BUILDERS,
     SIZES,
+    VOCAB,
     build,
     gradients,
     prompt_batch,
@@ -97,22 +101,30 @@ def test_parity_in_bf16_mixed(name: str, form: str) -> None:
 def assert_no_worse_in_bf16(model: nn.Module) -> None:
     """Two roundings of the same numbers differ, so the yardstick is float32: sharing must be as near as replicating.
 
-    bf16 keeps 8 bits; in these steep models that makes up to 12 % in a gradient, in either form.
+    bf16 keeps 8 bits; in these steep models that makes 2-10 % in a gradient. Ours are 1.0 to 1.6 times SDPA's, which
+    keeps the scores in float32 where a product of bf16 matrices is rounded.
     """
+    replicated, shared = torch.tensor([bf16_errors(model, seed) for seed in range(3)]).mean(0)
+    assert shared < 2 * replicated
+    assert shared < 0.15
+
+
+def bf16_errors(model: nn.Module, seed: int) -> list[float]:
+    """Relative error of the gradient under autocast, of the replicated and of the shared form."""
+    generator = torch.Generator().manual_seed(seed)
     prompts, completions = prompt_batch(), ragged_completions()
-    weights_NT = torch.arange(completions.mask_NT.numel()).view_as(completions.mask_NT).cos()
+    tokens_NT = torch.randint(2, VOCAB, completions.tokens_NT.shape, generator=generator)
+    weights_NT = torch.randn(tokens_NT.shape, generator=generator)
 
-    def run(shared_prefix: bool, autocast: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def gradient(shared_prefix: bool, autocast: bool) -> dict[str, torch.Tensor]:
+        sampled = dataclasses.replace(completions, tokens_NT=tokens_NT)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logprobs_NT = completion_logprobs(model, prompts, completions, shared_prefix=shared_prefix).logprobs_NT
+            logprobs_NT = completion_logprobs(model, prompts, sampled, shared_prefix=shared_prefix).logprobs_NT
         (logprobs_NT * weights_NT).sum().backward()
-        return logprobs_NT.detach(), gradients(model)
+        return gradients(model)
 
-    exact, exact_grad = run(False, False)
-    replicated, replicated_grad = run(False, True)
-    shared, shared_grad = run(True, True)
-    assert (shared - exact).norm() < 1.5 * (replicated - exact).norm()
-    assert relative_difference(shared_grad, exact_grad) < 1.5 * relative_difference(replicated_grad, exact_grad) < 0.3
+    exact = gradient(False, False)
+    return [relative_difference(gradient(shared, True), exact) for shared in (False, True)]
 
 
 @pytest.mark.parametrize("lengths", [(6, 6), (1, 1), (3,)])
@@ -139,7 +151,12 @@ def test_other_completions_and_padding_do_not_matter() -> None:
     assert not torch.allclose(changed[1], expected[1])
 
 
-def test_attention_in_float64_against_a_dense_mask_and_gradcheck() -> None:
+@pytest.mark.parametrize("max_scores", [2**20, 130, 90, 1])
+def test_attention_in_float64_against_a_dense_mask_and_gradcheck(
+    max_scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one part; in a part for each prompt; for two completions of three; for each completion."""
+    monkeypatch.setattr(attention, "_MAX_SCORES", max_scores)
     torch.manual_seed(0)
     P, K, R, G, T, L, D = 2, 2, 2, 3, 2, 3, 4
     S = L + G * T
@@ -159,6 +176,18 @@ def test_attention_in_float64_against_a_dense_mask_and_gradcheck() -> None:
 
     torch.testing.assert_close(ours(query, key, value), dense(query, key, value), atol=1e-12, rtol=1e-10)
     assert torch.autograd.gradcheck(ours, (query, key, value), atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_fused_kernel_of_gpus_computes_the_same(softcap: float | None) -> None:
+    """Its uncompiled form runs on a CPU too, forward only."""
+    torch.manual_seed(0)
+    P, K, R, G, T, L, D = 2, 2, 2, 3, 5, 7, 16
+    packed = PackedGroups(torch.arange(L) >= torch.tensor([[3], [0]]), G, T)
+    query, key, value = (torch.randn(P, heads, L + G * T, D) for heads in (K * R, K, K))
+    fused = packed.attend_fused(query, key, value, 0.3, softcap)
+    plain = packed.attend(0, query, key, value, 0.3, softcap)
+    torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_prompt_is_not_expanded() -> None:

@@ -104,7 +104,7 @@ class _GroupAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         *inputs, prompt_bias, suffix_bias, normaliser = ctx.saved_tensors
         query, prompt_key, prompt_value, suffix_key, suffix_value = inputs
         d_query, d_prompt_key, d_prompt_value, d_suffix_key, d_suffix_value = grads = [

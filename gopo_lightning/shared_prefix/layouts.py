@@ -1,7 +1,12 @@
 """What a forward carries: whole groups in packed rows (training), or one token of each completion (decoding)."""
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from gopo_lightning.shared_prefix.attention import (
     attend_completions,
@@ -29,6 +34,7 @@ class PackedGroups:
         self.prompt_mask_P1LL = attention_mask(prompt_mask_PL)
         self.prompt_bias_P11L = padding_bias(prompt_mask_PL)
         self.suffix_bias_TT = causal_bias(num_tokens, prompt_mask_PL.device)
+        self._block_mask: BlockMask | None = None
         self.num_calls = 0
         """Layers that came by; 0 after a forward means that the model ignores its attention implementation."""
 
@@ -36,6 +42,8 @@ class PackedGroups:
         self, layer: int, query_PHSD: Tensor, key_PKSD: Tensor, value_PKSD: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
         """The attention's output, [P, H, S, D]."""
+        if query_PHSD.is_cuda:
+            return self.attend_fused(query_PHSD, key_PKSD, value_PKSD, scale, softcap)
         G, T, L, K = self.group_size, self.num_tokens, self.prompt_tokens, key_PKSD.shape[1]
         key, key_PKGTD = key_PKSD[:, :, :L], key_PKSD[:, :, L:].unflatten(2, (G, T))
         value, value_PKGTD = value_PKSD[:, :, :L], value_PKSD[:, :, L:].unflatten(2, (G, T))
@@ -51,6 +59,44 @@ class PackedGroups:
             softcap,
         )
         return torch.cat([prompt_PHLD, completion_PKGRTD.transpose(2, 3).flatten(1, 2).flatten(2, 3)], 2)
+
+    def attend_fused(
+        self, query_PHSD: Tensor, key_PKSD: Tensor, value_PKSD: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """The same by FlexAttention: one kernel over the packed rows that skips the blocks no query may see."""
+        if self._block_mask is None:
+            self._block_mask = self._blocks(len(query_PHSD), query_PHSD.shape[2])
+        return _flex_attention(query_PHSD.is_cuda)(
+            query_PHSD,
+            key_PKSD,
+            value_PKSD,
+            score_mod=None if softcap is None else _capped(softcap),
+            block_mask=self._block_mask,
+            scale=scale,
+            enable_gqa=True,
+        )
+
+    def _blocks(self, num_prompts: int, size: int) -> BlockMask:
+        L, T, mask_PL = self.prompt_tokens, self.num_tokens, self.prompt_mask_PL
+
+        def visible(p: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            in_prompt = (key < L) & mask_PL[p, key.clamp(max=L - 1)]
+            in_own = (key >= L) & ((query - L) // T == (key - L) // T)
+            return ((query >= key) & (in_prompt | in_own)) | (query == key)
+
+        return create_block_mask(visible, num_prompts, None, size, size, device=mask_PL.device)
+
+
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    def cap(score: Tensor, *_: Tensor) -> Tensor:
+        return (score / softcap).tanh() * softcap
+
+    return cap
+
+
+@cache
+def _flex_attention(compiled: bool) -> Any:
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
 class PrefixCache:

@@ -1,0 +1,76 @@
+"""Both forms on a small group of the real model: may the shared one stand in for the replicated one?"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gopo_lightning.logprobs.completion import completion_logprobs
+from gopo_lightning.logprobs.head import logit_rule
+from gopo_lightning.structs import Completions, PromptBatch
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the shared-prefix form is from the replicated one."""
+
+    logprobs: float
+    """Mean absolute difference of the log-probs, in nats."""
+    gradient: float
+    """Norm of the difference of the gradients by the norm of the gradient."""
+    tolerance: float
+    """Most that either may be: 1e-3 in float32, 5e-2 in a shorter type."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the shared form may stand in for the other."""
+        return max(self.logprobs, self.gradient) <= self.tolerance  # False for NaN
+
+
+def check_shared_prefix(
+    model: nn.Module, prompts: PromptBatch, completions: Completions, *, temperature: float = 1.0
+) -> Agreement:
+    """Both forms on a small group each of the first two prompts, outside autocast, in the model's present mode.
+
+    The gradient is that of the input embeddings, at each position: it has come back through every layer, whether the
+    weights are sharded, frozen under LoRA or not, and no parameter's ``grad`` is touched. All ranks must call this.
+    """
+    P, G = len(prompts), len(completions) // len(prompts)
+    few_P = torch.arange(min(P, 2))
+    rows_N = (few_P[:, None] * G + torch.arange(min(G, 2))).flatten()
+    prompts, completions = prompts.select(few_P), completions.select(rows_N)
+    with torch.enable_grad(), torch.autocast(prompts.tokens_PL.device.type, enabled=False):
+        logprobs, gradient, dtype = _embedding_gradient(model, prompts, completions, temperature, False)
+        shared_logprobs, shared_gradient, _ = _embedding_gradient(model, prompts, completions, temperature, True)
+    return Agreement(
+        logprobs=float((logprobs - shared_logprobs).abs().sum() / completions.mask_NT.sum()),
+        gradient=float((gradient - shared_gradient).norm() / gradient.norm()),
+        tolerance=1e-3 if dtype == torch.float32 else 5e-2,
+    )
+
+
+def _embedding_gradient(
+    model: nn.Module, prompts: PromptBatch, completions: Completions, temperature: float, shared: bool
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Log-probs [N, T], the gradient of a fixed sum of them by the embeddings of both forms' tokens, their dtype."""
+    leaves: list[Tensor] = []
+
+    def detach(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    logit_rule(model, prompts.tokens_PL[:1, -1:])  # its forward is not to be seen by the hook
+    handle = model.get_input_embeddings().register_forward_hook(detach)  # type: ignore[operator]
+    try:
+        result = completion_logprobs(model, prompts, completions, temperature=temperature, shared_prefix=shared)
+    finally:
+        handle.remove()
+    logprobs_NT = result.logprobs_NT
+    weights_NT = torch.arange(logprobs_NT.numel(), device=logprobs_NT.device).view_as(logprobs_NT).cos()
+    (grad,) = torch.autograd.grad((logprobs_NT * weights_NT).sum(), leaves)
+    (P, L), (N, T) = prompts.tokens_PL.shape, logprobs_NT.shape
+    # the gradients of a prompt's copies add up
+    prompt = grad[:, :L] if shared else grad[:, :L].unflatten(0, (P, N // P)).sum(1)
+    completion = grad[:, L:].reshape(N, T, -1)
+    return logprobs_NT.detach(), torch.cat([prompt.flatten(), completion.flatten()]).float(), leaves[0].dtype

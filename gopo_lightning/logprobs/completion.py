@@ -1,0 +1,98 @@
+"""Log-probabilities of completions, from one forward of the policy in either form."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gopo_lightning.logprobs.head import TokenReader, logit_rule, read_logprobs
+from gopo_lightning.shared_prefix import PackedGroups, require_called, shared_prefix_attention
+from gopo_lightning.structs import Completions, PromptBatch
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """What the losses read of a forward pass; 0 outside the completions' mask."""
+
+    logprobs_NT: Tensor
+    """float32, differentiable."""
+    entropy_NT: Tensor | None = None
+    """float32 in nats, of the distribution at the temperature, detached; None unless asked for."""
+
+
+def completion_logprobs(
+    model: nn.Module,
+    prompts: PromptBatch,
+    completions: Completions,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    shared_prefix: bool = False,
+    chunk_tokens: int = 512,
+) -> TokenLogprobs:
+    """Log-probabilities of ``completions`` given ``prompts`` at ``temperature`` (0 counts as 1, as in the sampler).
+
+    ``model`` is a causal LM of transformers or a PeftModel; ``chunk_tokens`` bounds the tokens whose logits over the
+    vocabulary exist at once. Runs under grad or no_grad, autocast, gradient checkpointing, in train or eval mode.
+    """
+    if len(completions) % len(prompts):
+        raise ValueError(
+            f"{len(completions)} completions of {len(prompts)} prompts are no whole groups; select by prompt."
+        )
+    pack = _pack_shared if shared_prefix else _pack_replicated
+    inputs, index_NT = pack(prompts, completions)
+    mask_NT = completions.mask_NT
+    reader = TokenReader(
+        index_NT[mask_NT], completions.tokens_NT[mask_NT], temperature or 1.0, with_entropy, chunk_tokens
+    )
+    rule = logit_rule(model, prompts.tokens_PL[:1, -1:])
+    with shared_prefix_attention(model) if shared_prefix else nullcontext():
+        result_KM = read_logprobs(model, inputs, reader, rule)
+    if shared_prefix:
+        require_called(model, inputs["shared_prefix"])
+    logprobs_NT, *entropy = (
+        torch.zeros(mask_NT.shape, device=mask_NT.device).masked_scatter(mask_NT, row_M) for row_M in result_KM
+    )
+    return TokenLogprobs(logprobs_NT, entropy[0].detach() if entropy else None)
+
+
+def _pack_replicated(prompts: PromptBatch, completions: Completions) -> tuple[dict[str, Any], Tensor]:
+    """Arguments of the forward, and where in the last T + 1 positions of its rows each token is predicted."""
+    N, T = completions.tokens_NT.shape
+    G = N // len(prompts)
+    mask = torch.cat([prompts.mask_PL.repeat_interleave(G, 0), completions.mask_NT], 1)
+    inputs = {
+        "input_ids": torch.cat([prompts.tokens_PL.repeat_interleave(G, 0), completions.tokens_NT], 1),
+        "attention_mask": mask.long(),
+        "position_ids": positions(mask),
+        "logits_to_keep": T + 1,
+    }
+    index_NT = torch.arange(N * (T + 1), device=mask.device).view(N, T + 1)[:, :T]
+    return inputs, index_NT
+
+
+def _pack_shared(prompts: PromptBatch, completions: Completions) -> tuple[dict[str, Any], Tensor]:
+    """The same for one row per prompt, of whose positions the last 1 + G*T predict."""
+    (N, T), P = completions.tokens_NT.shape, len(prompts)
+    G = N // P
+    mask_PGT = completions.mask_NT.view(P, G, T)
+    suffix_positions_PGT = prompts.mask_PL.sum(-1)[:, None, None] + positions(mask_PGT)
+    inputs = {
+        "input_ids": torch.cat([prompts.tokens_PL, completions.tokens_NT.view(P, G * T)], 1),
+        # read by nobody but transformers' warning about padding: the layout is the mask
+        "attention_mask": torch.cat([prompts.mask_PL, mask_PGT.flatten(1)], 1).long(),
+        "position_ids": torch.cat([positions(prompts.mask_PL), suffix_positions_PGT.flatten(1)], 1),
+        "logits_to_keep": 1 + G * T,
+        "shared_prefix": PackedGroups(prompts.mask_PL, G, T),
+    }
+    index_PGT = torch.arange(G * T, device=mask_PGT.device).view(G, T).repeat(P, 1, 1)
+    index_PGT[:, :, 0] = 0
+    index_PGT += torch.arange(P, device=mask_PGT.device)[:, None, None] * (1 + G * T)
+    return inputs, index_PGT.view(N, T)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """int64 position of each token among the real ones of its row; padding has a valid one, which nobody reads."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)

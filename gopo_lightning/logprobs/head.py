@@ -1,0 +1,158 @@
+"""The LM head on chosen positions, chunk by chunk, entered through the model's own forward.
+
+For one forward the head is replaced by a reader of hidden states, and what the model returns as logits is the
+reader's result. Models that scale or soft-cap their logits afterwards do so by a rule, which is proved on a token.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class TokenReader:
+    """Stands in for the LM head: hidden states in, log-probs (and entropy) of M chosen tokens out, [1 or 2, M]."""
+
+    def __init__(
+        self, index_M: Tensor, targets_M: Tensor, temperature: float, with_entropy: bool, chunk_tokens: int
+    ) -> None:
+        self.index_M, self.targets_M = index_M, targets_M
+        self.temperature, self.with_entropy, self.chunk_tokens = temperature, with_entropy, chunk_tokens
+
+    def __call__(self, head: Callable[[Tensor], Tensor], hidden_BSH: Tensor) -> Tensor:
+        hidden_MH = hidden_BSH.flatten(0, 1)[self.index_M]
+        chunks = zip(hidden_MH.split(self.chunk_tokens), self.targets_M.split(self.chunk_tokens), strict=True)
+        return torch.cat([self._chunk(head, hidden_CH, targets_C) for hidden_CH, targets_C in chunks], -1)
+
+    def _chunk(self, head: Callable[[Tensor], Tensor], hidden_CH: Tensor, targets_C: Tensor) -> Tensor:
+        def run(hidden_CH: Tensor) -> Tensor:
+            return torch.stack(TokenLogprob.apply(head(hidden_CH), targets_C, self.temperature, self.with_entropy))
+
+        if not torch.is_grad_enabled():
+            return run(hidden_CH)
+        return checkpoint(run, hidden_CH, use_reentrant=False, preserve_rng_state=False)
+
+
+class TokenLogprob(torch.autograd.Function):
+    """log softmax(logits / temperature) at the targets, in float32, saving no more than the logits as they came."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_CV: Tensor, targets_C: Tensor, temperature: float, with_entropy: bool) -> Any:
+        scaled_CV = logits_CV.float() / temperature
+        normaliser_C = scaled_CV.logsumexp(-1)
+        logprobs_C = scaled_CV.gather(-1, targets_C[:, None])[:, 0] - normaliser_C
+        ctx.save_for_backward(logits_CV, targets_C, normaliser_C)
+        ctx.temperature = temperature
+        if not with_entropy:
+            return (logprobs_C,)
+        probs_CV = (scaled_CV - normaliser_C[:, None]).exp_()
+        entropy_C = normaliser_C - torch.linalg.vecdot(probs_CV, scaled_CV)
+        ctx.mark_non_differentiable(entropy_C)
+        return logprobs_C, entropy_C
+
+    @staticmethod
+    def backward(ctx: Any, grad_C: Tensor, *_: Tensor) -> Any:
+        """d/dlogits = (one-hot - softmax) / temperature."""
+        logits_CV, targets_C, normaliser_C = ctx.saved_tensors
+        grad_C1 = grad_C[:, None].float() / ctx.temperature
+        grad_CV = (logits_CV.float() / ctx.temperature).sub_(normaliser_C[:, None]).exp_().mul_(-grad_C1)
+        grad_CV.scatter_add_(-1, targets_C[:, None], grad_C1)
+        return grad_CV.to(logits_CV.dtype), None, None, None
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """What a model does to the head's output, and how to keep it from doing that to ours: a scale, then a soft cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits if self.scale == 1.0 else logits * self.scale
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+
+_rules: "WeakKeyDictionary[nn.Module, LogitRule | None]" = WeakKeyDictionary()
+
+
+def read_logprobs(model: nn.Module, inputs: dict[str, Any], reader: TokenReader, rule: LogitRule | None) -> Tensor:
+    """``reader``'s result, [1 or 2, M], by one forward of ``model``."""
+    if rule is None:
+        return reader(lambda logits: logits, model(**inputs, use_cache=False).logits)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    original = head.forward
+    with _replaced(head, lambda hidden: reader(lambda x: rule(original(x)), hidden)[None]), _uncapped(model, rule):
+        return model(**inputs, use_cache=False).logits[0] / rule.scale
+
+
+def logit_rule(model: nn.Module, tokens_11: Tensor) -> LogitRule | None:
+    """The rule of ``model``, found at the first call."""
+    if model not in _rules:
+        _rules[model] = _find_rule(model, tokens_11.to(next(model.parameters()).device))
+    return _rules[model]
+
+
+def _find_rule(model: nn.Module, tokens_11: Tensor) -> LogitRule | None:
+    """The rule under which the head's output gives the model's logits, proved on a token; None if unknown.
+
+    Known: nothing at all, the soft cap of Gemma 2, the factors of Cohere and Granite.
+    """
+    if (head := model.get_output_embeddings()) is None:  # type: ignore[operator]
+        return None
+    seen: list[Tensor] = []
+    original = head.forward
+
+    def spy(hidden: Tensor) -> Tensor:
+        seen.append(original(hidden))
+        return seen[-1]
+
+    with torch.no_grad(), _replaced(head, spy):
+        logits = model(input_ids=tokens_11, use_cache=False).logits
+        rule = _declared_rule(model)
+        if len(seen) != 1 or not _same(rule(seen[0]), logits):
+            return None
+        with _uncapped(model, rule):
+            uncapped = model(input_ids=tokens_11, use_cache=False).logits
+        return rule if _same(seen[1] * rule.scale, uncapped) else None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-5)
+
+
+def _declared_rule(model: nn.Module) -> LogitRule:
+    """By the names that models of transformers use for it."""
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return LogitRule(scale, getattr(config, "final_logit_softcapping", None))
+
+
+@contextmanager
+def _uncapped(model: nn.Module, rule: LogitRule) -> Iterator[None]:
+    """The model leaves soft-capping to us: it cannot be undone afterwards, as a factor can."""
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    if rule.softcap is not None:
+        config.final_logit_softcapping = None
+    try:
+        yield
+    finally:
+        if rule.softcap is not None:
+            config.final_logit_softcapping = rule.softcap
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """``module`` computes ``forward`` inside; its hooks (FSDP's gather) still run."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before

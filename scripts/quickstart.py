@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gopo_lightning import assets
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def gopo(*args: str) -> None:

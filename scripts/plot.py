@@ -1,0 +1,38 @@
+"""Draw TensorBoard curves of several runs into one picture, a panel a tag.
+
+python scripts/plot.py --tags val/reward val/win_rate --output docs/quickstart.png runs/quickstart/gopo-seed*
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def main() -> None:
+    """Read the event files and save the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, each with one event file")
+    parser.add_argument("--tags", nargs="+", default=["val/reward", "val/win_rate"])
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    figure, axes = plt.subplots(1, len(options.tags), figsize=(4.5 * len(options.tags), 3.2), squeeze=False)
+    for run in options.runs:
+        events = EventAccumulator(str(run))
+        events.Reload()
+        for axis, tag in zip(axes[0], options.tags, strict=True):
+            points = events.Scalars(tag)
+            axis.plot([p.step for p in points], [p.value for p in points], marker="o", markersize=3, label=run.name)
+            axis.set(title=tag, xlabel="optimiser step")
+            axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(options.output, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

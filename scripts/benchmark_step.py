@@ -45,6 +45,37 @@ class Shape:
         return texts
 
 
+def useful_flops(model: Any, shape: Shape) -> dict[str, float]:
+    """Multiply-adds times 2 that a step cannot do without: each prompt once, the head on completion tokens alone.
+
+    Forward 2 W per token and weight, backward twice that; attention 4 D per layer and pair of positions, forward.
+    """
+    P, L, T, G = shape.P, shape.L, shape.T, shape.G
+    config = model.config
+    head = config.vocab_size * config.hidden_size
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
+    weights -= 0 if config.tie_word_embeddings else head
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    pairs = P * (L * L / 2 + G * (L * T + T * T / 2))
+    forward = 2 * weights * P * (L + G * T) + 2 * head * P * G * T + 4 * width * config.num_hidden_layers * pairs
+    return {"rollout": forward, "train": 3 * forward}
+
+
+def matmul_peak() -> float:
+    """FLOP/s of a bf16 product of 2048 x 2048 matrices, median of 10, on this machine now."""
+    import torch
+
+    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(13):
+        start = perf_counter()
+        torch.mm(a, b)
+        seconds.append(perf_counter() - start)
+    return 2 * 2048**3 / statistics.median(seconds[3:])
+
+
 def peak_rss_gib() -> float:
     """Largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -63,10 +94,10 @@ def measure_ours(model: str, shape: Shape, dtype: str) -> dict[str, float]:
 
     class Clock(L.Callback):
         def __init__(self) -> None:
-            self.starts: list[float] = []
+            self.ends: list[float] = []
 
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            self.starts.append(perf_counter())
+            self.ends.append(perf_counter())
 
     module = GOPOModule(
         policy=PolicyConfig(model),
@@ -98,7 +129,16 @@ def measure_ours(model: str, shape: Shape, dtype: str) -> dict[str, float]:
         trainer.fit(module, data)
     metrics = trainer.logged_metrics
     seconds = {phase: float(metrics[f"seconds/{phase}"]) for phase in ("rollout", "train")}
-    return {"step": clock.starts[1] - clock.starts[0], **seconds, "peak_rss_gib": peak_rss_gib()}
+    peak_rss = peak_rss_gib()
+    peak = matmul_peak()
+    shares = {f"{k}_share": v / seconds[k] / peak for k, v in useful_flops(module.policy, shape).items()}
+    return {
+        "step": clock.ends[1] - clock.ends[0],
+        **seconds,
+        "peak_rss_gib": peak_rss,
+        "matmul_peak_gflops": peak / 1e9,
+        **shares,
+    }
 
 
 def measure_trl(model: str, shape: Shape, dtype: str) -> dict[str, float]:
@@ -252,7 +292,10 @@ def main() -> None:
             print(f"{text}: relative difference of the gradients {check_gradients(options.model, Shape(text)):.1e}")
         return
     rows = []
-    print("shape PxLxTxG    round  ours s (rollout + train)   TRL s (rollout + train)    ratio   RSS ours / TRL GiB")
+    print(
+        "shape PxLxTxG    round  ours s (rollout + train)   TRL s (rollout + train)    ratio   RSS ours / TRL GiB   "
+        "share of matmul peak in train"
+    )
     for text in options.shapes:
         ratios = []
         for round_ in range(options.rounds):
@@ -261,7 +304,11 @@ def main() -> None:
             rows.append({"shape": text, "round": round_, "ours": ours, "trl": trl, "ratio": ratios[-1]})
             cells = [f"{s['step']:6.1f} ({s['rollout']:5.1f} + {s['train']:5.1f})" for s in (ours, trl)]
             memory = f"{ours['peak_rss_gib']:.1f} / {trl['peak_rss_gib']:.1f}"
-            print(f"{text:16} {round_:5}  {cells[0]:25}  {cells[1]:25}  {ratios[-1]:6.2f}   {memory}", flush=True)
+            print(
+                f"{text:16} {round_:5}  {cells[0]:25}  {cells[1]:25}  {ratios[-1]:6.2f}   {memory:18}   "
+                f"{ours['train_share']:.0%} of {ours['matmul_peak_gflops']:.0f} GFLOP/s",
+                flush=True,
+            )
         print(f"{text:16} median ratio {statistics.median(ratios):.2f}", flush=True)
         if options.output:
             options.output.write_text(json.dumps({"dtype": options.dtype, "measurements": rows}, indent=1))

@@ -119,7 +119,7 @@ def main() -> None:
         f"win rate against the reference {win_rate[-1][1]:.2f}, after {reward[-1][0]} steps and "
         f"{(perf_counter() - start) / 60:.1f} minutes"
     )
-    console.print(f"TensorBoard: tensorboard --logdir {root}\nmodel: {run / 'export'}")
+    console.print(f"TensorBoard: tensorboard --logdir {root}\nmodel: {run / 'policy'}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from gopo_lightning.logprobs import completion_logprobs
-from gopo_lightning.rollout.decoders import sampling_precision
+from gopo_lightning.rollout.decoders import decoders_agree, sampling_precision
 from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.sampling import candidates, draw, inverse_cdf
 from gopo_lightning.rollout.streams import stream_seeds, uniforms
@@ -363,3 +363,13 @@ def test_bad_engine_options(options: dict[str, Any]) -> None:
 
 def test_vocabulary_of_the_fixture() -> None:
     assert build("llama").config.vocab_size == VOCAB
+
+
+def test_the_decoders_are_compared_outside_autocast() -> None:
+    """In bfloat16 two right decoders may be as far apart as a wrong one."""
+    model, seen = build(next(iter(BUILDERS))).eval(), []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    prompts = PromptBatch.collate([Prompt(0, (3, 4, 5), "")], 0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert decoders_agree(model, prompts)
+    assert seen and not any(seen)

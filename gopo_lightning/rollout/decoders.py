@@ -117,18 +117,21 @@ class SharedDecoder:
 
 
 def decoders_agree(model: nn.Module, prompts: PromptBatch) -> bool:
-    """Whether both decoders give the same logits on one prompt and three more tokens of two completions."""
+    """Whether both decoders give the same logits on one prompt and three more tokens of two completions.
+
+    Outside autocast: in bfloat16 both are right and yet up to 0.2 apart (a prompt of one repeated token), which is what
+    a wrong one might be.
+    """
     prompts = prompts.select(torch.zeros(1, dtype=torch.int64))
     tokens_3A = prompts.tokens_PL[0, -1:].expand(3, 2)
     results = []
     for kind in (SharedDecoder, ExpandedDecoder):
         decoder: Decoder = kind(model, prompts, 2, 3)
-        with decoder.attention():
+        with decoder.attention(), torch.autocast(prompts.tokens_PL.device.type, enabled=False):
             logits = [decoder.prefill(), *(decoder.step(tokens_A) for tokens_A in tokens_3A)]
         results.append(torch.cat(logits).float())
     shared, expanded = results
-    exact = next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(shared.device.type)
-    tolerance = 1e-3 if exact else 5e-2
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.3
     return bool((shared - expanded).norm() <= tolerance * (expanded - expanded.mean(-1, keepdim=True)).norm())
 
 

@@ -69,9 +69,9 @@ class TransformersEngine:
         device = next(model.parameters()).device
         prompts = prompts.to(device)
         writer = CompletionWriter(tokenizer, sampling, seeds_N, eos_token_ids, len(prompts), device)
-        with evaluating(model), sampling_precision(model, self._dtype(model, device)):
+        with evaluating(model):
             decoder = self._decoder(model, prompts, num_completions, sampling.max_new_tokens)
-            with decoder.attention():
+            with sampling_precision(model, self._dtype(model, device)), decoder.attention():
                 logits_AV = decoder.prefill().repeat_interleave(num_completions, 0)
                 while (tokens_A := writer.write(logits_AV)) is not None:
                     if (kept := writer.compact()) is not None:

@@ -2,33 +2,13 @@
 
 import sys
 
-_HELP = """\
-usage: python -m gopo_lightning {fit,validate,test,predict} --config CONFIG.yaml [--config OVERLAY.yaml] [--FIELD=VALUE]
-
-Train a language model on ranked rewards (GOPO, arXiv 2602.03876) with PyTorch Lightning.
-
-commands:
-  fit        train; --ckpt_path last resumes
-  validate   mean reward and win rate on the held-out prompts
-  test       the same on the test prompts
-  predict    write completions and rewards of the predict prompts to predictions.jsonl
-
-every field is documented:
-  python -m gopo_lightning fit --help                               trainer, export, and these commands
-  python -m gopo_lightning fit --model.help GOPOModule              algorithm, policy, loss, sampling
-  python -m gopo_lightning fit --model.help RewardModelModule       reward-model training
-  python -m gopo_lightning fit --data.help PromptDataModule         prompts
-  python -m gopo_lightning fit --data.help PreferenceDataModule     preferences
-  python -m gopo_lightning fit --model.init_args.rewards.help gopo_lightning.rewards.SequenceClassifierReward
-  python -m gopo_lightning fit --model.init_args.engine.help gopo_lightning.rollout.TransformersEngine
-  python -m gopo_lightning fit --config CONFIG.yaml --print_config  the whole configuration, defaults filled in
-"""
+from gopo_lightning.usage import COMMANDS, FIELDS
 
 
 def main() -> None:
     """Entry point of ``python -m gopo_lightning`` and of the ``gopo-lightning`` script."""
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
-        print(_HELP, end="")
+        print(COMMANDS + FIELDS, end="")
         return
     from gopo_lightning.cli import run
 

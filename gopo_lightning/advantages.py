@@ -42,6 +42,14 @@ def valid_from_wins(wins_PGG: Tensor) -> Tensor:
     return _asked(wins_PGG).any(-1)
 
 
+def net_wins(rewards_PG: Tensor) -> Tensor:
+    """(wins_i - losses_i) / (G_valid - 1) in float64, half the ordinal advantage; any leading dimensions, any G.
+
+    0 for NaN and where nothing can be compared.
+    """
+    return _margin(rewards_PG).double() / (valid(rewards_PG).sum(-1, keepdim=True) - 1).clamp(min=1)
+
+
 def ordinal(rewards_PG: Tensor, *, ties: Ties = "average") -> Tensor:
     """A_i = 2 (wins_i - losses_i) / (G_valid - 1): the rank within the group, from +2 (best) to -2 (worst).
 
@@ -62,8 +70,7 @@ def ordinal(rewards_PG: Tensor, *, ties: Ties = "average") -> Tensor:
     valid_PG = valid(rewards_PG)
     num_valid_P1 = valid_PG.sum(-1, keepdim=True)
     if ties == "average":
-        mine_PG1, other_P1G = rewards_PG.unsqueeze(-1), rewards_PG.unsqueeze(-2)
-        margin_PG = (mine_PG1 > other_P1G).sum(-1) - (mine_PG1 < other_P1G).sum(-1)  # NaN compares False
+        margin_PG = _margin(rewards_PG)
     else:
         key_PG = rewards_PG if rewards_PG.is_floating_point() else rewards_PG.double()
         best_first_PG = torch.argsort(-key_PG, dim=-1, stable=True)  # NaN sorts last
@@ -84,14 +91,22 @@ def ordinal_from_wins(wins_PGG: Tensor) -> Tensor:
         raise ValueError(f"wins have shape {tuple(wins_PGG.shape)}; a comparison matrix is [P, G, G]. Reshape it.")
     _check_groups(wins_PGG[..., 0])
     asked_PGG = _asked(wins_PGG)
-    wins_PGG = wins_PGG.double()
     outside = (wins_PGG < 0) | (wins_PGG > 1)
     if bool((outside & asked_PGG).any()):
         worst = wins_PGG[outside & asked_PGG][0].item()
         raise ValueError(f"a comparison is {worst}; it must lie in [0, 1], or be NaN where nothing was asked.")
-    wins_PGG = torch.where(wins_PGG.isnan(), 1 - wins_PGG.mT, wins_PGG)
-    margin_PGG = torch.where(asked_PGG, wins_PGG - wins_PGG.mT, 0.0)
+    margin_PGG = torch.where(asked_PGG, 2 * preferences(wins_PGG) - 1, 0.0)
     return _scaled(2 * margin_PGG.sum(-1), asked_PGG.sum(-1), asked_PGG.any(-1))
+
+
+def preferences(wins_PGG: Tensor) -> Tensor:
+    """float64 [P, G, G], antisymmetric around 1/2: (W_ij + 1 - W_ji) / 2, or what the one answer of a pair implies.
+
+    NaN where nothing was asked and on the diagonal. The mean of row i is its share of wins, (A_i + 2) / 4.
+    """
+    wins_PGG = wins_PGG.double()
+    wins_PGG = torch.where(wins_PGG.isnan(), 1 - wins_PGG.mT, wins_PGG)
+    return torch.where(_asked(wins_PGG), (wins_PGG + 1 - wins_PGG.mT) / 2, torch.nan)
 
 
 def grpo(rewards_PG: Tensor) -> Tensor:
@@ -199,6 +214,12 @@ def _check_groups(rewards_PG: Tensor) -> None:
             f"a group has {rewards_PG.shape[1]} completion(s); an advantage compares completions of one "
             "prompt, so it needs at least 2. Raise the number of completions per prompt."
         )
+
+
+def _margin(rewards_PG: Tensor) -> Tensor:
+    """int64 wins_i - losses_i; NaN neither wins nor loses, for it compares False."""
+    mine_PG1, other_P1G = rewards_PG.unsqueeze(-1), rewards_PG.unsqueeze(-2)
+    return (mine_PG1 > other_P1G).sum(-1) - (mine_PG1 < other_P1G).sum(-1)
 
 
 def _asked(wins_PGG: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
 """Refuses, before anything is loaded, what the module would otherwise have to ignore."""
 
+from collections.abc import Sequence
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from gopo_lightning.rewards import Source
 from gopo_lightning.rollout.engine import SamplingConfig
 
 
@@ -11,6 +14,15 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+
+
+def check_sources(sources: Sequence[Source]) -> None:
+    """At least one, and each with a name of its own, under which it is logged."""
+    if not sources:
+        raise ValueError("rewards is empty: name at least one reward source")
+    names = [source.name for source in sources]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{doubled} names several reward sources, which share their curves then; set `name` of each")
 
 
 def check_trainer(trainer: Trainer, *, updates_per_rollout: int, policy_dtype: str) -> None:

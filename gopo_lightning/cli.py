@@ -4,15 +4,19 @@ import logging
 import os
 import sys
 import warnings
+from typing import Any
 
 import transformers
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gopo_lightning import data, module, reward_model  # noqa: F401  (registers the short class names)
 from gopo_lightning.callbacks import ExportHF
+from gopo_lightning.checkpoints import last_of
 from gopo_lightning.module import GOPOModule
+from gopo_lightning.usage import FIELDS
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -23,6 +27,12 @@ TRAINER_DEFAULTS = {
     "check_val_every_n_epoch": None,  # val_check_interval counts batches across epochs
     "log_every_n_steps": 1,
 }
+
+
+class _Parser(LightningArgumentParser):
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Ends with the commands that show every field, which subclass mode would leave unsaid."""
+        return f"{super().format_help(*args, **kwargs)}\n{FIELDS}"
 
 
 class GOPOCommandLine(LightningCLI):
@@ -44,6 +54,26 @@ class GOPOCommandLine(LightningCLI):
             options = self.config["fit"]
             export = ExportHF(options["export_dir"], options["export_every_n_steps"])
             self.trainer.callbacks.append(export)  # type: ignore[attr-defined]
+        self._find_last("fit")
+
+    def before_validate(self) -> None:
+        self._find_last("validate")
+
+    def before_test(self) -> None:
+        self._find_last("test")
+
+    def before_predict(self) -> None:
+        self._find_last("predict")
+
+    def _find_last(self, subcommand: str) -> None:
+        """``--ckpt_path last`` is the newest whole checkpoint of all versions of this run."""
+        options = self.config_init[subcommand]
+        if options.get("ckpt_path") != "last":
+            return
+        options["ckpt_path"] = path = last_of(self.trainer)
+        if path is None and subcommand != "fit":
+            raise ValueError("--ckpt_path last, but this run has no whole checkpoint yet; name a file")
+        rank_zero_info(f"--ckpt_path last: {path or 'no checkpoint yet, so the run starts at step 0'}")
 
 
 def run(args: list[str] | None = None, *, instantiate_only: bool = False) -> GOPOCommandLine:
@@ -60,7 +90,7 @@ def run(args: list[str] | None = None, *, instantiate_only: bool = False) -> GOP
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         trainer_defaults=TRAINER_DEFAULTS,
-        parser_kwargs={"default_env": False},
+        parser_class=_Parser,
         seed_everything_default=0,
         args=args,
         run=not instantiate_only,

@@ -1,9 +1,12 @@
 """Pure: what is worth knowing about a rollout. Every tag is defined in docs/metrics.md."""
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
+
+from gopo_lightning.advantages import preferences
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -41,7 +44,46 @@ def reward_metrics(rewards_PGK: Tensor, rewards_PG: Tensor, names: Sequence[str]
     for k, name in enumerate(names):
         metrics[f"reward/{name}/mean"] = _mean(rewards_PGK[..., k])
         metrics[f"reward/{name}/std"] = _std(rewards_PGK[..., k])
+    for (k, first), (m, second) in combinations(enumerate(names), 2):
+        correlation_P = rank_correlation(rewards_PGK[..., k], rewards_PGK[..., m])
+        metrics[f"reward/rank_correlation/{first}-{second}"] = _mean(correlation_P)
     return metrics
+
+
+def rank_correlation(first_PG: Tensor, second_PG: Tensor) -> Tensor:
+    """Kendall's tau-b of two sources within each group, over the completions that both have scored.
+
+    sum of sign(a_i - a_j) sign(b_i - b_j) over pairs / sqrt(pairs untied in a * pairs untied in b): 1 for the same
+    order, -1 for the opposite one. NaN where either source ties all of them.
+    """
+    both_PG = ~(first_PG.isnan() | second_PG.isnan())
+    pair_PGG = both_PG[:, :, None] & both_PG[:, None, :]
+    order = [
+        ((x[:, :, None] > x[:, None, :]).double() - (x[:, :, None] < x[:, None, :]).double()) * pair_PGG
+        for x in (first_PG, second_PG)
+    ]
+    agreement_P = (order[0] * order[1]).sum((1, 2))
+    return agreement_P / (order[0].abs().sum((1, 2)) * order[1].abs().sum((1, 2))).sqrt()
+
+
+def wins_metrics(wins_PGG: Tensor, name: str) -> dict[str, Tensor]:
+    """What the comparison matrices of one source say about the source itself.
+
+    Args:
+        wins_PGG: W_ij, how surely i beats j when i is shown first; NaN where it was not asked so.
+        name: of the source.
+    """
+    preferred_PGG = preferences(wins_PGG)
+    asked_PGG = ~preferred_PGG.isnan()
+    beats_PGG, compared_PGG = (preferred_PGG > 0.5).double(), asked_PGG.double()
+    cycles, triads = (torch.einsum("pij,pjk,pki->", x, x, x) for x in (beats_PGG, compared_PGG))
+    first_PGG = wins_PGG + wins_PGG.mT - 1  # a number where both orders were asked; the diagonal is not asked
+    return {
+        f"reward/{name}/tie_fraction": (preferred_PGG == 0.5).sum() / asked_PGG.sum().clamp(min=1),
+        f"reward/{name}/cyclic_triad_fraction": 2 * cycles / triads.clamp(min=1),
+        f"reward/{name}/compared_fraction": compared_PGG.sum() / max(wins_PGG.numel() - wins_PGG[:, 0].numel(), 1),
+        f"reward/{name}/first_bias": _mean(first_PGG[asked_PGG]),
+    }
 
 
 def completion_metrics(lengths_N: Tensor, truncated_N: Tensor) -> dict[str, Tensor]:

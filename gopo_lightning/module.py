@@ -6,7 +6,6 @@ batch["experience"] ──▶ log-probs ──▶ loss ──▶ backward ──
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,15 +15,16 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from gopo_lightning import advantages
 from gopo_lightning.batching import split_groups
 from gopo_lightning.callbacks.predictions import PredictionWriter, prediction_records
+from gopo_lightning.callbacks.save_on_signal import SaveOnSignal
 from gopo_lightning.callbacks.validate_first import ValidateFirst
-from gopo_lightning.checks import check_minibatches, check_positive, check_sampling, check_trainer
+from gopo_lightning.checkpoints import TrainableState, install_atomic_saving
+from gopo_lightning.checks import check_minibatches, check_positive, check_sampling, check_sources, check_trainer
 from gopo_lightning.distributed import all_reduce_sum, gather_objects, gather_rows, world_size
 from gopo_lightning.evaluation import EvaluationMetrics
 from gopo_lightning.logprobs import TokenLogprobs, completion_logprobs
@@ -33,7 +33,6 @@ from gopo_lightning.metrics import completion_metrics, reward_metrics
 from gopo_lightning.policy import (
     Policy,
     PolicyConfig,
-    clip_grad_norm,
     eos_token_ids,
     evaluating,
     load_policy,
@@ -42,24 +41,30 @@ from gopo_lightning.policy import (
     reference_of,
 )
 from gopo_lightning.prefix_sharing import PrefixSharing, decide_prefix_sharing
-from gopo_lightning.rewards import RewardSource, combine
+from gopo_lightning.rewards import PairwiseSource, RewardSource, comparison_metrics, reads_wins
+from gopo_lightning.rewards.combine import get as combination
 from gopo_lightning.rollout import RolloutCallback, RolloutEngine, SamplingConfig, TransformersEngine
+from gopo_lightning.sharding import clip_grad_norm, reshard
+from gopo_lightning.strategies import gradient_sync, shard
 from gopo_lightning.structs import Experience
 
 
-class GOPOModule(LightningModule):
+class GOPOModule(TrainableState, LightningModule):
     """Group Ordinal Policy Optimization (arXiv 2602.03876) and its baselines.
 
     Args:
         policy: which causal LM to train.
-        rewards: the reward sources, at least one.
+        rewards: what scores the completions, or compares them with each other; at least one.
         sampling: temperature, lengths and stop conditions of the completions.
         loss: clipping, KL penalty and aggregation.
         engine: what samples the completions.
         optimizer: built on the policy's trainable parameters; AdamW by default.
-        reward_weights: one weight per source; 1 each when null.
+        combine: several sources → one reward: `weighted_sum`; `borda` adds the ranks within each source;
+            `lexicographic` lets a source only break the ties of those before it; `z_score` normalises each source
+            within the group, then adds; or the dotted path of your own function rewards_PGK → rewards_PG.
+        combine_options: keyword arguments of that function, such as `weights: [1, 0.5]`, one per source.
         advantage: `ordinal` (GOPO), `grpo`, `dr_grpo`, `rloo`, `batch`, or the dotted path of your own function
-            rewards_PG → advantages_PG.
+            rewards_PG → advantages_PG. Where the only source is pairwise, `ordinal` reads its comparison matrices.
         advantage_options: keyword arguments of that function, such as `ties: arbitrary`.
         num_completions: G, completions of one prompt in training; at least 2.
         eval_num_completions: completions of one prompt in validation, test and predict.
@@ -80,12 +85,13 @@ class GOPOModule(LightningModule):
     def __init__(
         self,
         policy: PolicyConfig,
-        rewards: list[RewardSource],
+        rewards: list[RewardSource | PairwiseSource],
         sampling: SamplingConfig,
         loss: LossConfig = LossConfig(),  # noqa: B008  (frozen)
         engine: RolloutEngine | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0),
-        reward_weights: list[float] | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
+        combine: str = "weighted_sum",
+        combine_options: dict[str, Any] | None = None,
         advantage: str = "ordinal",
         advantage_options: dict[str, Any] | None = None,
         num_completions: int = 8,
@@ -111,8 +117,7 @@ class GOPOModule(LightningModule):
         )
         if num_completions < 2:
             raise ValueError(f"num_completions={num_completions}: ranking needs at least 2 completions; use 8")
-        if not rewards:
-            raise ValueError("rewards is empty: name at least one reward source")
+        check_sources(rewards)
         self.policy_config, self.sampling, self.loss_config = policy, sampling, loss
         self.optimizer_callable, self.lr_schedule, self.warmup_steps = optimizer, lr_schedule, warmup_steps
         self.max_grad_norm, self.micro_batch_tokens = max_grad_norm, micro_batch_tokens
@@ -124,11 +129,15 @@ class GOPOModule(LightningModule):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.phase = "start"
         self.policy_is_initial = False
+        from_wins = reads_wins(rewards, advantage, advantage_options)
         self.rollout = RolloutCallback(
             engine or TransformersEngine(),
             rewards,
-            combine=combine.get("weighted_sum", num_sources=len(rewards), weights=reward_weights),
-            advantage=advantages.get(advantage, all_reduce=all_reduce_sum, **(advantage_options or {})),
+            combine=combination(combine, num_sources=len(rewards), **(combine_options or {})),
+            advantage=advantages.ordinal_from_wins
+            if from_wins
+            else advantages.get(advantage, all_reduce=all_reduce_sum, **(advantage_options or {})),
+            from_wins=from_wins,
             sampling=sampling,
             num_completions=num_completions,
             eval_num_completions=eval_num_completions,
@@ -136,7 +145,7 @@ class GOPOModule(LightningModule):
         )
         self.policy: Policy = cast(Policy, None)  # see configure_model
         self._frozen: dict[str, PreTrainedModel] = {}  # a dict hides it from state_dict, checkpoints and the strategy
-        self.eval_metrics = EvaluationMetrics()
+        self.eval_metrics = EvaluationMetrics(self.reward_names)
 
     # ------------------------------------------------------------------ set-up
 
@@ -168,11 +177,11 @@ class GOPOModule(LightningModule):
         check_trainer(self.trainer, updates_per_rollout=self.updates_per_rollout, policy_dtype=self.policy_config.dtype)
         if self.trainer.state.fn == "fit":
             check_sampling(self.sampling, updates_per_rollout=self.updates_per_rollout)
-        return [self.rollout, ValidateFirst(), PredictionWriter()]
+        return [SaveOnSignal(), self.rollout, ValidateFirst(), PredictionWriter()]
 
     def configure_model(self) -> None:
         if cast(Policy | None, self.policy) is None:
-            self.policy = load_policy(self.policy_config)
+            self.policy = shard(load_policy(self.policy_config), self._trainer)
             self.policy_is_initial = True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -181,6 +190,7 @@ class GOPOModule(LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self._reads_reference and self.policy_config.lora is None and not self._frozen:
             self._frozen["reference"] = load_reference(self.policy_config)
+        install_atomic_saving(self.trainer)
         if stage == "fit":
             check_minibatches(self.trainer, self.num_minibatches)
 
@@ -212,6 +222,7 @@ class GOPOModule(LightningModule):
             self._shares_prefix = decide_prefix_sharing(
                 self.prefix_sharing, self.policy, experience, self.sampling.temperature
             )
+            reshard(self.policy)
         old = reference = None
         if self.updates_per_rollout > 1:
             old = self._frozen_logprobs(self.policy, experience)
@@ -229,6 +240,7 @@ class GOPOModule(LightningModule):
             for index_P in self._micro_batches(experience):
                 logprobs_NT = self._logprobs(model, experience.select(index_P)).logprobs_NT
                 logprobs_PGT[index_P, :, : logprobs_NT.shape[1]] = logprobs_NT.unflatten(0, (-1, G))
+        reshard(model)
         return logprobs_PGT.flatten(0, 1)
 
     def _logprobs(self, model: torch.nn.Module, experience: Experience, with_entropy: bool = False) -> TokenLogprobs:
@@ -275,7 +287,7 @@ class GOPOModule(LightningModule):
         micro_batches = self._micro_batches(experience, skip_zero=config.kl_coef == 0)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
         for i, index_P in enumerate(micro_batches):
-            with self._gradient_sync(i + 1 == len(micro_batches)):
+            with gradient_sync(self.trainer.strategy, self.policy, sync=i + 1 == len(micro_batches)):
                 self._accumulate(experience.select(index_P), total, sums)
         return self._step(experience, sums)
 
@@ -334,17 +346,12 @@ class GOPOModule(LightningModule):
             f"The weights are untouched; the batch is in {path}. Look at it, lower the learning rate, or use float32."
         )
 
-    def _gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
-        """Ranks exchange gradients only at the last micro-batch."""
-        strategy = self.trainer.strategy
-        if is_last or not isinstance(strategy, ParallelStrategy):
-            return nullcontext()
-        return strategy.block_backward_sync()
-
     def _log_training(self, experience: Experience, metrics: dict[str, Tensor], seconds: dict[str, float]) -> None:
         rewards_PG = gather_rows(experience.rewards_PG)
         lengths_N = gather_rows(experience.completions.lengths_N)
         metrics |= reward_metrics(gather_rows(experience.rewards_PGK), rewards_PG, self.reward_names)
+        if experience.wins_PGGK is not None:
+            metrics |= comparison_metrics(self.rollout.reward_sources, gather_rows(experience.wins_PGGK))
         metrics |= completion_metrics(lengths_N, gather_rows(experience.completions.truncated_N))
         for phase in ("rollout", "train"):
             metrics[f"throughput/{phase}_tokens_per_second"] = lengths_N.sum() / seconds[phase]

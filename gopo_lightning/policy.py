@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gopo_lightning import assets
@@ -107,22 +107,14 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in eval mode, then back to how it was."""
-    was_training = model.training
+    """``model`` in eval mode, then every submodule back in its own."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
-
-
-def clip_grad_norm(policy: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients so that their common L2 norm is at most ``max_norm``; returns the norm before, a scalar.
-
-    Right for plain and for sharded (DTensor) parameters, whose norm is reduced over the shards.
-    """
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _load_base(config: PolicyConfig) -> PreTrainedModel:

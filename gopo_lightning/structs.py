@@ -155,6 +155,9 @@ class Experience(TensorStruct):
     """float32, of the policy that sampled; None when every update is on-policy (the ratio is then 1)."""
     reference_logprobs_NT: Tensor | None = None
     """float32, of the frozen reference; None when nothing reads it."""
+    wins_PGGK: Tensor | None = None
+    """float32 comparison matrices of pairwise sources, see `rewards.PairwiseSource`; all NaN in the columns of other
+    sources. None without a pairwise source."""
 
     @property
     def group_size(self) -> int:
@@ -182,4 +185,5 @@ class Experience(TensorStruct):
             advantages_PG=_index(self.advantages_PG, index_P),
             old_logprobs_NT=rows(self.old_logprobs_NT),
             reference_logprobs_NT=rows(self.reference_logprobs_NT),
+            wins_PGGK=_index(self.wins_PGGK, index_P),
         )

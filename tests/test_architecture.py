@@ -24,6 +24,9 @@ ROOMS = [
     "logprobs",
     "prefix_sharing",
     "policy",
+    "sharding",
+    "checkpoints",
+    "strategies",
     "rewards",
     "rollout",
     "checks",
@@ -32,6 +35,7 @@ ROOMS = [
     "callbacks",
     "evaluation",
     "module",
+    "usage",
     "cli",
 ]
 """A room is a module or a folder of the package. It may import from itself and from what stands before it."""

@@ -53,7 +53,7 @@ def config(tmp_path: Path, tiny_policy: Path, prompts_file: Path) -> Path:
                 "sampling": {"max_new_tokens": 6},
                 "num_completions": 4,
                 "eval_num_completions": 2,
-                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}},
+                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0, "fused": False}},
                 "lr_schedule": "constant",
                 "warmup_steps": 0,
             },
@@ -78,6 +78,12 @@ def test_help_answers_at_once() -> None:
     text = gopo("--help")
     assert perf_counter() - start < 1
     assert "fit" in text and "--model.help GOPOModule" in text
+
+
+def test_help_of_a_command_names_the_commands_that_show_every_field(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run(["fit", "--help"])
+    assert "\n  python -m gopo_lightning fit --data.help PromptDataModule  " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("option", "name"), [("--model.help", "GOPOModule"), ("--data.help", "PromptDataModule")])
@@ -112,15 +118,32 @@ def read_predictions(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_two_ranks_train_like_one(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_train_like_one(strategy: str, config: Path, tmp_path: Path) -> None:
     run(["fit", "--config", str(config)])
-    gopo("fit", "--config", str(config), "--trainer.devices=2", "--trainer.strategy=ddp")
+    gopo("fit", "--config", str(config), "--trainer.devices=2", f"--trainer.strategy={strategy}")
     one, two = (torch.load(next((tmp_path / "run" / f"version_{i}").rglob("*.ckpt"))) for i in (0, 1))
     for key, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][key], value, rtol=0, atol=1e-5)
     a, b = (events(tmp_path / "run" / f"version_{i}") for i in (0, 1))
     for tag in ("train/loss", "train/grad_norm", "reward/mean", "reward/nan_fraction", "val/reward", "val/win_rate"):
         assert [e.value for e in b.Scalars(tag)] == pytest.approx([e.value for e in a.Scalars(tag)], abs=1e-5), tag
+
+
+def test_last_is_the_newest_whole_checkpoint_of_all_versions(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A resumed run writes to a new folder, and the next one finds it there; a torn file is passed over."""
+    last = ["fit", "--config", str(config), "--ckpt_path", "last", "--trainer.val_check_interval=1"]
+    run([*last, "--trainer.max_steps=1"])
+    run(last)
+    newest = tmp_path / "run" / "version_1" / "checkpoints"
+    assert torch.load(next(newest.glob("*.ckpt")))["global_step"] == 2
+    (newest / "torn.ckpt").write_bytes(next(newest.glob("*.ckpt")).read_bytes()[:-100])
+    run([*last, "--trainer.max_steps=3"])
+    assert events(tmp_path / "run" / "version_2").Scalars("train/loss")[0].step == 3
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        run(["validate", "--config", str(config), "--ckpt_path=last", "--trainer.logger.init_args.name=other"])
 
 
 def events(run: Path) -> EventAccumulator:
@@ -139,7 +162,10 @@ def test_every_tag_is_defined_in_the_docs(config: Path, tmp_path: Path) -> None:
     names = {tag.replace("/vowels/", "/<source>/") for tag in logged}
     names = {"samples/group_<i>" if tag.startswith("samples/") else tag for tag in names}
     assert names <= defined, sorted(names - defined)
-    missing = {
-        t for t in defined if not t.startswith(("epoch", "test/", "val/pair", "val/spearman", "val/loss"))
-    } - names
+    reward_model = ("val/pair", "val/spearman", "val/kendall", "val/loss", "val/calibration_error", "val/length_bias")
+    elsewhere = ("epoch", "test/", "reward/rank_correlation/", *reward_model)
+    comparisons = {"tie_fraction", "cyclic_triad_fraction", "compared_fraction", "first_bias"}
+    counters = {"abstained", "calls", "cached"}
+    pairwise = {f"reward/<source>/{name}" for name in comparisons | counters}
+    missing = {tag for tag in defined if not tag.startswith(elsewhere)} - names - pairwise
     assert not missing, sorted(missing)

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from gopo_lightning.cli import run
 
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
-POLICIES = [path for path in CONFIGS if path.parent.name != "strategy" and path.stem != "reward_model"]
+POLICIES = [path for path in CONFIGS if path.parent.name != "strategy" and not path.stem.startswith("reward_model")]
 
 
 @pytest.mark.parametrize("path", POLICIES, ids=str)
@@ -29,8 +29,9 @@ def test_strategy_overlays_change_only_the_trainer(overlay: Path) -> None:
     assert set(yaml.safe_load(overlay.read_text())) == {"trainer"}
 
 
-def test_the_reward_model_config_is_instantiated() -> None:
-    instantiate(Path("configs/quickstart/reward_model.yaml"), "--trainer.accelerator=cpu")
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("reward_model*.yaml")), ids=str)
+def test_reward_model_configs_are_instantiated(path: Path) -> None:
+    instantiate(path, "--trainer.accelerator=cpu")
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").rglob("*gopo.yaml")), ids=str)

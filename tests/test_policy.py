@@ -8,7 +8,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gopo_lightning.policy import (
     PolicyConfig,
-    clip_grad_norm,
     eos_token_ids,
     evaluating,
     load_policy,
@@ -16,6 +15,7 @@ from gopo_lightning.policy import (
     load_tokenizer,
     reference_of,
 )
+from gopo_lightning.sharding import clip_grad_norm
 from tests.conftest import byte_tokenizer
 
 
@@ -81,11 +81,12 @@ def test_all_eos_ids_end_a_completion(tiny_policy: Path) -> None:
 
 
 def test_evaluating_restores_the_mode() -> None:
-    model = torch.nn.Linear(1, 1).train()
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)).train()
+    model[0].eval()
     with pytest.raises(RuntimeError), evaluating(model):
-        assert not model.training
+        assert not model[1].training
         raise RuntimeError
-    assert model.training
+    assert model.training and model[1].training and not model[0].training
 
 
 def test_clip_grad_norm_scales_to_the_limit() -> None:

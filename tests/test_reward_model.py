@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import Trainer
-from scipy.stats import spearmanr
+from scipy.stats import kendalltau, spearmanr
 from torch.utils.data import DataLoader
 
 from gopo_lightning.data import ratings
@@ -19,7 +19,12 @@ from gopo_lightning.data.preferences import (
     wins_from_ratings,
 )
 from gopo_lightning.data.ratings import RatedSentence
-from gopo_lightning.reward_model import PairAccuracy, RewardModelModule, bradley_terry, pair_accuracy
+from gopo_lightning.reward_model import (
+    ComparisonMetrics,
+    RewardModelModule,
+    bradley_terry,
+    pair_accuracy,
+)
 from gopo_lightning.rewards import SequenceClassifierReward
 from tests.test_rewards import prompt, save_bert
 
@@ -74,12 +79,18 @@ def test_pair_accuracy_by_hand() -> None:
     assert pair_accuracy(scores_N, ratings_N, min_gap=3.0).isnan()
 
 
-def test_the_metric_joins_its_batches() -> None:
-    scores_N, ratings_N = torch.randn(9), torch.randn(9)
-    metric = PairAccuracy(min_gap=0.5)
+def test_the_metrics_join_their_batches() -> None:
+    scores_N, ratings_N, lengths_N = torch.randn(9), torch.randn(9), torch.arange(9)
+    metric = ComparisonMetrics([0.5, 1.0])
     for rows in (slice(0, 4), slice(4, 9)):
-        metric.update(scores_N[rows], ratings_N[rows])
-    assert metric.compute() == pair_accuracy(scores_N, ratings_N, 0.5)
+        wins_NN = wins_from_ratings(ratings_N[rows])
+        metric.update(scores_N[rows], lengths_N[rows], Comparisons(("x",) * len(wins_NN), wins_NN, ratings_N[rows]))
+    values = metric.compute()
+    assert values["pair_accuracy_all"] == pair_accuracy(scores_N, ratings_N)
+    assert values["pair_accuracy_gap_0.5-1"] == pair_accuracy(scores_N, ratings_N, 0.5, 1.0)
+    assert values["kendall"].item() == pytest.approx(kendalltau(scores_N, ratings_N).statistic, abs=1e-6)
+    assert values["spearman"].item() == pytest.approx(spearmanr(scores_N, ratings_N).statistic, abs=1e-5)
+    assert values["length_bias"].item() == pytest.approx(spearmanr(scores_N, lengths_N).statistic, abs=1e-5)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -148,8 +159,10 @@ def test_ranks_share_the_rows_out() -> None:
 
 
 def test_bad_data_options_are_refused(data: PreferenceDataModule) -> None:
-    with pytest.raises(ValueError, match=r"data.source='hub/x' is unknown. Use packaged:movie-ratings"):
-        PreferenceDataModule(source="hub/x")
+    with pytest.raises(ValueError, match=r"fixed split and takes no limit, split"):
+        PreferenceDataModule(split="train", limit=3)
+    with pytest.raises(ValueError, match=r"prefix='> ' belongs to packaged:movie-ratings"):
+        PreferenceDataModule("Anthropic/hh-rlhf", prefix="> ")
     with pytest.raises(ValueError, match=r"batch_size=1.*at least 2 sentences"):
         PreferenceDataModule(batch_size=1)
     data.batch_size = 31
@@ -214,8 +227,7 @@ def test_training_has_dropout_and_validation_float32_scores(tmp_path: Path, monk
     module = RewardModelModule(str(save_bert(tmp_path)))
     assert all(child.training for child in module.model.modules())
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(module.metrics["spearman"], "update", lambda scores_N, _: seen.append(scores_N))
-    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    monkeypatch.setattr(module.metrics, "update", lambda scores_N, *_: seen.append(scores_N))
     batch = Comparisons(("good", "bad"), torch.zeros(2, 2), torch.tensor([1.0, 0.0]))
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         module.eval().validation_step(batch, 0)

@@ -344,11 +344,17 @@ def wrong_shape(rewards_PGK: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("weighted_sum", {"weights": [1.0]}, r"reward_weights=\[1.0\] for 2 reward sources"),
+        ("weighted_sum", {"weights": [1.0]}, r"weights=\[1.0\] for 2 reward sources"),
         ("weighted_sum", {"weights": [0.0, 0.0]}, "not all 0"),
         ("weighted_sum", {"weights": [1.0, math.inf]}, "must be finite"),
         ("weighted_sum", {"wieghts": [1.0, 1.0]}, r"has no option \['wieghts'\]"),
-        ("borda", {}, r"unknown combination 'borda'. Use one of \['weighted_sum'\]"),
+        (
+            "bordo",
+            {},
+            r"unknown combination 'bordo'. Use one of \['borda', 'lexicographic', 'weighted_sum', 'z_score'\]",
+        ),
+        ("borda", {"weights": [1.0]}, r"weights=\[1.0\] for 2 reward sources"),
+        ("lexicographic", {"tolerances": [0.0, -1.0]}, r"tolerances=\[0.0, -1.0\] for 2 reward sources.*at least 0"),
         ("tests.test_rewards.wrong_shape", {}, r"returned shape \(1, 2, 2\)"),
     ],
 )

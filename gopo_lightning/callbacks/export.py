@@ -7,10 +7,9 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from peft import PeftModel
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from gopo_lightning.callbacks.schedule import Every
+from gopo_lightning.sharding import plain_names, whole_state_dict
 
 
 class ExportHF(L.Callback):
@@ -67,17 +66,14 @@ def export(model: Any, tokenizer: Any, folder: Path, *, is_writer: bool = True) 
 
     A collective if the model is distributed: all ranks call it, the one with ``is_writer`` writes.
     """
-    # The base model of an adapter is frozen, and is not part of its folder: do not gather it.
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True, ignore_frozen_params=isinstance(model, PeftModel)
-    )
-    weights = get_model_state_dict(model, options=options)
+    weights = whole_state_dict(model)
     if not is_writer:
         return
     aside = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    model.save_pretrained(aside, state_dict=weights)
+    with plain_names(model):
+        model.save_pretrained(aside, state_dict=weights)
     tokenizer.save_pretrained(aside)
     _replace(aside, folder)
 

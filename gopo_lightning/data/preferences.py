@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
+from typing import TypeAlias
 
 import torch
 from lightning import LightningDataModule
@@ -12,8 +14,13 @@ from torch.utils.data import DataLoader, Sampler
 
 from gopo_lightning import assets
 from gopo_lightning.data import ratings
+from gopo_lightning.data.comparisons import ComparisonRow, Text, load_comparisons
 from gopo_lightning.data.ratings import RatedSentence
+from gopo_lightning.data.sources import PromptSource
 from gopo_lightning.structs import TensorStruct
+
+PACKAGED = assets.PREFIX + ratings.ASSET
+Row: TypeAlias = RatedSentence | ComparisonRow
 
 
 @dataclass(frozen=True)
@@ -25,12 +32,18 @@ class Comparisons(TensorStruct):
         wins_NN = [[nan, 1, nan], [0, nan, 0], [nan, 1, nan]]
     """
 
-    texts: tuple[str, ...]
+    texts: tuple[Text, ...]
     wins_NN: Tensor
     """float32: 1 where the text of the row beats that of the column, 0 where it loses, NaN where they do not
     compare (in general: the probability of winning)."""
     ratings_N: Tensor | None = None
     """float32: the scores behind `wins_NN`, where there are any."""
+    margins_NN: Tensor | None = None
+    """float32, antisymmetric: how much better the text of the row is; 0 where that is not known, None if nowhere."""
+    rankings: tuple[tuple[int, ...], ...] | None = None
+    """Of pairs and lists, the numbers of their texts, the best first. None where one has ties."""
+    grouped: bool = False
+    """Texts compare within pairs or lists only: each has a prompt of its own."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -75,60 +88,101 @@ class ShardedSampler(Sampler[tuple[int, float]]):
 
 
 class PreferenceDataModule(LightningDataModule):
-    """Serves `Comparisons` to `RewardModelModule`.
+    """Serves `Comparisons` to `RewardModelModule`, from rated sentences, pairs, raters' choices or ranked lists.
 
-    In training each sentence of a batch takes the score of one of its raters, drawn anew every epoch, so that
-    the disagreement between people is in the data. In validation its rating is the mean over its raters. The
-    validation sentences are those of the quickstart's validation prompts.
+    `packaged:movie-ratings`: in training each sentence of a batch takes the score of one of its raters, drawn anew
+    every epoch, so that the disagreement between people is in the data. In validation its rating is the mean over its
+    raters. The validation sentences are those of the quickstart's validation prompts.
+
+    Any other source: the format is told by the columns, see docs/rewards.md.
 
     Args:
-        source: `packaged:movie-ratings`, movie-review sentences scored by about 15 people each.
-        prefix: put before every sentence. "Movie review: " shows the reward model what the policy will write.
-        batch_size: sentences in a batch, on each rank; all ordered pairs within it are compared.
-        eval_batch_size: sentences in a validation batch, on each rank.
-        seed: of order and raters.
+        source: `packaged:movie-ratings` (movie-review sentences scored by about 15 people each), a local .jsonl, .csv
+            or .parquet file, or a hub dataset such as `Anthropic/hh-rlhf`.
+        prefix: put before every sentence of the packaged ratings. "Movie review: " shows the reward model what the
+            policy will write.
+        batch_size: sentences in a batch (all ordered pairs within it are compared), or pairs or lists; on each rank.
+        eval_batch_size: likewise, in a validation batch.
+        seed: of order, raters and held-out rows.
+        name: configuration of a hub dataset, such as `comparisons`.
+        split: split of a hub dataset for training.
+        validation_source: file or hub dataset to validate on; when null, `validation_split` of `source`, or else
+            held-out rows of it.
+        validation_split: split of a hub dataset for validation.
+        validation_fraction: of the rows to hold out where there is neither.
+        limit: use the first this many rows of `source`.
     """
 
     def __init__(
         self,
-        source: str = assets.PREFIX + ratings.ASSET,
+        source: str = PACKAGED,
         prefix: str = "",
         batch_size: int = 64,
         eval_batch_size: int = 128,
         seed: int = 0,
+        name: str | None = None,
+        split: str | None = None,
+        validation_source: str | None = None,
+        validation_split: str | None = None,
+        validation_fraction: float = 0.1,
+        limit: int | None = None,
     ) -> None:
         super().__init__()
-        if source != assets.PREFIX + ratings.ASSET:
-            raise ValueError(f"data.source={source!r} is unknown. Use {assets.PREFIX + ratings.ASSET}.")
-        if batch_size < 2 or eval_batch_size < 1:
+        smallest = 2 if source == PACKAGED else 1
+        if batch_size < smallest or eval_batch_size < 1:
             raise ValueError(
                 f"batch_size={batch_size}, eval_batch_size={eval_batch_size}: a training batch needs at "
-                "least 2 sentences to compare, a validation batch 1. Use 64 and 128."
+                f"least {smallest} {'sentences to compare' if smallest == 2 else 'row'}, a validation batch 1. Use 64 "
+                "and 128."
             )
+        if not 0 < validation_fraction < 1:
+            raise ValueError(f"validation_fraction={validation_fraction} must lie between 0 and 1. Use 0.1.")
+        given = {"name": name, "split": split, "validation_source": validation_source, "limit": limit}
+        given["validation_split"] = validation_split
+        if source == PACKAGED and (unused := sorted(key for key, value in given.items() if value is not None)):
+            raise ValueError(f"data.source={source} has a fixed split and takes no {', '.join(unused)}. Remove it.")
+        if source != PACKAGED and prefix:
+            raise ValueError(f"prefix={prefix!r} belongs to {PACKAGED}; the texts of {source} stay as they are.")
         self.source, self.prefix, self.seed = source, prefix, seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.train: Sequence[RatedSentence] = ()
-        self.validation: Sequence[RatedSentence] = ()
+        self.training_source = self.validation_source = None
+        if source != PACKAGED:
+            self.training_source = PromptSource(source, name=name, split=split, limit=limit)
+            if validation_source or validation_split:
+                self.validation_source = PromptSource(validation_source or source, name=name, split=validation_split)
+        self.validation_fraction = validation_fraction
+        self.train: Sequence[Row] = ()
+        self.validation: Sequence[Row] = ()
 
     def prepare_data(self) -> None:
         """Fetch the ratings once."""
-        assets.path(ratings.ASSET)
+        if self.training_source is None:
+            assets.path(ratings.ASSET)
 
     def setup(self, stage: str) -> None:
-        """Load and split by sentence."""
-        sentences = ratings.load("movie")
-        self.train, self.validation = ratings.split(sentences, "train"), ratings.split(sentences, "validation")
+        """Load and split: rated sentences by sentence, comparisons by row."""
+        if self.training_source is None:
+            sentences = ratings.load("movie")
+            self.train, self.validation = ratings.split(sentences, "train"), ratings.split(sentences, "validation")
+            return
+        rows = load_comparisons(self.training_source)
+        if self.validation_source is not None:
+            self.train, self.validation = rows, load_comparisons(self.validation_source)
+            return
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        held_out = math.ceil(self.validation_fraction * len(rows))
+        self.train, self.validation = [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
 
     def train_dataloader(self) -> DataLoader[Comparisons]:
         """Full batches only.
 
         Raises:
-            ValueError: a rank has fewer sentences than one batch.
+            ValueError: a rank has less data than one batch.
         """
         sampler = self._sampler(len(self.train), shuffle=True)
         if len(sampler) < self.batch_size:
             raise ValueError(
-                f"batch_size={self.batch_size}, but a rank has only {len(sampler)} sentences. Lower batch_size."
+                f"batch_size={self.batch_size}, but a rank has only {len(sampler)} {self._unit}. Lower batch_size."
             )
         return self._loader(self.train, sampler, self.batch_size, one_rater=True)
 
@@ -136,6 +190,10 @@ class PreferenceDataModule(LightningDataModule):
         """All held-out sentences, in order."""
         sampler = self._sampler(len(self.validation), shuffle=False)
         return self._loader(self.validation, sampler, self.eval_batch_size, one_rater=False)
+
+    @property
+    def _unit(self) -> str:
+        return "sentences" if self.training_source is None else "comparisons"
 
     def _sampler(self, num_rows: int, *, shuffle: bool) -> ShardedSampler:
         trainer = self.trainer
@@ -151,28 +209,29 @@ class PreferenceDataModule(LightningDataModule):
         )
 
     def _loader(
-        self, sentences: Sequence[RatedSentence], sampler: ShardedSampler, batch_size: int, *, one_rater: bool
+        self, rows: Sequence[Row], sampler: ShardedSampler, batch_size: int, *, one_rater: bool
     ) -> DataLoader[Comparisons]:
+        collate = partial(_collate, prefix=self.prefix, one_rater=one_rater)
         return DataLoader(
-            _Drawn(sentences),  # type: ignore[arg-type]
+            _Drawn(rows),  # type: ignore[arg-type]
             batch_size=batch_size,
             sampler=sampler,
             drop_last=one_rater,
-            collate_fn=partial(_collate, prefix=self.prefix, one_rater=one_rater),
+            collate_fn=collate if self.training_source is None else collate_comparisons,
         )
 
 
 class _Drawn:
-    """Indexed by what the sampler yields: the sentence of a row, and the draw that chooses its rater."""
+    """Indexed by what the sampler yields: a row, and the draw that chooses the rater of a sentence."""
 
-    def __init__(self, sentences: Sequence[RatedSentence]) -> None:
-        self.sentences = sentences
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self.sentences)
+        return len(self.rows)
 
-    def __getitem__(self, row: tuple[int, float]) -> tuple[RatedSentence, float]:
-        return self.sentences[row[0]], row[1]
+    def __getitem__(self, row: tuple[int, float]) -> tuple[Row, float]:
+        return self.rows[row[0]], row[1]
 
 
 def _collate(rows: Sequence[tuple[RatedSentence, float]], *, prefix: str, one_rater: bool) -> Comparisons:
@@ -180,3 +239,40 @@ def _collate(rows: Sequence[tuple[RatedSentence, float]], *, prefix: str, one_ra
     drawn = [s.scores[int(draw * len(s.scores))] if one_rater else s.mean for s, draw in rows]
     ratings_N = torch.tensor(drawn, dtype=torch.float32)
     return Comparisons(tuple(prefix + s.text for s, _ in rows), wins_from_ratings(ratings_N), ratings_N)
+
+
+def collate_comparisons(rows: Sequence[tuple[ComparisonRow, float]]) -> Comparisons:
+    """The texts of all rows one after the other; each is compared with those of its own row only."""
+    comparisons = [row for row, _ in rows]
+    starts = [0, *accumulate(len(row.texts) for row in comparisons)]
+    N = starts[-1]
+    wins_NN, margins_NN, ratings_N = torch.full((N, N), math.nan), torch.zeros(N, N), torch.full((N,), math.nan)
+    for row, a, b in zip(comparisons, starts, starts[1:], strict=False):
+        wins_NN[a:b, a:b] = torch.tensor(row.wins)
+        if row.ratings is not None:
+            ratings_N[a:b] = torch.tensor(row.ratings)
+            margins_NN[a:b, a:b] = ratings_N[a:b, None] - ratings_N[None, a:b]
+        if row.margin is not None:
+            margins_NN[a, a + 1], margins_NN[a + 1, a] = row.margin, -row.margin
+    rankings = [_ranking(row, start) for row, start in zip(comparisons, starts, strict=False)]
+    known = [ranking for ranking in rankings if ranking is not None]
+    has_margins = any(row.margin is not None or row.ratings is not None for row in comparisons)
+    return Comparisons(
+        texts=tuple(text for row in comparisons for text in row.texts),
+        wins_NN=wins_NN,
+        ratings_N=ratings_N if all(row.ratings is not None for row in comparisons) else None,
+        margins_NN=margins_NN if has_margins else None,
+        rankings=tuple(known) if len(known) == len(rankings) else None,
+        grouped=True,
+    )
+
+
+def _ranking(row: ComparisonRow, start: int) -> tuple[int, ...] | None:
+    """Numbers of the row's texts in the batch, the best first; None with ties or doubts (anything but 0 and 1)."""
+    if any(win not in (0.0, 1.0) for i, wins in enumerate(row.wins) for j, win in enumerate(wins) if i != j):
+        return None
+    return tuple(sorted(range(start, start + len(row.texts)), key=lambda n: -_num_wins(row, n - start)))
+
+
+def _num_wins(row: ComparisonRow, i: int) -> float:
+    return sum(win for j, win in enumerate(row.wins[i]) if j != i)

@@ -67,6 +67,23 @@ def load_rows(source: PromptSource) -> Sequence[Mapping[str, Any]]:
     Raises:
         ValueError: a missing file, malformed JSON (line number), an empty dataset, a missing column.
     """
+    rows = read_rows(source)
+    columned = [(0, rows.column_names)] if isinstance(rows, datasets.Dataset) else enumerate(map(list, rows))
+    for number, columns in columned:
+        if source.column not in columns:
+            raise ValueError(
+                f"{source.path} has no column '{source.column}' in row {number}; it has {sorted(columns)}. Set "
+                "prompt_column or messages_column to one of them."
+            )
+    return rows
+
+
+def read_rows(source: PromptSource) -> Any:
+    """The rows of ``source``, whatever their columns: at least one.
+
+    Raises:
+        ValueError: a missing file, malformed JSON (line number), an empty dataset.
+    """
     rows = _load(source)
     if source.limit is not None:
         rows = (
@@ -75,14 +92,7 @@ def load_rows(source: PromptSource) -> Sequence[Mapping[str, Any]]:
             else rows[: source.limit]
         )
     if not len(rows):
-        raise ValueError(f"{source.path} has no rows; at least one prompt is needed. Check path and split.")
-    columned = [(0, rows.column_names)] if isinstance(rows, datasets.Dataset) else enumerate(map(list, rows))
-    for number, columns in columned:
-        if source.column not in columns:
-            raise ValueError(
-                f"{source.path} has no column '{source.column}' in row {number}; it has {sorted(columns)}. Set "
-                "prompt_column or messages_column to one of them."
-            )
+        raise ValueError(f"{source.path} has no rows; at least one is needed. Check path and split.")
     return rows
 
 

@@ -1,26 +1,25 @@
-"""Training of a reward model on comparisons, after Bradley and Terry (1952).
-
-The probability that text i beats text j is σ(s_i − s_j), with s the model's scores: only differences mean
-anything. The result is a Hugging Face folder for `SequenceClassifierReward`.
-"""
+"""Training of a reward model on comparisons. The maths is in `losses.py` and `metrics.py`."""
 
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from torch.nn import functional as F
-from torchmetrics import Metric, SpearmanCorrCoef
-from torchmetrics.utilities import dim_zero_cat
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
+from gopo_lightning.data.comparisons import Text
 from gopo_lightning.data.preferences import Comparisons
+from gopo_lightning.reward_model.losses import bradley_terry, centring, plackett_luce
+from gopo_lightning.reward_model.metrics import ComparisonMetrics
 from gopo_lightning.rewards.loading import (
     Truncation,
-    encode,
+    encode_texts,
     load_classifier,
     load_tokenizer,
     max_length_of,
@@ -28,65 +27,14 @@ from gopo_lightning.rewards.loading import (
     set_pad_token,
 )
 
-
-def bradley_terry(scores_N: Tensor, wins_NN: Tensor) -> Tensor:
-    """Mean over the ordered pairs (i, j) of  −W_ij · log σ(s_i − s_j) − (1 − W_ij) · log σ(s_j − s_i).
-
-    Args:
-        scores_N: the model's scores.
-        wins_NN: W_ij in [0, 1], how surely i beats j (½ is a tie); NaN pairs are left out of sum and
-            denominator.
-
-    Returns:
-        float32 scalar; 0 with zero gradient where no pair is asked.
-    """
-    difference_NN = scores_N.float()[:, None] - scores_N.float()[None, :]
-    asked_NN = ~wins_NN.isnan()
-    wins_NN = wins_NN.nan_to_num(0.5).to(difference_NN.dtype)
-    losses_NN = F.binary_cross_entropy_with_logits(difference_NN, wins_NN, reduction="none")
-    return (losses_NN * asked_NN).sum() / asked_NN.sum().clamp(min=1)
-
-
-def pair_accuracy(scores_N: Tensor, ratings_N: Tensor, min_gap: float = 0.0) -> Tensor:
-    """Share of the pairs with ratings more than ``min_gap`` apart that the scores put in the same order.
-
-    Equal scores count half. NaN when no pair is that far apart.
-    """
-    rated_NN = ratings_N[:, None] - ratings_N[None, :]
-    scored_NN = scores_N[:, None] - scores_N[None, :]
-    right_NN = 0.5 * (1 + scored_NN.sign())
-    return right_NN[rated_NN > min_gap].mean()
-
-
-class PairAccuracy(Metric):
-    """`pair_accuracy` over everything since the last reset, all ranks together."""
-
-    full_state_update = False
-    higher_is_better = True
-    scores: list[Tensor]
-    ratings: list[Tensor]
-
-    def __init__(self, min_gap: float = 0.0) -> None:
-        super().__init__()
-        self.min_gap = min_gap
-        self.add_state("scores", default=[], dist_reduce_fx="cat")
-        self.add_state("ratings", default=[], dist_reduce_fx="cat")
-
-    def update(self, scores_N: Tensor, ratings_N: Tensor) -> None:
-        """Add N texts."""
-        self.scores.append(scores_N)
-        self.ratings.append(ratings_N)
-
-    def compute(self) -> Tensor:
-        """In [0, 1]."""
-        return pair_accuracy(dim_zero_cat(self.scores), dim_zero_cat(self.ratings), self.min_gap)
+Objective: TypeAlias = Literal["bradley_terry", "plackett_luce"]
 
 
 class RewardModelModule(LightningModule):
-    """Fine-tunes a sequence classifier with one label on comparisons (Bradley–Terry).
+    """Fine-tunes a sequence classifier with one label on comparisons.
 
-    Logs `train/loss`; `val/pair_accuracy` over pairs of held-out texts with mean ratings more than 1 apart,
-    `val/pair_accuracy_all` over all pairs with different ratings, and `val/spearman`.
+    Logs `train/loss`, and of held-out data log-loss, accuracy over pairs (also by gap of ratings), calibration error,
+    length bias and, where texts have ratings, Spearman's and Kendall's rank correlations.
 
     Args:
         model: hub name, local folder or `packaged:NAME` of an encoder or a causal LM; a new head is put on
@@ -101,6 +49,14 @@ class RewardModelModule(LightningModule):
             `cosine`, `constant_with_warmup`.
         warmup_steps: optimiser steps over which the learning rate rises from 0.
         trust_remote_code: run Python code that comes with the model. Only for sources you trust.
+        objective: `bradley_terry` compares pairs (all pairs of a ranked list); `plackett_luce` takes each ranked list
+            as choices of the best from what is left, and needs lists without ties.
+        margin_scale: the preferred text has to lead by this times the data's margin (a `margin` column, or the gap of
+            ratings); 0 for none.
+        centring_coef: weight of the mean of (s_i + s_j)² over the compared pairs, which keeps scores around 0.
+        lora: arguments of `peft.LoraConfig` (r, lora_alpha, target_modules, …), merged into the weights at export;
+            null trains all weights.
+        gap_bounds: edges between gaps of ratings for which `val/pair_accuracy_gap_<low>-<high>` is logged.
     """
 
     def __init__(
@@ -115,8 +71,21 @@ class RewardModelModule(LightningModule):
         lr_schedule: str = "linear",
         warmup_steps: int = 10,
         trust_remote_code: bool = False,
+        objective: Objective = "bradley_terry",
+        margin_scale: float = 0.0,
+        centring_coef: float = 0.0,
+        lora: dict[str, Any] | None = None,
+        gap_bounds: list[float] | None = None,
     ) -> None:
         super().__init__()
+        if objective not in get_args(Objective):
+            raise ValueError(f"objective={objective!r} is unknown; use one of {list(get_args(Objective))}.")
+        if margin_scale < 0 or centring_coef < 0 or (margin_scale and objective == "plackett_luce"):
+            raise ValueError(
+                f"margin_scale={margin_scale}, centring_coef={centring_coef}: neither may be negative, and margins "
+                "belong to pairs. Use 0, or objective: bradley_terry."
+            )
+        self.objective, self.margin_scale, self.centring_coef = objective, margin_scale, centring_coef
         self.export_dir = None if export_dir is None else Path(export_dir)
         self.truncation, self.optimizer_callable = truncation, optimizer
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
@@ -125,41 +94,66 @@ class RewardModelModule(LightningModule):
             raise ValueError(
                 f"the tokenizer of {model} has no pad token, which batches need. Set model.tokenizer to one that has."
             )
-        self.model = load_classifier(model, revision, "float32", trust_remote_code, num_labels=1).train()
-        set_pad_token(self.model, self.tokenizer)
-        self.max_length = max_length or max_length_of(self.model, self.tokenizer)
-        self.metrics = torch.nn.ModuleDict(
-            {
-                "pair_accuracy": PairAccuracy(min_gap=1.0),
-                "pair_accuracy_all": PairAccuracy(),
-                "spearman": SpearmanCorrCoef(),
-            }
-        )
+        classifier = load_classifier(model, revision, "float32", trust_remote_code, num_labels=1)
+        set_pad_token(classifier, self.tokenizer)
+        self.max_length = max_length or max_length_of(classifier, self.tokenizer)
+        self.model = _with_lora(classifier, lora).train()
+        self.metrics = ComparisonMetrics(gap_bounds or ())
 
-    def forward(self, texts: tuple[str, ...]) -> Tensor:
+    def forward(self, texts: tuple[Text, ...]) -> Tensor:
         """scores_N of N texts."""
-        encoded = encode(self.tokenizer, texts, self.max_length, self.truncation)
+        return self._scores_and_lengths(texts)[0]
+
+    def _scores_and_lengths(self, texts: tuple[Text, ...]) -> tuple[Tensor, Tensor]:
+        """scores_N, and the number of tokens of each text."""
+        encoded = encode_texts(self.tokenizer, texts, self.max_length, self.truncation)
         inputs = pad(self.tokenizer, encoded, range(len(texts))).to(self.device)
-        return self.model(**inputs).logits.squeeze(-1)
+        lengths_N = torch.tensor([len(ids) for ids in encoded["input_ids"]], device=self.device)
+        return self.model(**inputs).logits.squeeze(-1), lengths_N
 
     def training_step(self, batch: Comparisons, batch_idx: int) -> Tensor:
-        """The Bradley–Terry loss over the ordered pairs of this rank's batch."""
-        loss = bradley_terry(self(batch.texts), batch.wins_NN)
+        """The loss over the comparisons of this rank's batch."""
+        scores_N = self(batch.texts)
+        loss = self._loss(scores_N, batch)
+        if self.centring_coef:
+            loss = loss + self.centring_coef * centring(scores_N, batch.wins_NN)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
 
+    def _loss(self, scores_N: Tensor, batch: Comparisons) -> Tensor:
+        if self.objective == "plackett_luce":
+            if batch.rankings is None:
+                raise ValueError(
+                    "objective: plackett_luce needs ranked lists without ties, and the data have none (or ties in "
+                    "some). Use objective: bradley_terry."
+                )
+            return plackett_luce(scores_N, batch.rankings)
+        if not self.margin_scale:
+            return bradley_terry(scores_N, batch.wins_NN)
+        if batch.margins_NN is None:
+            raise ValueError(
+                f"margin_scale={self.margin_scale}, but the data have no margins and no ratings. Set margin_scale: 0."
+            )
+        return bradley_terry(scores_N, batch.wins_NN, self.margin_scale * batch.margins_NN)
+
     def validation_step(self, batch: Comparisons, batch_idx: int) -> None:
         """Collect float32 scores: bfloat16 ones would tie."""
-        assert batch.ratings_N is not None
         with torch.autocast(self.device.type, enabled=False):
-            scores_N = self(batch.texts).float()
-        for name, metric in self.metrics.items():
-            metric.update(scores_N, batch.ratings_N)  # type: ignore[operator]
-            self.log(f"val/{name}", metric, prog_bar=True, batch_size=len(batch))  # type: ignore[arg-type]
+            scores_N, lengths_N = self._scores_and_lengths(batch.texts)
+        self.metrics.update(scores_N.float(), lengths_N, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Over all ranks; a collective."""
+        values = self.metrics.compute()
+        self.metrics.reset()
+        for name, value in values.items():
+            self.log(f"val/{name}", value)
+        shown = ", ".join(f"{name} {value.item():.3f}" for name, value in values.items() if "gap" not in name)
+        rank_zero_info(f"step {self.trainer.global_step}, held-out data: {shown}")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The configured optimiser, and a schedule stepped with every optimiser step."""
-        optimizer = self.optimizer_callable(self.model.parameters())
+        optimizer = self.optimizer_callable([p for p in self.model.parameters() if p.requires_grad])
         num_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = get_scheduler(self.lr_schedule, optimizer, self.warmup_steps, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -167,6 +161,12 @@ class RewardModelModule(LightningModule):
     def on_train_end(self) -> None:
         """Export, by rank 0. A `fast_dev_run` writes nothing, as everywhere in Lightning."""
         if self.export_dir is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.model.save_pretrained(self.export_dir)
+            merged = self.model.merge_and_unload() if isinstance(self.model, PeftModel) else self.model
+            cast(PreTrainedModel, merged).save_pretrained(self.export_dir)
             self.tokenizer.save_pretrained(self.export_dir)
             print(f"reward model saved in {self.export_dir}", flush=True)
+
+
+def _with_lora(model: PreTrainedModel, lora: dict[str, Any] | None) -> PreTrainedModel | PeftModel:
+    """The adapters are trained, and the head, which is new."""
+    return model if lora is None else get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **lora))

@@ -1,15 +1,40 @@
-"""Reward sources: anything that gives a completion a number, and ways to combine several."""
+"""Reward sources: anything that scores or compares completions, and ways to combine several."""
 
 from gopo_lightning.rewards import combine
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError, score
 from gopo_lightning.rewards.classifier import SequenceClassifierReward
+from gopo_lightning.rewards.comparators import FunctionComparator, RankingOracle, RewardModelComparator
 from gopo_lightning.rewards.function import FunctionReward
+from gopo_lightning.rewards.judge import LLMJudge
+from gopo_lightning.rewards.local_judge import LocalJudge
+from gopo_lightning.rewards.pairwise import PairComparator, PairwiseSource
+from gopo_lightning.rewards.scoring import (
+    GroupScores,
+    Source,
+    against_reference,
+    comparison_metrics,
+    reads_wins,
+    score_groups,
+)
 
 __all__ = [
+    "FunctionComparator",
     "FunctionReward",
+    "GroupScores",
+    "LLMJudge",
+    "LocalJudge",
+    "PairComparator",
+    "PairwiseSource",
+    "RankingOracle",
+    "RewardModelComparator",
     "RewardSource",
     "SequenceClassifierReward",
+    "Source",
     "SourceConfigError",
+    "against_reference",
     "combine",
+    "comparison_metrics",
+    "reads_wins",
     "score",
+    "score_groups",
 ]

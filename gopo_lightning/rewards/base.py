@@ -45,14 +45,14 @@ def score(sources: Sequence[RewardSource], prompts_N: Sequence[Prompt], completi
 
 def _column(source: RewardSource, prompts_N: Sequence[Prompt], completions_N: Sequence[str]) -> Tensor:
     try:
-        return _as_tensor(source(prompts_N, completions_N), len(completions_N))
+        return as_tensor(source(prompts_N, completions_N), len(completions_N))
     except SourceConfigError:
         raise
     except Exception as error:
         raise RuntimeError(_describe(error, source, prompts_N, completions_N)) from error
 
 
-def _as_tensor(scores: Scores, num_completions: int) -> Tensor:
+def as_tensor(scores: Scores, num_completions: int) -> Tensor:
     """float32 [N] on the CPU, None → NaN; ValueError on any other shape or a value that is no number."""
     if isinstance(scores, Tensor):
         column = scores.detach().float().cpu()
@@ -89,7 +89,7 @@ def _first_offender(
         return None
     for row, (prompt, completion) in enumerate(zip(prompts_N, completions_N, strict=True)):
         try:
-            _as_tensor(source([prompt], [completion]), 1)
+            as_tensor(source([prompt], [completion]), 1)
         except Exception:  # noqa: BLE001 - any error marks the row
             return row
     return None

@@ -26,6 +26,66 @@ def load_callable(path: str) -> Callable[..., Any]:
     return function
 
 
+class DatasetFunction:
+    """A callable that gets the arguments that its signature names: filled by the trainer, columns, and options.
+
+    Args:
+        function: dotted path, or the callable itself.
+        filled: names that the trainer fills; the callable must take the last of them.
+        options: more keyword arguments, the same in every call; they precede columns of the same name.
+    """
+
+    def __init__(
+        self, function: str | Callable[..., Any], filled: Sequence[str], options: Mapping[str, Any] | None
+    ) -> None:
+        self.function = load_callable(function) if isinstance(function, str) else function
+        self.name = str(getattr(self.function, "__name__", type(self.function).__name__))
+        self.filled, self.options = tuple(filled), dict(options or {})
+        parameters = inspect.signature(self.function).parameters.values()
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        self._required = {p.name for p in parameters if p.name in self._accepted and p.default is p.empty}
+        self._check_signature()
+
+    def __call__(self, prompts: Sequence[Prompt], /, **filled: Any) -> Any:
+        """What the callable returns.
+
+        Raises:
+            SourceConfigError: a column that the signature requires is not in the data.
+        """
+        shared = set.intersection(*(set(p.columns) for p in prompts)) if prompts else set()
+        columns = {c: [p.columns[c] for p in prompts] for c in shared}
+        return self._call(columns, {"prompts": [p.text for p in prompts], **filled})
+
+    def once(self, row: Prompt, /, **filled: Any) -> Any:
+        """What the callable returns for one prompt, whose columns it gets as they are."""
+        return self._call(dict(row.columns), filled)
+
+    def _call(self, columns: dict[str, Any], filled: dict[str, Any]) -> Any:
+        if missing := sorted(self._required - {*self.filled, *self.options} - set(columns)):
+            raise SourceConfigError(
+                f"reward source '{self.name}' requires the columns {missing}, but the data have "
+                f"{sorted(columns)}. Add them to the dataset, name them under its columns, or give them a "
+                "default in the function's signature."
+            )
+        arguments = columns | filled | self.options
+        return self.function(**{k: v for k, v in arguments.items() if self._takes_all or k in self._accepted})
+
+    def _check_signature(self) -> None:
+        needed = self.filled[-1]
+        if not self._takes_all and needed not in self._accepted:
+            raise ValueError(f"reward function '{self.name}' takes no argument `{needed}`; name one in its signature.")
+        if unknown := [] if self._takes_all else sorted(set(self.options) - self._accepted):
+            raise ValueError(
+                f"reward function '{self.name}' does not take the options {unknown}; it takes "
+                f"{sorted(self._accepted)}. Remove or rename them."
+            )
+        if reserved := sorted(set(self.filled) & set(self.options)):
+            raise ValueError(
+                f"reward function '{self.name}': the options {reserved} are filled by the trainer. Remove them."
+            )
+
+
 class FunctionReward(RewardSource):
     """Scores completions with a Python callable.
 
@@ -49,14 +109,8 @@ class FunctionReward(RewardSource):
         name: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.function = load_callable(function) if isinstance(function, str) else function
-        self.name = name or str(getattr(self.function, "__name__", type(self.function).__name__))
-        self.options = dict(options or {})
-        parameters = inspect.signature(self.function).parameters.values()
-        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self._required = {p.name for p in parameters if p.name in self._accepted and p.default is p.empty}
-        self._check_signature()
+        self._function = DatasetFunction(function, ("prompts", "completions"), options)
+        self.name = self._function.name = name or self._function.name
 
     def setup(self, device: torch.device) -> None:
         """Nothing to load."""
@@ -67,29 +121,4 @@ class FunctionReward(RewardSource):
         Raises:
             SourceConfigError: a column that the signature requires is not in the data.
         """
-        shared = set.intersection(*(set(p.columns) for p in prompts)) if prompts else set()
-        known = {"prompts", "completions", *self.options}
-        if missing := sorted(self._required - known - shared):
-            raise SourceConfigError(
-                f"reward source '{self.name}' requires the columns {missing}, but the data have "
-                f"{sorted(shared)}. Add them to the dataset, name them under its columns, or give them a "
-                "default in the function's signature."
-            )
-        arguments: dict[str, Any] = {c: [p.columns[c] for p in prompts] for c in shared}
-        arguments |= {"prompts": [p.text for p in prompts], "completions": list(completions)} | self.options
-        return self.function(**{k: v for k, v in arguments.items() if self._takes_all or k in self._accepted})
-
-    def _check_signature(self) -> None:
-        if not self._takes_all and "completions" not in self._accepted:
-            raise ValueError(
-                f"reward function '{self.name}' takes no argument `completions`; name one in its signature."
-            )
-        if unknown := [] if self._takes_all else sorted(set(self.options) - self._accepted):
-            raise ValueError(
-                f"reward function '{self.name}' does not take the options {unknown}; it takes "
-                f"{sorted(self._accepted)}. Remove or rename them."
-            )
-        if reserved := sorted({"prompts", "completions"} & set(self.options)):
-            raise ValueError(
-                f"reward function '{self.name}': the options {reserved} are filled by the trainer. Remove them."
-            )
+        return self._function(prompts, completions=list(completions))

@@ -1,6 +1,6 @@
 """Hugging Face sequence classifiers: loading and tokenizing, for scoring and for reward-model training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -91,6 +91,28 @@ def encode(
         if not ids:
             raise ValueError(f"the text {text!r} has no tokens, so there is nothing to score. Drop empty texts.")
     return encoded
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str | Sequence[Mapping[str, Any]]],
+    max_length: int | None,
+    truncation: Truncation,
+) -> BatchEncoding:
+    """Like `encode`, of texts and conversations.
+
+    A conversation goes through the chat template, which brings its own special tokens; a tokenizer without one reads
+    the contents joined by newlines. So `SequenceClassifierReward` renders it too.
+    """
+    with_template, plain = [], []
+    for text in texts:
+        if isinstance(text, str) or not tokenizer.chat_template:
+            plain.append(text if isinstance(text, str) else "\n".join(str(message["content"]) for message in text))
+        else:
+            with_template.append(str(tokenizer.apply_chat_template(list(map(dict, text)), tokenize=False)))
+    if with_template and plain:
+        raise ValueError("a batch mixes texts and conversations, which are tokenized differently. Use one kind.")
+    return encode(tokenizer, with_template or plain, max_length, truncation, add_special_tokens=not with_template)
 
 
 def pad(tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding, rows: Sequence[int]) -> BatchEncoding:

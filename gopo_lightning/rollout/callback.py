@@ -12,10 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from gopo_lightning.policy import evaluating, load_reference, reference_of
-from gopo_lightning.rewards import RewardSource, score
+from gopo_lightning.rewards import Source, against_reference, score_groups
 from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.reference import ReferenceCompletions
 from gopo_lightning.rollout.streams import stream_seeds
+from gopo_lightning.sharding import gathered
 from gopo_lightning.structs import Experience, PromptBatch
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class RolloutCallback(Callback):
         engine: samples completions.
         rewards: the K reward sources.
         combine: rewards_PGK → rewards_PG.
-        advantage: rewards_PG → advantages_PG.
+        advantage: rewards_PG → advantages_PG, or wins_PGG → advantages_PG if ``from_wins``.
+        from_wins: the advantage reads the comparison matrices of the only source, a pairwise one.
         sampling: temperature, lengths, stop conditions.
         num_completions: G in training.
         eval_num_completions: G in validation, test and predict.
@@ -42,17 +44,18 @@ class RolloutCallback(Callback):
     def __init__(
         self,
         engine: RolloutEngine,
-        rewards: Sequence[RewardSource],
+        rewards: Sequence[Source],
         *,
         combine: Callable[[Tensor], Tensor],
         advantage: Callable[[Tensor], Tensor],
+        from_wins: bool = False,
         sampling: SamplingConfig,
         num_completions: int,
         eval_num_completions: int,
         seed: int,
     ) -> None:
         self.engine, self.reward_sources = engine, rewards
-        self.combine, self.advantage = combine, advantage
+        self.combine, self.advantage, self.from_wins = combine, advantage, from_wins
         self.sampling, self.seed = sampling, seed
         self.num_completions, self.eval_num_completions = num_completions, eval_num_completions
         self.reference = ReferenceCompletions()
@@ -74,15 +77,19 @@ class RolloutCallback(Callback):
             module, module.policy, batch["prompts"], self.num_completions, step=trainer.global_step
         )
         module.phase = "train"
-        batch["experience"] = replace(experience, advantages_PG=self.advantage(experience.rewards_PG).float())
+        judged = experience.rewards_PG
+        if self.from_wins:
+            assert experience.wins_PGGK is not None
+            judged = experience.wins_PGGK[..., 0]
+        batch["experience"] = replace(experience, advantages_PG=self.advantage(judged).float())
         batch["seconds"] = seconds
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         module = cast("GOPOModule", pl_module)
-        self._evaluate(module, batch)
-        batch["reference_PG"] = self._reference_rewards(module, batch)
+        self._evaluate(module, batch, compare=False)  # with the reference instead, in _stand
+        self._stand(module, batch)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -101,13 +108,23 @@ class RolloutCallback(Callback):
         self._share_reference(trainer, "reference_completions_test.jsonl")
 
     def roll_out(
-        self, module: "GOPOModule", model: nn.Module, prompts: PromptBatch, num_completions: int, *, step: int
+        self,
+        module: "GOPOModule",
+        model: nn.Module,
+        prompts: PromptBatch,
+        num_completions: int,
+        *,
+        step: int,
+        compare: bool = True,
     ) -> tuple[Experience, dict[str, float]]:
-        """Sample from ``model`` and score. Advantages are still 0. Returns the experience and seconds per phase."""
+        """Sample from ``model`` and score. Advantages are still 0. Returns the experience and seconds per phase.
+
+        Without ``compare`` pairwise sources are not asked to compare a group with itself, and their columns are NaN.
+        """
         indices = [prompt.index for prompt in prompts.prompts]
         seeds_N = stream_seeds(self.seed, step, indices, num_completions)
         autocast = module.trainer.precision_plugin.forward_context()  # hooks run outside of it
-        with _phase(module, "rollout") as rollout, evaluating(model), torch.no_grad(), autocast:
+        with _phase(module, "rollout") as rollout, evaluating(model), torch.no_grad(), gathered(model), autocast:
             completions = self.engine.generate(
                 model,
                 module.tokenizer,
@@ -117,30 +134,58 @@ class RolloutCallback(Callback):
                 seeds_N=seeds_N,
                 eos_token_ids=module.eos_token_ids,
             )
+        if len(completions) != len(seeds_N):
+            raise ValueError(
+                f"{type(self.engine).__name__} returned {len(completions)} completions for {len(prompts)} prompts × "
+                f"{num_completions}; a group needs all of its completions. Repair the engine."
+            )
         with _phase(module, "reward") as reward:
-            prompts_N = [prompt for prompt in prompts.prompts for _ in range(num_completions)]
-            rewards_NK = score(self.reward_sources, prompts_N, completions.texts).to(prompts.tokens_PL.device)
-            rewards_PGK = rewards_NK.view(len(prompts), num_completions, -1)
+            scores = score_groups(
+                self.reward_sources, prompts.prompts, _groups(completions.texts, num_completions), compare=compare
+            )
+            rewards_PGK = scores.rewards_PGK.to(prompts.tokens_PL.device)
             rewards_PG = self.combine(rewards_PGK)
-        experience = Experience(prompts, completions, rewards_PGK, rewards_PG, torch.zeros_like(rewards_PG))
+        experience = Experience(
+            prompts,
+            completions,
+            rewards_PGK,
+            rewards_PG,
+            torch.zeros_like(rewards_PG),
+            wins_PGGK=None if scores.wins_PGGK is None else scores.wins_PGGK.to(rewards_PG.device),
+        )
         return experience, {"rollout": rollout[0], "reward": reward[0]}
 
-    def _evaluate(self, module: "GOPOModule", batch: Any) -> None:
+    def _evaluate(self, module: "GOPOModule", batch: Any, compare: bool = True) -> None:
         batch["experience"], batch["seconds"] = self.roll_out(
-            module, module.policy, batch["prompts"], self.eval_num_completions, step=EVALUATION_STEP
+            module,
+            module.policy,
+            batch["prompts"],
+            self.eval_num_completions,
+            step=EVALUATION_STEP,
+            compare=compare,
         )
 
-    def _reference_rewards(self, module: "GOPOModule", batch: Any) -> Tensor:
-        """reference_PG of the batch's prompts, from the store, or sampled now and kept."""
+    def _stand(self, module: "GOPOModule", batch: Any) -> None:
+        """Rewards of the batch's experience beside those of the reference, which is sampled once and then stored."""
         prompts: PromptBatch = batch["prompts"]
-        known = self.reference.rewards(prompts)
-        if known is None:
+        experience: Experience = batch["experience"]
+        if not self.reference.knows(prompts):
             initial = module.policy_is_initial
-            experience = batch["experience"] if initial else self._sample_reference(module, prompts)
-            self.reference.add(experience)
-            known = self.reference.rewards(prompts)
-            assert known is not None
-        return known.to(prompts.tokens_PL.device)
+            self.reference.add(experience if initial else self._sample_reference(module, prompts))
+        texts, rewards_PRK = self.reference.of(prompts)
+        start = perf_counter()
+        standing = against_reference(
+            self.reward_sources,
+            self.combine,
+            prompts.prompts,
+            _groups(experience.completions.texts, self.eval_num_completions),
+            experience.rewards_PGK,
+            texts,
+            rewards_PRK.to(experience.rewards_PGK.device),
+        )
+        batch["seconds"]["reward"] += perf_counter() - start
+        batch["experience"] = replace(experience, rewards_PGK=standing.rewards_PGK, rewards_PG=standing.rewards_PG)
+        batch["win_rate_P"] = standing.win_rate_P
 
     def _sample_reference(self, module: "GOPOModule", prompts: PromptBatch) -> Experience:
         """Completions of the step-0 policy after training has begun: loaded for this validation only."""
@@ -148,12 +193,19 @@ class RolloutCallback(Callback):
             self._reference_model = load_reference(module.policy_config).to(module.device)  # type: ignore[arg-type]
         frozen: Any = module.frozen_reference or self._reference_model
         with reference_of(module.policy, frozen) as model:
-            return self.roll_out(module, model, prompts, self.eval_num_completions, step=EVALUATION_STEP)[0]
+            return self.roll_out(
+                module, model, prompts, self.eval_num_completions, step=EVALUATION_STEP, compare=False
+            )[0]
 
     def _share_reference(self, trainer: Trainer, name: str) -> None:
         self._reference_model = None
         folder = trainer.log_dir  # a broadcast: on all ranks
         self.reference.share(Path(folder) / name if folder and trainer.is_global_zero else None)
+
+
+def _groups(texts_N: Sequence[str], G: int) -> list[Sequence[str]]:
+    """P groups of G texts."""
+    return [texts_N[n : n + G] for n in range(0, len(texts_N), G)]
 
 
 @contextmanager

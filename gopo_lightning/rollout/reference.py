@@ -14,39 +14,45 @@ from gopo_lightning.structs import Experience, Prompt, PromptBatch
 
 
 class ReferenceCompletions:
-    """Rewards of the reference's completions by prompt. They travel in the checkpoint; the texts go to a JSONL file.
+    """Texts and rewards of the reference's completions by prompt. They travel in the checkpoint and go to a JSONL file.
 
     So the win rate against the reference needs no reference model in memory, also after a resume.
     """
 
     def __init__(self) -> None:
-        self._rewards: dict[str, list[float]] = {}
+        self._texts: dict[str, list[str]] = {}
+        self._rewards: dict[str, list[list[float]]] = {}
         self._new: list[dict[str, Any]] = []
 
     @staticmethod
     def _key(prompt: Prompt) -> str:
         return f"{prompt.index}:{hashlib.sha256(prompt.text.encode()).hexdigest()[:16]}"
 
-    def rewards(self, prompts: PromptBatch) -> Tensor | None:
-        """reference_PG, or None if a prompt has not been sampled yet."""
-        found = [self._rewards.get(self._key(prompt)) for prompt in prompts.prompts]
-        if any(rewards is None for rewards in found):
-            return None
-        return torch.tensor(found, dtype=torch.float32)
+    def knows(self, prompts: PromptBatch) -> bool:
+        """Whether all of ``prompts`` have been sampled."""
+        return all(self._key(prompt) in self._rewards for prompt in prompts.prompts)
+
+    def of(self, prompts: PromptBatch) -> tuple[list[list[str]], Tensor]:
+        """The texts, and references_PRK: a score for each source, NaN in the columns of pairwise ones."""
+        keys = [self._key(prompt) for prompt in prompts.prompts]
+        rewards_PRK = torch.tensor([self._rewards[key] for key in keys], dtype=torch.float32)
+        return [self._texts[key] for key in keys], rewards_PRK
 
     def add(self, experience: Experience) -> None:
         """Keep the completions of the reference model."""
         G = experience.group_size
         for p, prompt in enumerate(experience.prompts.prompts):
-            rewards = experience.rewards_PG[p].tolist()
-            self._rewards[self._key(prompt)] = rewards
+            texts = list(experience.completions.texts[p * G : (p + 1) * G])
+            self._texts[self._key(prompt)] = texts
+            self._rewards[self._key(prompt)] = experience.rewards_PGK[p].tolist()
             self._new.append(
                 {
                     "key": self._key(prompt),
                     "index": prompt.index,
                     "prompt": prompt.text,
-                    "completions": list(experience.completions.texts[p * G : (p + 1) * G]),
-                    "rewards": [None if math.isnan(reward) else reward for reward in rewards],
+                    "completions": texts,
+                    "rewards": _without_nan(experience.rewards_PG[p].tolist()),
+                    "rewards_by_source": [_without_nan(row) for row in experience.rewards_PGK[p].tolist()],
                 }
             )
 
@@ -55,17 +61,24 @@ class ReferenceCompletions:
         rows = [row for rows in gather_objects(self._new) for row in rows]
         self._new = []
         for row in rows:
-            self._rewards[row["key"]] = [math.nan if reward is None else reward for reward in row["rewards"]]
+            self._texts[row["key"]] = row["completions"]
+            self._rewards[row["key"]] = [
+                [math.nan if reward is None else reward for reward in rewards] for rewards in row["rewards_by_source"]
+            ]
         if rows and path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             unique = {row.pop("key"): row for row in rows}
             lines = (json.dumps(row, ensure_ascii=False) for row in sorted(unique.values(), key=lambda r: r["index"]))
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """Prompt key → rewards."""
-        return dict(self._rewards)
+    def state_dict(self) -> dict[str, Any]:
+        """Prompt key → texts, and rewards of each text by each source."""
+        return {"texts": dict(self._texts), "rewards": dict(self._rewards)}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what a run had sampled."""
-        self._rewards = dict(state)
+        self._texts, self._rewards = dict(state.get("texts", {})), dict(state.get("rewards", {}))
+
+
+def _without_nan(rewards: list[float]) -> list[float | None]:
+    return [None if math.isnan(reward) else reward for reward in rewards]

@@ -1,0 +1,157 @@
+"""Whole groups through all sources, scalar and pairwise. Shape legend: `structs.py`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gopo_lightning.advantages import preferences
+from gopo_lightning.distributed import all_reduce_sum
+from gopo_lightning.metrics import win_rate, wins_metrics
+from gopo_lightning.rewards.base import RewardSource, SourceConfigError, score
+from gopo_lightning.rewards.pairwise import Groups, PairwiseSource, check_wins
+from gopo_lightning.structs import Prompt
+
+Source: TypeAlias = RewardSource | PairwiseSource
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """What the K sources say about P groups of G completions."""
+
+    rewards_PGK: Tensor
+    """float32, on the CPU. The column of a pairwise source is each completion's share of wins, in [0, 1]."""
+    wins_PGGK: Tensor | None
+    """float32 comparison matrices, all NaN for a scalar source; None where no source compared."""
+
+
+def score_groups(
+    sources: Sequence[Source], prompts: Sequence[Prompt], groups: Groups, *, compare: bool = True
+) -> GroupScores:
+    """Scores and comparisons of P groups.
+
+    Args:
+        sources: the K sources.
+        prompts: P prompts.
+        groups: G completions of each.
+        compare: false asks the pairwise sources nothing: their columns are NaN.
+
+    Raises:
+        RuntimeError: a source raised or returned something malformed; names the source and a prompt.
+    """
+    P, G = len(groups), len(groups[0])
+    prompts_N = [prompt for prompt in prompts for _ in range(G)]
+    texts_N = [text for group in groups for text in group]
+    columns, matrices = [], []
+    for source in sources:
+        if isinstance(source, RewardSource):
+            columns.append(score([source], prompts_N, texts_N).view(P, G))
+            matrices.append(torch.full((P, G, G), torch.nan))
+        else:
+            matrices.append(_wins(source, prompts, groups) if compare else torch.full((P, G, G), torch.nan))
+            columns.append(win_share(matrices[-1]))
+    compared = compare and any(isinstance(source, PairwiseSource) for source in sources)
+    return GroupScores(torch.stack(columns, -1), torch.stack(matrices, -1) if compared else None)
+
+
+def win_share(wins_PGG: Tensor) -> Tensor:
+    """float32 share_PG in [0, 1]: the mean preference over the others it was compared with; NaN for none."""
+    return preferences(wins_PGG).nanmean(-1).float()
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How completions stand against reference completions of the same prompts."""
+
+    rewards_PGK: Tensor
+    """The sources' scores; the column of a pairwise source is the share of wins against the references."""
+    rewards_PG: Tensor
+    """Combined over completions and references as one group, for some combinations rank within the group."""
+    win_rate_P: Tensor
+    """Share of (completion, reference) pairs that the completion wins, ties half; NaN where none can be compared."""
+
+
+def against_reference(
+    sources: Sequence[Source],
+    combine: Callable[[Tensor], Tensor],
+    prompts: Sequence[Prompt],
+    groups: Groups,
+    rewards_PGK: Tensor,
+    references: Groups,
+    references_PRK: Tensor,
+) -> Standing:
+    """Compare completions with references, by combined reward, or directly where the only source is pairwise.
+
+    Args:
+        sources: the K sources. A pairwise one is asked about each completion with each reference. Beside other
+            sources its score of a reference is the share of wins against the completions.
+        combine: rewards_PGK → rewards_PG.
+        prompts: P prompts.
+        groups: G completions of each.
+        rewards_PGK: their scores; the columns of pairwise sources are not read.
+        references: R reference completions of each.
+        references_PRK: their scores, likewise.
+    """
+    columns = list(torch.cat([rewards_PGK, references_PRK], dim=1).unbind(-1))
+    direct_P = None
+    for k, source in enumerate(sources):
+        if isinstance(source, PairwiseSource):
+            wins_PGR = _versus(source, prompts, groups, references).to(rewards_PGK.device)
+            columns[k] = torch.cat([wins_PGR.nanmean(2), 1 - wins_PGR.nanmean(1)], dim=1)
+            direct_P = wins_PGR.nanmean((1, 2))
+    joint_PGK, G = torch.stack(columns, -1), rewards_PGK.shape[1]
+    joint_PG = combine(joint_PGK)
+    win_rate_P = direct_P if direct_P is not None and len(sources) == 1 else win_rate(joint_PG[:, :G], joint_PG[:, G:])
+    return Standing(joint_PGK[:, :G], joint_PG[:, :G], win_rate_P)
+
+
+def _wins(source: PairwiseSource, prompts: Sequence[Prompt], groups: Groups) -> Tensor:
+    return _guarded(
+        source, prompts, lambda: check_wins(source(prompts, groups), len(groups), len(groups[0]), source.tolerance)
+    )
+
+
+def _versus(source: PairwiseSource, prompts: Sequence[Prompt], groups: Groups, references: Groups) -> Tensor:
+    return _guarded(source, prompts, lambda: source.versus(prompts, groups, references))
+
+
+def _guarded(source: PairwiseSource, prompts: Sequence[Prompt], call: Callable[[], Tensor]) -> Tensor:
+    """``call``; an exception names the source. No prompt is singled out: asking again may cost money."""
+    try:
+        return call()
+    except SourceConfigError:
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"pairwise source '{source.name}' raised {type(error).__name__}: {error}\nThe batch's first prompt: row "
+            f"{prompts[0].index}: {prompts[0].text!r}"
+        ) from error
+
+
+def reads_wins(sources: Sequence[Source], advantage: str, options: Mapping[str, Any] | None) -> bool:
+    """Whether the ordinal advantage reads comparison matrices: the only source is pairwise.
+
+    Raises:
+        ValueError: it does, and options are given.
+    """
+    if len(sources) != 1 or not isinstance(sources[0], PairwiseSource) or advantage != "ordinal":
+        return False
+    if options:
+        raise ValueError(
+            f"advantage_options={dict(options)}: comparisons have no such option, ties are ½. Remove advantage_options."
+        )
+    return True
+
+
+def comparison_metrics(sources: Sequence[Source], wins_PGGK: Tensor) -> dict[str, Tensor]:
+    """Ties, cycles and running totals of every pairwise source. A collective: sums over ranks."""
+    metrics: dict[str, Tensor] = {}
+    for k, source in enumerate(sources):
+        if isinstance(source, PairwiseSource):
+            metrics |= wins_metrics(wins_PGGK[..., k], source.name)
+            counts = source.counters()
+            totals = all_reduce_sum(torch.tensor(list(counts.values()), dtype=torch.float64, device=wins_PGGK.device))
+            metrics |= {f"reward/{source.name}/{key}": total for key, total in zip(counts, totals, strict=True)}
+    return metrics

@@ -1,0 +1,158 @@
+"""Runs training cases on several gloo processes: one launch, one process group, many cases (imports are the price)."""
+
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch import Callback
+
+import gopo_lightning.strategies  # noqa: F401  (registers the short names)
+from gopo_lightning.callbacks.export import export
+from gopo_lightning.checkpoints import last_of
+from gopo_lightning.distributed import gather_objects
+from gopo_lightning.losses import LossConfig
+from gopo_lightning.policy import PolicyConfig
+from gopo_lightning.rewards import FunctionReward
+from gopo_lightning.rollout import SamplingConfig
+from tests.runs import make_data, make_module, make_trainer
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
+
+
+def mixed(prompts: list[str], completions: list[str]) -> list[float | None]:
+    """A group without any score, groups that tie throughout, some completions without a score, and ordinary groups."""
+    scores: list[float | None] = []
+    for prompt, text in zip(prompts, completions, strict=True):
+        if prompt == "say ababab":
+            scores.append(None)
+        elif prompt == "say ab":
+            scores.append(1.0)
+        else:
+            total = sum(text.encode())
+            scores.append(None if total % 7 == 0 else float(total % 5))
+    return scores
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run."""
+
+    name: str
+    strategy: str = "auto"
+    lora: bool = False
+    kl_coef: float = 0.0
+    max_steps: int = 3
+    prompts_per_step: int = 4
+    resume: str | None = None
+    """Checkpoint, relative to the folder of results."""
+    stop: tuple[int, int] | None = None
+    """(rank, step): this rank alone gets SIGTERM at the end of this step's rollout; ``resume: last`` goes on."""
+    module: dict[str, Any] = field(default_factory=dict)
+    export: bool = False
+
+
+class Record(Callback):
+    """Losses, gradient norms and the sampled text of every rank, step by step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        experience = batch["experience"]
+        texts = experience.completions.texts
+        G = experience.group_size
+        mine = {p.index: texts[i * G : i * G + G] for i, p in enumerate(experience.prompts.prompts)}
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        merged = {key: value for part in gather_objects(mine) for key, value in part.items()}
+        self.steps.append({"metrics": metrics, "texts": dict(sorted(merged.items()))})
+
+
+class Signal(Callback):
+    """Sends SIGTERM to its own process in the middle of a step."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_case(case: Case, tiny_policy: Path, prompts_file: Path, folder: Path, world: int) -> None:
+    """Train; rank 0 leaves ``<name>.pt`` (what was recorded) and ``<name>.ckpt`` in ``folder``."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "policy": PolicyConfig(str(tiny_policy), lora=LORA if case.lora else None),
+        "rewards": [FunctionReward("tests.ranks.mixed", name="mixed")],
+        "loss": LossConfig(kl_coef=case.kl_coef),
+        "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-3, eps=1e-3),
+        "max_grad_norm": 0.1,
+        "micro_batch_tokens": 60,
+        "sampling": SamplingConfig(max_new_tokens=8, stop_strings=("a", "e", "1", "%", "<", "W", "m")),
+    }
+    module = make_module(tiny_policy, **(options | case.module))
+    record = Record()
+    trainer = make_trainer(
+        folder / case.name.split(".")[0],  # runs that differ after the dot share their folder
+        callbacks=[record] if case.stop is None else [record, Signal(*case.stop)],
+        strategy=case.strategy,
+        devices=world,
+        max_steps=case.max_steps,
+        enable_checkpointing=False,
+    )
+    data = make_data(prompts_file, prompts_per_step=case.prompts_per_step)
+    path = last_of(trainer) if case.resume == "last" else case.resume and folder / case.resume
+    if case.stop is not None:
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+            trainer.fit(module, data)
+        return
+    trainer.fit(module, data, ckpt_path=path)
+    trainer.save_checkpoint(folder / f"{case.name}.ckpt")
+    if case.export:
+        export(module.policy, module.tokenizer, folder / f"{case.name}-export", is_writer=trainer.is_global_zero)
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        validation = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        torch.save({"steps": record.steps, "validation": validation}, folder / f"{case.name}.pt")
+
+
+def launch(cases: Sequence[Case], tiny_policy: Path, prompts_file: Path, folder: Path, world: int) -> None:
+    """Run ``cases`` one after the other on ``world`` processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, (cases, tiny_policy, prompts_file, folder, world, port), nprocs=world)
+
+
+def _rank(
+    rank: int, cases: Sequence[Case], tiny_policy: Path, prompts_file: Path, folder: Path, world: int, port: int
+) -> None:
+    """A process as torchrun would have started it."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    torch.set_num_threads(1)
+    for case in cases:
+        start = perf_counter()
+        try:
+            run_case(case, tiny_policy, prompts_file, folder, world)
+            print(f"rank {rank} {case.name} {perf_counter() - start:.1f} s")
+        except BaseException:
+            (folder / f"{case.name}.rank{rank}.error").write_text(traceback.format_exc())
+            raise

@@ -1,0 +1,132 @@
+"""Stop a run anywhere, go on, and end where the uninterrupted run ends: weights, optimiser, curves and text."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from gopo_lightning.callbacks.save_on_signal import SaveOnSignal
+from gopo_lightning.checkpoints import last_of, newest
+from gopo_lightning.policy import PolicyConfig
+from tests.ranks import LORA, Record
+from tests.runs import make_data, make_module, make_trainer
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it, nothing saves."""
+
+
+class Die(Callback):
+    """Ends the run in one of its hooks at one of its steps."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self.step = step
+        setattr(self, hook, self.die)
+
+    def die(self, trainer: Any, *_: Any, **__: Any) -> None:
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+def train(folder: Path, tiny_policy: Path, prompts_file: Path, *callbacks: Callback, **options: Any) -> dict[str, Any]:
+    """Go on from the last checkpoint, if there is one; what the run logged by step, and its last checkpoint."""
+    record, curves = Record(), Curves()
+    keeper = ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    trainer = make_trainer(folder, callbacks=[record, curves, keeper, *callbacks], max_steps=5, val_check_interval=2)
+    module = make_module(tiny_policy, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), warmup_steps=3, **options)
+    trainer.fit(module, make_data(prompts_file), ckpt_path=last_of(trainer))
+    checkpoint = torch.load(last_of(trainer), weights_only=True)
+    return {"texts": [step["texts"] for step in record.steps], "curves": curves.values, "checkpoint": checkpoint}
+
+
+class Curves(Callback):
+    """The validation's metrics by step."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, dict[str, float]] = {}
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        self.values[trainer.global_step] = metrics
+
+
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [
+        ("on_train_batch_start", 1),  # in mid-epoch
+        ("on_train_batch_start", 3),  # between two epochs
+        ("on_validation_batch_start", 2),  # in the middle of a validation
+        ("on_validation_end", 4),
+        ("on_train_end", 5),
+    ],
+)
+def test_a_killed_run_ends_like_one_that_was_not(
+    hook: str, step: int, tiny_policy: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    whole = train(tmp_path / "whole", tiny_policy, prompts_file)
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", tiny_policy, prompts_file, Die(hook, step))
+    rest = train(tmp_path / "parts", tiny_policy, prompts_file)
+    assert rest["texts"] == whole["texts"][len(whole["texts"]) - len(rest["texts"]) :]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_identical(rest["checkpoint"][key], whole["checkpoint"][key])
+    assert rest["curves"] == {step: whole["curves"][step] for step in rest["curves"]}
+    if hook == "on_validation_batch_start":
+        assert 2 in rest["curves"]  # the interrupted validation is made up for
+
+
+def assert_identical(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0) if isinstance(expected, torch.Tensor) else None
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_identical(actual[key], value)
+    elif isinstance(expected, list):
+        for a, b in zip(actual, expected, strict=True):
+            assert_identical(a, b)
+    elif not isinstance(expected, torch.Tensor):
+        assert actual == expected
+
+
+def test_another_policy_is_refused(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
+    train(tmp_path, tiny_policy, prompts_file, policy=PolicyConfig(str(tiny_policy), lora=LORA))
+    with pytest.raises(ValueError, match="checkpoint is of another policy"):
+        train(tmp_path, tiny_policy, prompts_file)
+
+
+def test_sigusr1_requeues_a_slurm_job_and_only_that(
+    tiny_policy: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/calls\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(scontrol.parent), prepend=os.pathsep)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+
+    class Interrupt(Callback):
+        def on_validation_start(self, trainer: Any, *_: Any, **__: Any) -> None:
+            if trainer.global_step == 2:
+                monkeypatch.setenv("SLURM_JOB_ID", "17")
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGUSR1)):
+        train(tmp_path, tiny_policy, prompts_file, Interrupt())
+    assert (tmp_path / "calls").read_text() == "requeue 17\n"
+    assert newest(tmp_path.rglob("*.ckpt")).name == "interrupted-step=2.ckpt"  # type: ignore[union-attr]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGTERM, SaveOnSignal()._note)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM

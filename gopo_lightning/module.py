@@ -89,7 +89,7 @@ class GOPOModule(TrainableState, LightningModule):
         sampling: SamplingConfig,
         loss: LossConfig = LossConfig(),  # noqa: B008  (frozen)
         engine: RolloutEngine | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0),
         combine: str = "weighted_sum",
         combine_options: dict[str, Any] | None = None,
         advantage: str = "ordinal",
@@ -212,7 +212,8 @@ class GOPOModule(TrainableState, LightningModule):
         experience = self._with_logprobs(batch["experience"])
         updates = [self._update(minibatch) for minibatch in self._minibatches(experience)]
         metrics = {key: torch.stack([update[key] for update in updates]).mean() for key in updates[0]}
-        metrics["train/sampler_logprob_diff"] = updates[0]["train/sampler_logprob_diff"]  # later ones saw other weights
+        if (difference := "train/sampler_logprob_diff") in metrics:
+            metrics[difference] = updates[0][difference]  # later ones saw other weights
         seconds = {**batch["seconds"], "train": perf_counter() - start}  # the metrics have synchronised the device
         self._log_training(experience, metrics, seconds)
 

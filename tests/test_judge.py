@@ -361,7 +361,8 @@ def test_a_real_server_with_a_real_model(tmp_path: Path) -> None:
         scores = score_groups([judge], [prompt("What is the capital of France?")], group)
         counts = judge.counters()
         assert scores.wins_PGGK is not None and scores.wins_PGGK.shape == (1, 3, 3, 1)
-        assert counts["calls"] == 3 and int((~scores.wins_PGGK.isnan()).sum()) == 3 - counts["abstained"]
+        assert counts["calls"] >= 3  # three pairs; a retry, which a busy machine may need, is a call too
+        assert int((~scores.wins_PGGK.isnan()).sum()) == 3 - counts["abstained"]
         again = LLMJudge(folder, **options)
         again.setup(CPU)
         score_groups([again], [prompt("What is the capital of France?")], group)

@@ -52,3 +52,13 @@ def split_groups(
         else:
             batches.append([idle.pop()])
     return [torch.tensor(groups) for groups in batches]
+
+
+def forwarded_tokens(experience: Experience, shared: bool) -> tuple[int, int]:
+    """``(real, all)`` tokens of one micro-batch's forward; the difference is padding. ``shared`` as above."""
+    P, L = experience.prompts.tokens_PL.shape
+    N, T = experience.completions.tokens_NT.shape
+    prompt = int(experience.prompts.mask_PL.sum())
+    completion = int(experience.completions.lengths_N.sum())
+    copies = 1 if shared else N // P
+    return copies * prompt + completion, copies * P * L + N * T

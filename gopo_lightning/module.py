@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from gopo_lightning import advantages
-from gopo_lightning.batching import split_groups
+from gopo_lightning.batching import forwarded_tokens, split_groups
 from gopo_lightning.callbacks.predictions import PredictionWriter, prediction_records
 from gopo_lightning.callbacks.save_on_signal import SaveOnSignal
 from gopo_lightning.callbacks.validate_first import ValidateFirst
@@ -310,6 +310,8 @@ class GOPOModule(TrainableState, LightningModule):
         )
         self.manual_backward(loss * world_size())  # DDP and FSDP average over ranks; the denominator is global
         metrics["tokens"], metrics["loss"] = mask_NT.sum(), loss.detach()
+        real, forwarded = forwarded_tokens(experience, shared=bool(self._shares_prefix))
+        metrics["padding"], metrics["forwarded"] = torch.tensor([forwarded - real, forwarded], device=self.device)
         if current.entropy_NT is not None:
             metrics["entropy"] = current.entropy_NT.detach()[mask_NT].sum()
         if completions.sampler_logprobs_NT is not None:
@@ -333,7 +335,9 @@ class GOPOModule(TrainableState, LightningModule):
         optimizer.zero_grad()
         scheduler.step()
         tokens = reduced.pop("tokens").clamp(min=1)
+        padding = reduced.pop("padding") / reduced.pop("forwarded")
         metrics = {"train/loss": reduced.pop("loss"), "train/grad_norm": grad_norm, "train/lr": torch.tensor(lr)}
+        metrics["train/padding_fraction"] = padding
         names = {key: f"{key}_fraction" for key in reduced if key.startswith("clip")}
         return metrics | {f"train/{names.get(key, key)}": value / tokens for key, value in reduced.items()}
 

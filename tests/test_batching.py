@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gopo_lightning.batching import split_groups
+from gopo_lightning.batching import forwarded_tokens, split_groups
 from gopo_lightning.structs import Completions, Experience, Prompt, PromptBatch
 
 G = 2
@@ -48,3 +48,9 @@ def test_inactive_groups_are_left_out_unless_they_must_fill_up() -> None:
 def test_every_group_once(budget: int | None, at_least: int) -> None:
     batches = split_groups(experience([3, 9, 1, 5], [7, 2, 4, 4]), budget=budget, shared=True, at_least=at_least)
     assert sorted(torch.cat(batches).tolist()) == [0, 1, 2, 3] and len(batches) >= at_least
+
+
+def test_forwarded_tokens_count_the_padding() -> None:
+    batch = experience([4, 2], [3, 5])  # rows of 4 and 5 columns; 2 completions each
+    assert forwarded_tokens(batch, shared=True) == (4 + 2 + 2 * (3 + 5), 2 * 4 + 4 * 5)
+    assert forwarded_tokens(batch, shared=False) == (2 * (4 + 2) + 2 * (3 + 5), 2 * 2 * 4 + 4 * 5)

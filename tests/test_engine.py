@@ -314,8 +314,8 @@ def test_auto_shares_where_it_can_and_says_why_where_it_cannot() -> None:
 def test_auto_falls_back_where_the_numbers_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = build("llama"), prompt_batch()
     expected = generate(model, prompts, "never", 2).texts
-    original = layouts.attend_completions
-    monkeypatch.setattr(layouts, "attend_completions", lambda *args: original(*args) * 1.1)
+    original = layouts.attend_token
+    monkeypatch.setattr(layouts, "attend_token", lambda *args: original(*args) * 1.1)
     with pytest.warns(UserWarning, match="logits differ"):
         assert generate(model, prompts, "auto", 2).texts == expected
 

@@ -147,8 +147,8 @@ def test_gradient_of_the_head_against_finite_differences() -> None:
         up, down = (((logits_CV + s).double() / 0.6).log_softmax(-1)[range(3), targets_C] for s in (step, -step))
         numeric += step / 1e-2 * ((up - down).sum() / 2e-2)
     logits_CV.requires_grad_()
-    (logprobs_C,) = head.TokenLogprob.apply(logits_CV, targets_C, 0.6, False)
-    logprobs_C.sum().backward()
+    normaliser_C, logprobs_C = head.token_statistics(logits_CV.detach(), targets_C, 0.6, with_entropy=False)
+    head.TokenLogprob.apply(logits_CV, targets_C, 0.6, normaliser_C, logprobs_C).sum().backward()
     torch.testing.assert_close(logits_CV.grad, numeric, atol=2e-4, rtol=1e-3)
 
 

@@ -23,7 +23,7 @@ from gopo_lightning.shared_prefix import (
     IMPLEMENTATION,
     PackedGroups,
     attend_completions,
-    attention,
+    parts,
     shared_prefix_attention,
     supports_shared_prefix,
 )
@@ -151,12 +151,16 @@ def test_other_completions_and_padding_do_not_matter() -> None:
     assert not torch.allclose(changed[1], expected[1])
 
 
-@pytest.mark.parametrize("max_scores", [2**20, 130, 90, 1])
+@pytest.mark.parametrize("kernel", ["pays", "forward", "none"])
+@pytest.mark.parametrize("max_scores", [2**20, 130, 18, 1])
 def test_attention_in_float64_against_a_dense_mask_and_gradcheck(
-    max_scores: int, monkeypatch: pytest.MonkeyPatch
+    max_scores: int, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one part; in a part for each prompt; for two completions of three; for each completion."""
-    monkeypatch.setattr(attention, "_MAX_SCORES", max_scores)
+    """By torch's kernel and by products: all at once, prompt by prompt, some queries of a prompt, query by query."""
+    monkeypatch.setattr(parts, "_MAX_SCORES", max_scores)
+    monkeypatch.setattr(parts, "_KERNEL_PAYS", 0 if kernel == "pays" else 2**20)
+    if kernel == "none":
+        monkeypatch.setattr(parts, "_has_kernel", lambda query, softcap: False)
     torch.manual_seed(0)
     P, K, R, G, T, L, D = 2, 2, 2, 3, 2, 3, 4
     S = L + G * T
@@ -198,7 +202,7 @@ def test_prompt_is_not_expanded() -> None:
     prompt = (torch.randn(P, K, L, D), torch.randn(P, K, L, D))
     suffix = (torch.randn(P, K, G, 1, D), torch.randn(P, K, G, 1, D))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
-        attend_completions(query, prompt, suffix, None, None, 1.0)
+        attend_completions(query, prompt, suffix, None, 1.0)
     assert max(sizes) <= L * D < G * L * D
 
 

@@ -30,39 +30,75 @@ class TokenReader:
         return torch.cat([self._chunk(head, hidden_CH, targets_C) for hidden_CH, targets_C in chunks], -1)
 
     def _chunk(self, head: Callable[[Tensor], Tensor], hidden_CH: Tensor, targets_C: Tensor) -> Tensor:
+        statistics: list[tuple[Tensor, ...]] = []
+
         def run(hidden_CH: Tensor) -> Tensor:
-            return torch.stack(TokenLogprob.apply(head(hidden_CH), targets_C, self.temperature, self.with_entropy))
+            logits_CV = head(hidden_CH)
+            if not statistics:  # what backward computes again is the logits alone
+                statistics.append(token_statistics(logits_CV.detach(), targets_C, self.temperature, self.with_entropy))
+            normaliser_C, logprobs_C, *entropy = statistics[0]
+            logprobs_C = TokenLogprob.apply(logits_CV, targets_C, self.temperature, normaliser_C, logprobs_C)
+            return torch.stack([logprobs_C, *entropy])
 
         if not torch.is_grad_enabled():
             return run(hidden_CH)
         return checkpoint(run, hidden_CH, use_reentrant=False, preserve_rng_state=False)
 
 
+def token_statistics(
+    logits_CV: Tensor, targets_C: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, ...]:
+    """Of softmax(logits / temperature): log of the normaliser, log-prob of the target and, if asked, entropy; [C] each.
+
+    In float32, by blocks of rows that stay in a CPU core's cache: no float32 copy of the logits as a whole.
+    """
+    blocks = []
+    for logits_BV, targets_B in _blocks(logits_CV, targets_C):
+        logits_BV = logits_BV.to(torch.float32, copy=True).div_(temperature)
+        peak_B1 = logits_BV.amax(-1, keepdim=True)
+        target_B = logits_BV.gather(-1, targets_B[:, None])[:, 0]
+        weights_BV = logits_BV.sub_(peak_B1).exp()
+        total_B = weights_BV.sum(-1)
+        normaliser_B = peak_B1[:, 0] + total_B.log()
+        block = [normaliser_B, target_B - normaliser_B]
+        if with_entropy:
+            block.append(total_B.log() - torch.linalg.vecdot(weights_BV, logits_BV) / total_B)
+        blocks.append(torch.stack(block))
+    return tuple(torch.cat(blocks, -1))
+
+
 class TokenLogprob(torch.autograd.Function):
-    """log softmax(logits / temperature) at the targets, in float32, saving no more than the logits as they came."""
+    """``logprobs_C`` of ``token_statistics``, with the gradient by the logits; saves them no more than as they came."""
 
     @staticmethod
-    def forward(ctx: Any, logits_CV: Tensor, targets_C: Tensor, temperature: float, with_entropy: bool) -> Any:
-        scaled_CV = logits_CV.float() / temperature
-        normaliser_C = scaled_CV.logsumexp(-1)
-        logprobs_C = scaled_CV.gather(-1, targets_C[:, None])[:, 0] - normaliser_C
+    def forward(
+        ctx: Any, logits_CV: Tensor, targets_C: Tensor, temperature: float, normaliser_C: Tensor, logprobs_C: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(logits_CV, targets_C, normaliser_C)
         ctx.temperature = temperature
-        if not with_entropy:
-            return (logprobs_C,)
-        probs_CV = (scaled_CV - normaliser_C[:, None]).exp_()
-        entropy_C = normaliser_C - torch.linalg.vecdot(probs_CV, scaled_CV)
-        ctx.mark_non_differentiable(entropy_C)
-        return logprobs_C, entropy_C
+        return logprobs_C.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_C: Tensor, *_: Tensor) -> Any:
+    def backward(ctx: Any, grad_C: Tensor) -> Any:
         """d/dlogits = (one-hot - softmax) / temperature."""
         logits_CV, targets_C, normaliser_C = ctx.saved_tensors
-        grad_C1 = grad_C[:, None].float() / ctx.temperature
-        grad_CV = (logits_CV.float() / ctx.temperature).sub_(normaliser_C[:, None]).exp_().mul_(-grad_C1)
-        grad_CV.scatter_add_(-1, targets_C[:, None], grad_C1)
-        return grad_CV.to(logits_CV.dtype), None, None, None
+        grad_CV = torch.empty_like(logits_CV)
+        columns = (targets_C[:, None], normaliser_C[:, None], (grad_C / ctx.temperature)[:, None])
+        for out_BV, logits_BV, targets_B1, normaliser_B1, grad_B1 in _blocks(grad_CV, logits_CV, *columns):
+            weights_BV = logits_BV.to(torch.float32, copy=True).div_(ctx.temperature).sub_(normaliser_B1).exp_()
+            out_BV.copy_(weights_BV.mul_(-grad_B1).scatter_add_(-1, targets_B1, grad_B1))
+        return grad_CV, None, None, None, None
+
+
+_BLOCK = 2**19
+"""Logits of a block on CPU: 2 MiB in float32. Other devices take all rows at once."""
+
+
+def _blocks(logits_CV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of the arguments, block by block."""
+    C, V = logits_CV.shape
+    rows = max(_BLOCK // V, 1) if logits_CV.device.type == "cpu" else max(C, 1)
+    return zip(logits_CV.split(rows), *(other.split(rows) for other in others), strict=True)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class SharedDecoder:
 
     def __init__(self, model: nn.Module, prompts: PromptBatch, num_completions: int, max_new_tokens: int) -> None:
         self.model, self.prompts = model, prompts
-        self.cache = PrefixCache(prompts.mask_PL, num_completions, max_new_tokens)
+        self.cache = PrefixCache(prompts.mask_PL, max_new_tokens)
         self.positions_A = prompts.mask_PL.sum(-1).repeat_interleave(num_completions)
 
     def prefill(self) -> Tensor:

@@ -18,7 +18,7 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor, config: SamplingConfig, banned: 
     The log-probability is the policy's own: at the temperature (at 1 if that is 0), before ``banned`` token ids and
     filters cut anything away.
     """
-    logits_NV = logits_NV.float() / (config.temperature or 1.0)
+    logits_NV = logits_NV.to(torch.float32, copy=True).div_(config.temperature or 1.0)
     peak_N1 = logits_NV.amax(-1, keepdim=True)
     weights_NV = (logits_NV - peak_N1).exp_()
     if config.temperature == 0:
@@ -61,12 +61,13 @@ def _nucleus(weights_NC: Tensor, ids_NC: Tensor | None, top_p: float) -> tuple[T
 def inverse_cdf(weights_NC: Tensor, uniforms_N: Tensor) -> Tensor:
     """int64 [N]: the first column where the running sum of ``weights_NC`` exceeds u times its total.
 
-    Weights are >= 0 with a positive sum; a column of weight 0 is never drawn. Two levels, both summed in float64: first
-    the block of columns, then the column. A float32 running sum over a large vocabulary would lose unlikely tokens.
+    Weights are >= 0 with a positive sum; a column of weight 0 is never drawn. Two levels, both with a running sum in
+    float64: first the block of columns, then the column. In float32 over a large vocabulary it would lose unlikely
+    tokens. The blocks themselves are short, so float32 sums them.
     """
     pad = -weights_NC.shape[-1] % _BLOCK
     blocks_NBC = torch.nn.functional.pad(weights_NC, (0, pad)).unflatten(-1, (-1, _BLOCK))
-    block_N, rest_N = _locate(blocks_NBC.sum(-1, dtype=torch.float64), uniforms_N)
+    block_N, rest_N = _locate(blocks_NBC.sum(-1).double(), uniforms_N)
     inside_NC = blocks_NBC.take_along_dim(block_N[:, None, None], 1)[:, 0].double()
     column_N, _ = _locate(inside_NC, rest_N)
     return block_N * _BLOCK + column_N

@@ -3,15 +3,13 @@
 M = R * Q   queries of one completion that read the same keys and values, query heads first
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MAX_SCORES = 2**20
-"""Scores that exist at once, so that they stay in a core's cache and backward needs no more than this."""
+from gopo_lightning.shared_prefix import parts
 
 
 def attend_prompt(
@@ -36,7 +34,7 @@ def _attend_softcapped(
     """Causal attention with soft-capped scores (Gemma 2), which SDPA has not."""
     K, L, device = key_PKLD.shape[1], query_PHLD.shape[2], query_PHLD.device
     allowed = ~_future(L, device) if mask_P1LL is None else mask_P1LL[:, None]
-    scores = _widen(query_PHLD.unflatten(1, (K, -1)) @ key_PKLD[:, :, None].transpose(-1, -2)) * scale
+    scores = parts.widen(query_PHLD.unflatten(1, (K, -1)) @ key_PKLD[:, :, None].transpose(-1, -2)) * scale
     scores = ((scores / softcap).tanh() * softcap).masked_fill(~allowed, -torch.inf)
     return (scores.softmax(-1).to(value_PKLD.dtype) @ value_PKLD[:, :, None]).flatten(1, 2)
 
@@ -46,145 +44,95 @@ def attend_completions(
     prompt: tuple[Tensor, Tensor],
     suffix: tuple[Tensor, Tensor],
     prompt_bias_P11L: Tensor | None,
-    suffix_bias_QT: Tensor | None,
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of completions to their prompt and themselves under one softmax, [P, K, G, R, Q, D].
+    """Attention of completions to their prompt and, causally, to themselves under one softmax, [P, K, G, R, Q, D].
 
     The prompt's keys meet the queries of the whole group in one product: G*R*Q rows against [P, K, L, D], never
-    expanded. ``suffix`` is [P, K, G, T, D] each. A bias of 0 or -inf is added to the scores; None adds nothing.
+    expanded. ``suffix`` is [P, K, G, Q, D] each. The bias, 0 or -inf, is added to the scores; None adds nothing.
     """
     R, Q = query_PKGRQD.shape[3:5]
-    query_PKGMD = query_PKGRQD.reshape(*query_PKGRQD.shape[:3], R * Q, -1)
-    bias = (
-        None if prompt_bias_P11L is None else prompt_bias_P11L[:, None],
-        None if suffix_bias_QT is None else suffix_bias_QT.repeat(R, 1),
-    )
-    output: Tensor = _GroupAttention.apply(query_PKGMD, *prompt, *suffix, *bias, scale, softcap)
+    own_bias_11MQ = causal_bias(Q, query_PKGRQD.device).repeat(R, 1)[None, None]
+    query_PKGMD = query_PKGRQD.flatten(3, 4).contiguous()
+    own = (x.contiguous() for x in suffix)
+    output: Tensor = _GroupAttention.apply(query_PKGMD, *prompt, *own, prompt_bias_P11L, own_bias_11MQ, scale, softcap)
     return output.unflatten(3, (R, Q))
 
 
 class _GroupAttention(torch.autograd.Function):
-    """softmax over the scores of prompt and suffix together, in float32; backward computes them again.
-
-    Autograd would keep the weights of every layer: more memory than all else at long prompts.
-    """
+    """Saves no score: autograd would keep the weights of every layer, more than all else at long prompts."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        query: Tensor,
+        query_PKGMD: Tensor,
         prompt_key: Tensor,
         prompt_value: Tensor,
-        suffix_key: Tensor,
-        suffix_value: Tensor,
+        own_key: Tensor,
+        own_value: Tensor,
         prompt_bias: Tensor | None,
-        suffix_bias: Tensor | None,
+        own_bias: Tensor,
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        output = query.new_empty(*query.shape[:-1], prompt_value.shape[-1])
-        normaliser = query.new_empty(query.shape[:-1], dtype=_wide(query))
-        ctx.scale, ctx.softcap = scale, softcap
+        own = _by_completion(own_key), _by_completion(own_value), own_bias
+        to_prompt = parts.attend(_by_prompt(query_PKGMD), prompt_key, prompt_value, prompt_bias, scale, softcap)
+        to_own = parts.attend(_by_completion(query_PKGMD), *own, scale, softcap)
+        shape = query_PKGMD.shape[:4]
+        whole = ([x.reshape(*shape, *x.shape[3:]) for x in part] for part in (to_prompt, to_own))
+        output, normaliser = parts.merge(*whole)
+        output = output.to(query_PKGMD.dtype)
         ctx.save_for_backward(
-            query, prompt_key, prompt_value, suffix_key, suffix_value, prompt_bias, suffix_bias, normaliser
+            query_PKGMD, prompt_key, prompt_value, prompt_bias, own_key, own_value, own_bias, output, normaliser
         )
-        for p, g in _parts(query, prompt_key, suffix_key):
-            part = query[p, :, g]
-            scores = _prompt_scores(part, prompt_key[p], _rows(prompt_bias, p), scale, softcap)
-            own_scores = _suffix_scores(part, suffix_key[p, :, g], suffix_bias, scale, softcap)
-            peak = torch.maximum(scores.amax(-1), own_scores.amax(-1))[..., None]
-            weights, own_weights = scores.sub_(peak).exp_(), own_scores.sub_(peak).exp_()
-            total = weights.sum(-1, keepdim=True) + own_weights.sum(-1, keepdim=True)
-            mixed = _on_prompt(weights.to(query.dtype), prompt_value[p])
-            mixed = mixed + own_weights.to(query.dtype) @ suffix_value[p, :, g]
-            output[p, :, g] = mixed / total
-            normaliser[p, :, g] = (peak + total.log())[..., 0]
+        ctx.options = scale, softcap
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        *inputs, prompt_bias, suffix_bias, normaliser = ctx.saved_tensors
-        query, prompt_key, prompt_value, suffix_key, suffix_value = inputs
-        d_query, d_prompt_key, d_prompt_value, d_suffix_key, d_suffix_value = grads = [
-            torch.zeros_like(x) for x in inputs
-        ]
-        for p, g in _parts(query, prompt_key, suffix_key):
-            part, d_part = query[p, :, g], grad[p, :, g]
-            scores = _prompt_scores(part, prompt_key[p], _rows(prompt_bias, p), ctx.scale, ctx.softcap)
-            own_scores = _suffix_scores(part, suffix_key[p, :, g], suffix_bias, ctx.scale, ctx.softcap)
-            weights, own_weights = ((x - normaliser[p, :, g, :, None]).exp_() for x in (scores, own_scores))
-            d_weights = _widen(_on_prompt(d_part, prompt_value[p].transpose(-1, -2)))
-            d_own_weights = _widen(d_part @ suffix_value[p, :, g].transpose(-1, -2))
-            mean = torch.linalg.vecdot(weights, d_weights) + torch.linalg.vecdot(own_weights, d_own_weights)
-            d_products = _through_softmax(weights, d_weights, mean, scores, ctx).to(query.dtype)
-            d_own_products = _through_softmax(own_weights, d_own_weights, mean, own_scores, ctx).to(query.dtype)
-            d_prompt_value[p] += _over_group(weights.to(query.dtype), d_part)
-            d_prompt_key[p] += _over_group(d_products, part)
-            d_suffix_value[p, :, g] = own_weights.to(query.dtype).transpose(-1, -2) @ d_part
-            d_suffix_key[p, :, g] = d_own_products.transpose(-1, -2) @ part
-            d_query[p, :, g] = _on_prompt(d_products, prompt_key[p]) + d_own_products @ suffix_key[p, :, g]
-        return *grads, None, None, None, None
+    def backward(ctx: Any, grad_PKGMD: Tensor) -> Any:
+        query, *keys, output, normaliser = ctx.saved_tensors
+        prompt, (own_key, own_value, own_bias) = keys[:3], keys[3:]
+        rows = grad_PKGMD.contiguous(), query, output, normaliser
+        grad, *saved = (_by_prompt(x) for x in rows)
+        d_query, *d_prompt = parts.gradients(grad, saved[0], *prompt, *saved[1:], *ctx.options)
+        grad, *saved = (_by_completion(x) for x in rows)
+        own = _by_completion(own_key), _by_completion(own_value), own_bias
+        d_own_query, *d_own = parts.gradients(grad, saved[0], *own, *saved[1:], *ctx.options)
+        d_query = d_query.reshape_as(query) + d_own_query.view_as(query)
+        return d_query, *d_prompt, *(x.view_as(own_key) for x in d_own), None, None, None, None
 
 
-def _through_softmax(weights: Tensor, d_weights: Tensor, mean: Tensor, scores: Tensor, ctx: Any) -> Tensor:
-    """From the gradient of the weights to that of the products of queries and keys; ``d_weights`` is overwritten."""
-    d_products = d_weights.sub_(mean[..., None]).mul_(weights).mul_(ctx.scale)
-    if ctx.softcap is None:
-        return d_products
-    return d_products * (1 - (scores / ctx.softcap).masked_fill_(scores.isinf(), 0.0) ** 2)
+def _by_prompt(x_PKGM: Tensor) -> Tensor:
+    """All rows of a prompt side by side, [P, K, G*M, ...]."""
+    return x_PKGM.flatten(2, 3)
 
 
-def _over_group(left_PKGMX: Tensor, right_PKGMY: Tensor) -> Tensor:
-    """Sum over the rows of a group of the outer products, [P, K, X, Y]."""
-    return left_PKGMX.flatten(2, 3).transpose(-1, -2) @ right_PKGMY.flatten(2, 3)
+def _by_completion(x_PKGM: Tensor) -> Tensor:
+    """A batch of completions and heads, [P*K*G, 1, M, ...]."""
+    return x_PKGM.flatten(0, 2)[:, None]
 
 
-def _prompt_scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """[P, K, G, M, L]."""
-    return _scores(_on_prompt(query, key.transpose(-1, -2)), bias, scale, softcap)
+def attend_token(
+    query_AH1D: Tensor,
+    prompt: tuple[Tensor, Tensor],
+    suffix: tuple[Tensor, Tensor],
+    prompt_bias_P11L: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """The same for one token of each row, without gradient: to its prompt, [P, K, L, D] each, and to its past.
 
-
-def _suffix_scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """[P, K, G, M, T]."""
-    return _scores(query @ key.transpose(-1, -2), bias, scale, softcap)
-
-
-def _scores(products: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    scores = _widen(products) * scale
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    return scores if bias is None else scores.add_(bias)
-
-
-def _on_prompt(rows_PKGMX: Tensor, matrix_PKXY: Tensor) -> Tensor:
-    """The rows of a whole group times a matrix of their prompt, as one product: [P, K, G, M, Y]."""
-    return (rows_PKGMX.flatten(2, 3) @ matrix_PKXY).unflatten(2, rows_PKGMX.shape[2:4])
-
-
-def _parts(query_PKGMD: Tensor, prompt_key: Tensor, suffix_key: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of prompts and of completions, of at most ``_MAX_SCORES`` scores, or of one completion."""
-    P, K, G, M, _ = query_PKGMD.shape
-    completion = K * M * (prompt_key.shape[2] + suffix_key.shape[3])
-    prompts = max(_MAX_SCORES // (completion * G), 1)
-    completions = G if completion * G <= _MAX_SCORES else max(_MAX_SCORES // completion, 1)
-    for p in range(0, P, prompts):
-        for g in range(0, G, completions):
-            yield slice(p, p + prompts), slice(g, g + completions)
-
-
-def _rows(bias: Tensor | None, p: slice) -> Tensor | None:
-    return None if bias is None else bias[p]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """float32, or float64 for what is that already."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(_wide(x))
+    The past is [A, K, t, D] each. Rows A = P*G are in the order of their prompts.
+    """
+    A, H, _, D = query_AH1D.shape
+    P, K = prompt[0].shape[:2]
+    query_AKRD = query_AH1D.reshape(A, K, H // K, D)
+    query_PKMD = query_AKRD.unflatten(0, (P, -1)).transpose(1, 2).flatten(2, 3)
+    to_prompt = parts.attend(query_PKMD, *prompt, prompt_bias_P11L, scale, softcap)
+    to_prompt_AKR = [x.unflatten(2, (A // P, -1)).transpose(1, 2).flatten(0, 1) for x in to_prompt]
+    to_past_AKR = parts.attend(query_AKRD, *suffix, None, scale, softcap)
+    return parts.merge(to_prompt_AKR, to_past_AKR)[0].to(query_AH1D.dtype).view(A, H, 1, D)
 
 
 def attention_mask(mask_PL: Tensor) -> Tensor | None:

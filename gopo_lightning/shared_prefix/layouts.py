@@ -11,8 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from gopo_lightning.shared_prefix.attention import (
     attend_completions,
     attend_prompt,
+    attend_token,
     attention_mask,
-    causal_bias,
     padding_bias,
 )
 
@@ -33,7 +33,6 @@ class PackedGroups:
         self.prompt_mask_PL = prompt_mask_PL
         self.prompt_mask_P1LL = attention_mask(prompt_mask_PL)
         self.prompt_bias_P11L = padding_bias(prompt_mask_PL)
-        self.suffix_bias_TT = causal_bias(num_tokens, prompt_mask_PL.device)
         self._block_mask: BlockMask | None = None
         self.num_calls = 0
         """Layers that came by; 0 after a forward means that the model ignores its attention implementation."""
@@ -54,7 +53,6 @@ class PackedGroups:
             (key, value),
             (key_PKGTD, value_PKGTD),
             self.prompt_bias_P11L,
-            self.suffix_bias_TT,
             scale,
             softcap,
         )
@@ -104,12 +102,11 @@ class PrefixCache:
 
     Args:
         prompt_mask_PL: bool, True on real tokens.
-        group_size: G.
         max_new_tokens: T, the width of the buffers.
     """
 
-    def __init__(self, prompt_mask_PL: Tensor, group_size: int, max_new_tokens: int) -> None:
-        self.group_size, self.max_new_tokens = group_size, max_new_tokens
+    def __init__(self, prompt_mask_PL: Tensor, max_new_tokens: int) -> None:
+        self.max_new_tokens = max_new_tokens
         self.prompt_mask_P1LL: Tensor | None = attention_mask(prompt_mask_PL)
         self.prompt_bias_P11L = padding_bias(prompt_mask_PL)
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
@@ -126,42 +123,32 @@ class PrefixCache:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
-        """[P, H, L, D] for the prompts, then [P*G, H, 1, D] for each token."""
+        """[P, H, L, D] for the prompts, then [A, H, 1, D] for a token of each row."""
         if self.num_tokens == 0:
             self.prompts[layer] = key.contiguous(), value.contiguous()
             return attend_prompt(query, key, value, self.prompt_mask_P1LL, scale, softcap)
-        prompt = self.prompts[layer]
-        P, K = prompt[0].shape[:2]
-        suffix = self._append(layer, key, value, P)
-        query_PGKR1D = query.unflatten(0, (P, -1)).unflatten(2, (K, -1))
-        output_PKGR1D = attend_completions(
-            query_PGKR1D.transpose(1, 2), prompt, suffix, self.prompt_bias_P11L, None, scale, softcap
-        )
-        return output_PKGR1D.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        suffix = self._append(layer, key, value)
+        return attend_token(query, self.prompts[layer], suffix, self.prompt_bias_P11L, scale, softcap)
 
     def keep(self, prompts_P: Tensor, rows_A: Tensor) -> None:
         """Go on with these prompts, and of each with as many of these rows (indices into the present P*G)."""
-        G, width = self.group_size, len(rows_A) // len(prompts_P)
-        columns_PG = (rows_A % G).view(-1, width)
         whole = len(prompts_P) == len(next(iter(self.prompts.values()))[0])
-        for layer, (key_PKLD, value_PKLD) in self.prompts.items():
+        for layer, prompt in self.prompts.items():
             if not whole:
-                self.prompts[layer] = key_PKLD[prompts_P], value_PKLD[prompts_P]
+                self.prompts[layer] = prompt[0][prompts_P], prompt[1][prompts_P]
             if layer in self.suffixes:
-                key, value = (buffer.transpose(1, 2)[prompts_P[:, None], columns_PG] for buffer in self.suffixes[layer])
-                self.suffixes[layer] = key.transpose(1, 2), value.transpose(1, 2)
+                key_AKTD, value_AKTD = self.suffixes[layer]
+                self.suffixes[layer] = key_AKTD[rows_A], value_AKTD[rows_A]
         if self.prompt_bias_P11L is not None:
             self.prompt_bias_P11L = self.prompt_bias_P11L[prompts_P]
-        self.group_size = width
 
-    def _append(self, layer: int, key: Tensor, value: Tensor, num_prompts: int) -> tuple[Tensor, Tensor]:
-        """Write the keys and values [P*G, K, 1, D] of one token; returns all so far, [P, K, G, num_tokens, D] each."""
+    def _append(self, layer: int, key_AK1D: Tensor, value_AK1D: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of one token; returns all so far, [A, K, num_tokens, D] each."""
+        new = key_AK1D, value_AK1D
         if layer not in self.suffixes:
-            self.suffixes[layer] = tuple(  # type: ignore[assignment]
-                new.new_empty(num_prompts, new.shape[1], self.group_size, self.max_new_tokens, new.shape[-1])
-                for new in (key, value)
-            )
-        for buffer, new in zip(self.suffixes[layer], (key, value), strict=True):
-            buffer[:, :, :, self.num_tokens - 1] = new[:, :, 0].unflatten(0, (num_prompts, -1)).transpose(1, 2)
-        key_PKGTD, value_PKGTD = self.suffixes[layer]
-        return key_PKGTD[..., : self.num_tokens, :], value_PKGTD[..., : self.num_tokens, :]
+            A, K, _, D = key_AK1D.shape
+            self.suffixes[layer] = tuple(x.new_empty(A, K, self.max_new_tokens, D) for x in new)  # type: ignore[assignment]
+        for buffer_AKTD, x_AK1D in zip(self.suffixes[layer], new, strict=True):
+            buffer_AKTD[:, :, self.num_tokens - 1] = x_AK1D[:, :, 0]
+        key_AKTD, value_AKTD = self.suffixes[layer]
+        return key_AKTD[:, :, : self.num_tokens], value_AKTD[:, :, : self.num_tokens]

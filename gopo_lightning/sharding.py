@@ -29,27 +29,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model under an adapter, or ``model`` itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that transformers says are never to be split, in order.
-
-    Raises:
-        ValueError: the model names none, so there is nothing to shard by.
-    """
-    base = base_of(model)
-    names = set(getattr(base, "_no_split_modules", None) or ())
-    layers = [module for module in base.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ValueError(
-            f"{type(base).__name__} names no layers to shard by (_no_split_modules is {sorted(names)}); "
-            "train it with trainer.strategy: ddp"
-        )
-    return layers
+from gopo_lightning.layers import base_of, decoder_layers
 
 
 def shard_fsdp2(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None, cpu_offload: bool = False) -> None:

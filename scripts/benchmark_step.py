@@ -22,6 +22,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+SIDES = ["ours", "trl", "compiled"]
+"""`compiled` is ours with `policy.compile: true`."""
 SHAPES = ["4x64x48x8", "4x256x48x8", "1x1024x48x8", "4x256x128x8", "2x256x48x16"]
 
 
@@ -81,7 +83,7 @@ def peak_rss_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def measure_ours(model: str, shape: Shape, dtype: str) -> dict[str, float]:
+def measure_ours(model: str, shape: Shape, dtype: str, compiled: bool) -> dict[str, float]:
     """Seconds of the second step through our module and Lightning's Trainer."""
     import lightning as L
     import torch
@@ -100,7 +102,7 @@ def measure_ours(model: str, shape: Shape, dtype: str) -> dict[str, float]:
             self.ends.append(perf_counter())
 
     module = GOPOModule(
-        policy=PolicyConfig(model),
+        policy=PolicyConfig(model, compile=compiled),
         rewards=[FunctionReward("scripts.benchmark_step.reward")],
         sampling=SamplingConfig(max_new_tokens=shape.T, min_new_tokens=shape.T),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-6, fused=True),  # as TRL by default
@@ -277,15 +279,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", action="store_true", help="compare the gradients of both losses and stop")
     parser.add_argument("--output", type=Path, help="JSON file of every measurement")
-    parser.add_argument("--worker", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.model is None:
         from gopo_lightning import assets
 
         options.model = str(assets.path("smollm2-135m-instruct"))
     if options.worker:
-        measure = measure_ours if options.worker == "ours" else measure_trl
-        print(json.dumps(measure(options.model, Shape(options.shapes[0]), options.dtype)))
+        arguments = options.model, Shape(options.shapes[0]), options.dtype
+        trl = options.worker == "trl"
+        print(json.dumps(measure_trl(*arguments) if trl else measure_ours(*arguments, options.worker == "compiled")))
         return
     if options.check:
         for text in ("2x24x8x4", "3x16x12x2"):
@@ -293,23 +296,24 @@ def main() -> None:
         return
     rows = []
     print(
-        "shape PxLxTxG    round  ours s (rollout + train)   TRL s (rollout + train)    ratio   RSS ours / TRL GiB   "
-        "share of matmul peak in train"
+        "shape PxLxTxG    round  side      step s (rollout + train)   TRL's step / this   peak RSS GiB   share of peak"
     )
     for text in options.shapes:
-        ratios = []
         for round_ in range(options.rounds):
-            ours, trl = (fresh_process(side, options.model, text, options.dtype) for side in ("ours", "trl"))
-            ratios.append(trl["step"] / ours["step"])
-            rows.append({"shape": text, "round": round_, "ours": ours, "trl": trl, "ratio": ratios[-1]})
-            cells = [f"{s['step']:6.1f} ({s['rollout']:5.1f} + {s['train']:5.1f})" for s in (ours, trl)]
-            memory = f"{ours['peak_rss_gib']:.1f} / {trl['peak_rss_gib']:.1f}"
-            print(
-                f"{text:16} {round_:5}  {cells[0]:25}  {cells[1]:25}  {ratios[-1]:6.2f}   {memory:18}   "
-                f"{ours['train_share']:.0%} of {ours['matmul_peak_gflops']:.0f} GFLOP/s",
-                flush=True,
-            )
-        print(f"{text:16} median ratio {statistics.median(ratios):.2f}", flush=True)
+            row = {side: fresh_process(side, options.model, text, options.dtype) for side in SIDES}
+            rows.append({"shape": text, "round": round_, **row})
+            for side, seconds in row.items():
+                cell = f"{seconds['step']:6.1f} ({seconds['rollout']:5.1f} + {seconds['train']:5.1f})"
+                shares = [f"{seconds[f'{phase}_share']:.0%}" for phase in ("rollout", "train") if side != "trl"]
+                ratio = row["trl"]["step"] / seconds["step"]
+                print(
+                    f"{text:16} {round_:5}  {side:8}  {cell:25}  {ratio:17.2f}  {seconds['peak_rss_gib']:13.1f}   "
+                    f"{' + '.join(shares)}",
+                    flush=True,
+                )
+        for side in ("ours", "compiled"):
+            ratios = [row["trl"]["step"] / row[side]["step"] for row in rows if row["shape"] == text]
+            print(f"{text:16} {side}: median ratio {statistics.median(ratios):.2f}", flush=True)
         if options.output:
             options.output.write_text(json.dumps({"dtype": options.dtype, "measurements": rows}, indent=1))
 

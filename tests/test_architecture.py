@@ -20,6 +20,7 @@ ROOMS = [
     "metrics",
     "assets",
     "shared_prefix",
+    "layers",
     "batching",
     "logprobs",
     "prefix_sharing",

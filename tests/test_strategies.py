@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from gopo_lightning.sharding import decoder_layers
+from gopo_lightning.layers import decoder_layers
 from tests.ranks import Case, launch, run_case
 
 RUNS = {

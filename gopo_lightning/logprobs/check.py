@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gopo_lightning.layers import uncompiled
 from gopo_lightning.logprobs.completion import completion_logprobs
 from gopo_lightning.logprobs.head import logit_rule
 from gopo_lightning.structs import Completions, PromptBatch
@@ -40,7 +41,7 @@ def check_shared_prefix(
     few_P = torch.arange(min(P, 2))
     rows_N = (few_P[:, None] * G + torch.arange(min(G, 2))).flatten()
     prompts, completions = prompts.select(few_P), completions.select(rows_N)
-    with torch.enable_grad(), torch.autocast(prompts.tokens_PL.device.type, enabled=False):
+    with torch.enable_grad(), torch.autocast(prompts.tokens_PL.device.type, enabled=False), uncompiled():
         logprobs, gradient, dtype = _embedding_gradient(model, prompts, completions, temperature, False)
         shared_logprobs, shared_gradient, _ = _embedding_gradient(model, prompts, completions, temperature, True)
     return Agreement(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from gopo_lightning.layers import uncompiled
 from gopo_lightning.policy import evaluating
 from gopo_lightning.rollout.decoders import (
     Decoder,
@@ -69,7 +70,7 @@ class TransformersEngine:
         device = next(model.parameters()).device
         prompts = prompts.to(device)
         writer = CompletionWriter(tokenizer, sampling, seeds_N, eos_token_ids, len(prompts), device)
-        with evaluating(model):
+        with evaluating(model), uncompiled():
             decoder = self._decoder(model, prompts, num_completions, sampling.max_new_tokens)
             with sampling_precision(model, self._dtype(model, device)), decoder.attention():
                 logits_AV = decoder.prefill().repeat_interleave(num_completions, 0)

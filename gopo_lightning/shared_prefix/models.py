@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig
@@ -39,7 +40,8 @@ def _attention_function(
 
 
 # No mask function is registered under this name, so transformers builds no mask: the layout above is the mask.
-AttentionInterface.register(IMPLEMENTATION, _attention_function)
+# Compiled layers call it as it is: torch's kernels need no compiler, and the layout changes at every step.
+AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(_attention_function))
 
 
 @contextmanager

@@ -1,0 +1,40 @@
+"""The decoder layers of a model: what is sharded, and what is compiled."""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model under an adapter, or ``model`` itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that transformers says are never to be split, in order.
+
+    Raises:
+        ValueError: the model names none.
+    """
+    base = base_of(model)
+    names = set(getattr(base, "_no_split_modules", None) or ())
+    layers = [module for module in base.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(
+            f"{type(base).__name__} names no layers to shard or to compile by (_no_split_modules is {sorted(names)}); "
+            "train it with trainer.strategy: ddp and without policy.compile"
+        )
+    return layers
+
+
+def compile_layers(model: nn.Module, **options: Any) -> None:
+    """Each layer by torch.compile, with its ``options``: they are alike, so one compilation serves all of them."""
+    for layer in decoder_layers(model):
+        layer.compile(**options)
+
+
+def uncompiled() -> torch.compiler.set_stance:
+    """Context in which compiled layers run as they are written: what is small or changes shape at each call."""
+    return torch.compiler.set_stance("force_eager")

@@ -1,10 +1,12 @@
-"""The decoder layers of a model: what is sharded, and what is compiled."""
+"""The layers of a model: which are sharded, how they are compiled, and how one is run in another way."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -38,3 +40,16 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
 def uncompiled() -> torch.compiler.set_stance:
     """Context in which compiled layers run as they are written: what is small or changes shape at each call."""
     return torch.compiler.set_stance("force_eager")
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Any]) -> Iterator[None]:
+    """``module`` computes ``forward`` inside; its hooks (FSDP's gather) still run."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gopo_lightning.layers import replaced_forward
+
 
 class TokenReader:
     """Stands in for the LM head: hidden states in, log-probs (and entropy) of M chosen tokens out, [1 or 2, M]."""
@@ -122,7 +124,10 @@ def read_logprobs(model: nn.Module, inputs: dict[str, Any], reader: TokenReader,
         return reader(lambda logits: logits, model(**inputs, use_cache=False).logits)
     head = model.get_output_embeddings()  # type: ignore[operator]
     original = head.forward
-    with _replaced(head, lambda hidden: reader(lambda x: rule(original(x)), hidden)[None]), _uncapped(model, rule):
+    with (
+        replaced_forward(head, lambda hidden: reader(lambda x: rule(original(x)), hidden)[None]),
+        _uncapped(model, rule),
+    ):
         return model(**inputs, use_cache=False).logits[0] / rule.scale
 
 
@@ -147,7 +152,7 @@ def _find_rule(model: nn.Module, tokens_11: Tensor) -> LogitRule | None:
         seen.append(original(hidden))
         return seen[-1]
 
-    with torch.no_grad(), _replaced(head, spy):
+    with torch.no_grad(), replaced_forward(head, spy):
         logits = model(input_ids=tokens_11, use_cache=False).logits
         rule = _declared_rule(model)
         if len(seen) != 1 or not _same(rule(seen[0]), logits):
@@ -179,16 +184,3 @@ def _uncapped(model: nn.Module, rule: LogitRule) -> Iterator[None]:
     finally:
         if rule.softcap is not None:
             config.final_logit_softcapping = rule.softcap
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """``module`` computes ``forward`` inside; its hooks (FSDP's gather) still run."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before

@@ -178,7 +178,9 @@ class PreferenceDataModule(FingerprintedDataModule):
     @cached_property
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Of the rows, after the split."""
-        return {part: self._fingerprint(rows) for part, rows in (("train", self.train), ("validation", self.validation))}
+        return {
+            part: self._fingerprint(rows) for part, rows in (("train", self.train), ("validation", self.validation))
+        }
 
     def _fingerprint(self, rows: Sequence[Row]) -> dict[str, Any]:
         digest = Digest()

@@ -12,6 +12,7 @@ from gopo_lightning.distributed import all_reduce_sum
 from gopo_lightning.metrics import win_rate, wins_metrics
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError, score
 from gopo_lightning.rewards.pairwise import Groups, PairwiseSource, check_wins
+from gopo_lightning.rewards.time_limit import time_limit
 from gopo_lightning.structs import Prompt
 
 Source: TypeAlias = RewardSource | PairwiseSource
@@ -28,7 +29,12 @@ class GroupScores:
 
 
 def score_groups(
-    sources: Sequence[Source], prompts: Sequence[Prompt], groups: Groups, *, compare: bool = True
+    sources: Sequence[Source],
+    prompts: Sequence[Prompt],
+    groups: Groups,
+    *,
+    compare: bool = True,
+    timeout_seconds: float | None = None,
 ) -> GroupScores:
     """Scores and comparisons of P groups.
 
@@ -37,8 +43,10 @@ def score_groups(
         prompts: P prompts.
         groups: G completions of each.
         compare: false asks the pairwise sources nothing: their columns are NaN.
+        timeout_seconds: longest time for one source; None waits for ever.
 
     Raises:
+        TimeoutError: a source took longer.
         RuntimeError: a source raised or returned something malformed; names the source and a prompt.
     """
     P, G = len(groups), len(groups[0])
@@ -46,12 +54,13 @@ def score_groups(
     texts_N = [text for group in groups for text in group]
     columns, matrices = [], []
     for source in sources:
-        if isinstance(source, RewardSource):
-            columns.append(score([source], prompts_N, texts_N).view(P, G))
-            matrices.append(torch.full((P, G, G), torch.nan))
-        else:
-            matrices.append(_wins(source, prompts, groups) if compare else torch.full((P, G, G), torch.nan))
-            columns.append(win_share(matrices[-1]))
+        with time_limit(timeout_seconds, f"reward source '{source.name}'"):
+            if isinstance(source, RewardSource):
+                columns.append(score([source], prompts_N, texts_N).view(P, G))
+                matrices.append(torch.full((P, G, G), torch.nan))
+            else:
+                matrices.append(_wins(source, prompts, groups) if compare else torch.full((P, G, G), torch.nan))
+                columns.append(win_share(matrices[-1]))
     compared = compare and any(isinstance(source, PairwiseSource) for source in sources)
     return GroupScores(torch.stack(columns, -1), torch.stack(matrices, -1) if compared else None)
 
@@ -81,6 +90,8 @@ def against_reference(
     rewards_PGK: Tensor,
     references: Groups,
     references_PRK: Tensor,
+    *,
+    timeout_seconds: float | None = None,
 ) -> Standing:
     """Compare completions with references, by combined reward, or directly where the only source is pairwise.
 
@@ -93,12 +104,14 @@ def against_reference(
         rewards_PGK: their scores; the columns of pairwise sources are not read.
         references: R reference completions of each.
         references_PRK: their scores, likewise.
+        timeout_seconds: longest time for one source; None waits for ever.
     """
     columns = list(torch.cat([rewards_PGK, references_PRK], dim=1).unbind(-1))
     direct_P = None
     for k, source in enumerate(sources):
         if isinstance(source, PairwiseSource):
-            wins_PGR = _versus(source, prompts, groups, references).to(rewards_PGK.device)
+            with time_limit(timeout_seconds, f"reward source '{source.name}'"):
+                wins_PGR = _versus(source, prompts, groups, references).to(rewards_PGK.device)
             columns[k] = torch.cat([wins_PGR.nanmean(2), 1 - wins_PGR.nanmean(1)], dim=1)
             direct_P = wins_PGR.nanmean((1, 2))
     joint_PGK, G = torch.stack(columns, -1), rewards_PGK.shape[1]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gopo_lightning.rewards import Source
 from gopo_lightning.rollout.engine import SamplingConfig
+from gopo_lightning.security import check_stays_inside
 from gopo_lightning.structs import Experience
 
 
@@ -37,6 +38,7 @@ def check_sources(sources: Sequence[Source]) -> None:
 
 def check_trainer(trainer: Trainer, *, updates_per_rollout: int, policy_dtype: str) -> None:
     """What manual optimisation cannot honour; Lightning's own messages do not name the remedy."""
+    check_outputs(trainer)
     if trainer.gradient_clip_val:
         raise ValueError(
             f"trainer.gradient_clip_val={trainer.gradient_clip_val}: the module clips by itself; "
@@ -55,6 +57,15 @@ def check_trainer(trainer: Trainer, *, updates_per_rollout: int, policy_dtype: s
             "Use policy.dtype: float32 with trainer.precision: bf16-mixed."
         )
     _check_intervals(trainer, updates_per_rollout)
+
+
+def check_outputs(trainer: Trainer) -> None:
+    """Names that are joined to the run's folder stay in it; the folder itself is the user's choice."""
+    for logger in trainer.loggers:
+        for option in ("name", "version", "sub_dir"):
+            check_stays_inside(f"{option} of {type(logger).__name__}", getattr(logger, option, None))
+    for callback in trainer.checkpoint_callbacks:
+        check_stays_inside(f"filename of {type(callback).__name__}", getattr(callback, "filename", None))
 
 
 def check_minibatches(trainer: Trainer, num_minibatches: int) -> None:

@@ -1,6 +1,7 @@
 """Whole groups through all sources, scalar and pairwise. Shape legend: `structs.py`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gopo_lightning.advantages import preferences
-from gopo_lightning.distributed import all_reduce_sum
+from gopo_lightning.distributed import all_or_none, all_reduce_sum
 from gopo_lightning.metrics import win_rate, wins_metrics
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError, score
 from gopo_lightning.rewards.pairwise import Groups, PairwiseSource, check_wins
@@ -45,8 +46,11 @@ def score_groups(
         compare: false asks the pairwise sources nothing: their columns are NaN.
         timeout_seconds: longest time for one source; None waits for ever.
 
+    A collective: all ranks ask the same sources.
+
     Raises:
         TimeoutError: a source took longer.
+        PeerError: a source failed on another rank.
         RuntimeError: a source raised or returned something malformed; names the source and a prompt.
     """
     P, G = len(groups), len(groups[0])
@@ -54,7 +58,7 @@ def score_groups(
     texts_N = [text for group in groups for text in group]
     columns, matrices = [], []
     for source in sources:
-        with time_limit(timeout_seconds, f"reward source '{source.name}'"):
+        with _asking(source, timeout_seconds):
             if isinstance(source, RewardSource):
                 columns.append(score([source], prompts_N, texts_N).view(P, G))
                 matrices.append(torch.full((P, G, G), torch.nan))
@@ -110,7 +114,7 @@ def against_reference(
     direct_P = None
     for k, source in enumerate(sources):
         if isinstance(source, PairwiseSource):
-            with time_limit(timeout_seconds, f"reward source '{source.name}'"):
+            with _asking(source, timeout_seconds):
                 wins_PGR = _versus(source, prompts, groups, references).to(rewards_PGK.device)
             columns[k] = torch.cat([wins_PGR.nanmean(2), 1 - wins_PGR.nanmean(1)], dim=1)
             direct_P = wins_PGR.nanmean((1, 2))
@@ -118,6 +122,14 @@ def against_reference(
     joint_PG = combine(joint_PGK)
     win_rate_P = direct_P if direct_P is not None and len(sources) == 1 else win_rate(joint_PG[:, :G], joint_PG[:, G:])
     return Standing(joint_PGK[:, :G], joint_PG[:, :G], win_rate_P)
+
+
+@contextmanager
+def _asking(source: Source, timeout_seconds: float | None) -> Iterator[None]:
+    """All calls of ``source`` for a batch: they do not hang, and an error on one rank is one on all. A collective."""
+    what = f"reward source '{source.name}'"
+    with all_or_none(what), time_limit(timeout_seconds, what):
+        yield
 
 
 def _wins(source: PairwiseSource, prompts: Sequence[Prompt], groups: Groups) -> Tensor:

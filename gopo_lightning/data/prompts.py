@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
@@ -201,6 +202,7 @@ class PromptDataModule(FingerprintedDataModule):
 
     def setup(self, stage: str) -> None:
         """Read, render and check the prompts of ``stage`` (fit, validate, test, predict)."""
+        stage = TrainerFn(stage).value
         parts = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
         for part in parts:
             source = self.sources[part]

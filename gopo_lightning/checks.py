@@ -1,12 +1,17 @@
 """Refuses, before anything is loaded, what the module would otherwise have to ignore."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from gopo_lightning.rewards import Source
 from gopo_lightning.rollout.engine import SamplingConfig
+from gopo_lightning.security import check_stays_inside
+from gopo_lightning.structs import Experience
 
 
 def check_positive(**values: int) -> None:
@@ -14,6 +19,12 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+
+
+def check_timeout(seconds: float | None) -> None:
+    """ValueError unless ``seconds`` is positive or None."""
+    if seconds is not None and seconds <= 0:
+        raise ValueError(f"reward_timeout_seconds={seconds} must be above 0; use null to wait for ever")
 
 
 def check_sources(sources: Sequence[Source]) -> None:
@@ -27,6 +38,7 @@ def check_sources(sources: Sequence[Source]) -> None:
 
 def check_trainer(trainer: Trainer, *, updates_per_rollout: int, policy_dtype: str) -> None:
     """What manual optimisation cannot honour; Lightning's own messages do not name the remedy."""
+    check_outputs(trainer)
     if trainer.gradient_clip_val:
         raise ValueError(
             f"trainer.gradient_clip_val={trainer.gradient_clip_val}: the module clips by itself; "
@@ -45,6 +57,15 @@ def check_trainer(trainer: Trainer, *, updates_per_rollout: int, policy_dtype: s
             "Use policy.dtype: float32 with trainer.precision: bf16-mixed."
         )
     _check_intervals(trainer, updates_per_rollout)
+
+
+def check_outputs(trainer: Trainer) -> None:
+    """Names that are joined to the run's folder stay in it; the folder itself is the user's choice."""
+    for logger in trainer.loggers:
+        for option in ("name", "version", "sub_dir"):
+            check_stays_inside(f"{option} of {type(logger).__name__}", getattr(logger, option, None))
+    for callback in trainer.checkpoint_callbacks:
+        check_stays_inside(f"filename of {type(callback).__name__}", getattr(callback, "filename", None))
 
 
 def check_minibatches(trainer: Trainer, num_minibatches: int) -> None:
@@ -67,6 +88,20 @@ def check_sampling(sampling: SamplingConfig, *, updates_per_rollout: int) -> Non
             f"top_p={sampling.top_p}, top_k={sampling.top_k}, min_p={sampling.min_p} cut tokens away: completions do "
             f"not come from the policy itself, so the policy ratio is inexact{repeats}. Exact values are 1.0, 0 and 0."
         )
+
+
+def check_finite(trainer: Trainer, experience: Experience, loss: Tensor, grad_norm: Tensor) -> None:
+    """ValueError unless loss and gradient norm, the same on all ranks, are finite; the batch is left on disk."""
+    if loss.isfinite() and grad_norm.isfinite():
+        return
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    path = folder / f"nonfinite_step{trainer.global_step}_rank{trainer.global_rank}.pt"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(experience.to("cpu"), path)
+    raise ValueError(
+        f"step {trainer.global_step}: loss {loss.item()} and gradient norm {grad_norm.item()} must be finite. "
+        f"The weights are untouched; the batch is in {path}. Look at it, lower the learning rate, or use float32."
+    )
 
 
 def _check_intervals(trainer: Trainer, updates_per_rollout: int) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -14,8 +15,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gopo_lightning import data, module, reward_model  # noqa: F401  (registers the short class names)
 from gopo_lightning.callbacks import ExportHF
-from gopo_lightning.checkpoints import last_of
+from gopo_lightning.checkpoints import last_of, load
 from gopo_lightning.module import GOPOModule
+from gopo_lightning.security import refuse_secrets
 from gopo_lightning.usage import FIELDS
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -49,26 +51,36 @@ class GOPOCommandLine(LightningCLI):
             "--export_every_n_steps", type=int | None, default=None, help="also export every n optimiser steps"
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint is data: Lightning would let the hyperparameters in it override the config, class paths too."""
+
+    def before_instantiate_classes(self) -> None:
+        """A secret in the config would be saved with the run."""
+        refuse_secrets(self.config.as_dict())
+
     def before_fit(self) -> None:
         if isinstance(self.model, GOPOModule):
             options = self.config["fit"]
             export = ExportHF(options["export_dir"], options["export_every_n_steps"])
             self.trainer.callbacks.append(export)  # type: ignore[attr-defined]
-        self._find_last("fit")
+        self._find_checkpoint("fit")
 
     def before_validate(self) -> None:
-        self._find_last("validate")
+        self._find_checkpoint("validate")
 
     def before_test(self) -> None:
-        self._find_last("test")
+        self._find_checkpoint("test")
 
     def before_predict(self) -> None:
-        self._find_last("predict")
+        self._find_checkpoint("predict")
 
-    def _find_last(self, subcommand: str) -> None:
-        """``--ckpt_path last`` is the newest whole checkpoint of all versions of this run."""
+    def _find_checkpoint(self, subcommand: str) -> None:
+        """``--ckpt_path last`` is the newest whole checkpoint of all versions of this run; any other must be whole."""
         options = self.config_init[subcommand]
-        if options.get("ckpt_path") != "last":
+        named = options.get("ckpt_path")
+        if named != "last":
+            if named is not None and Path(named).is_file():
+                load(Path(named), mmap=True)  # here, for the strategies of Lightning that read files by themselves
             return
         options["ckpt_path"] = path = last_of(self.trainer)
         if path is None and subcommand != "fit":

@@ -1,5 +1,7 @@
-"""The three collectives that the app needs by itself; on one process each is the identity."""
+"""The collectives that the app needs by itself; on one process each is the identity."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,3 +44,29 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+class PeerError(RuntimeError):
+    """Another rank failed in work that all do; the message is that rank's."""
+
+
+@contextmanager
+def all_or_none(task: str) -> Iterator[None]:
+    """Work that succeeds on all ranks or raises on all: none is left waiting for one that has failed.
+
+    A collective: every rank enters equally often. A rank that fails raises its own error.
+
+    Raises:
+        PeerError: this rank is well, but another has failed.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - raised below
+        failure = error
+    reports = gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, report in enumerate(reports):
+        if report is not None:
+            raise PeerError(f"rank {rank} failed in {task}, so all ranks stop. It said:\n{report}")

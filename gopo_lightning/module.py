@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
@@ -24,7 +23,15 @@ from gopo_lightning.callbacks.predictions import PredictionWriter, prediction_re
 from gopo_lightning.callbacks.save_on_signal import SaveOnSignal
 from gopo_lightning.callbacks.validate_first import ValidateFirst
 from gopo_lightning.checkpoints import TrainableState, install_atomic_saving
-from gopo_lightning.checks import check_minibatches, check_positive, check_sampling, check_sources, check_trainer
+from gopo_lightning.checks import (
+    check_finite,
+    check_minibatches,
+    check_positive,
+    check_sampling,
+    check_sources,
+    check_timeout,
+    check_trainer,
+)
 from gopo_lightning.distributed import all_reduce_sum, gather_objects, gather_rows, world_size
 from gopo_lightning.evaluation import EvaluationMetrics
 from gopo_lightning.logprobs import TokenLogprobs, completion_logprobs
@@ -79,6 +86,8 @@ class GOPOModule(TrainableState, LightningModule):
             comparing both on the first step, and else says why not.
         log_entropy: log the policy's entropy.
         log_reference_kl: log the KL divergence to the reference although kl_coef is 0 (one more forward a step).
+        reward_timeout_seconds: longest time of one reward source for one batch; beyond it the run ends with an error on
+            all ranks. Null waits for ever.
         seed: of the completions' random streams; the value of seed_everything when null.
     """
 
@@ -105,6 +114,7 @@ class GOPOModule(TrainableState, LightningModule):
         prefix_sharing: PrefixSharing = "auto",
         log_entropy: bool = True,
         log_reference_kl: bool = False,
+        reward_timeout_seconds: float | None = 1200.0,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -118,6 +128,7 @@ class GOPOModule(TrainableState, LightningModule):
         if num_completions < 2:
             raise ValueError(f"num_completions={num_completions}: ranking needs at least 2 completions; use 8")
         check_sources(rewards)
+        check_timeout(reward_timeout_seconds)
         self.policy_config, self.sampling, self.loss_config = policy, sampling, loss
         self.optimizer_callable, self.lr_schedule, self.warmup_steps = optimizer, lr_schedule, warmup_steps
         self.max_grad_norm, self.micro_batch_tokens = max_grad_norm, micro_batch_tokens
@@ -142,6 +153,7 @@ class GOPOModule(TrainableState, LightningModule):
             num_completions=num_completions,
             eval_num_completions=eval_num_completions,
             seed=self.seed,
+            reward_timeout_seconds=reward_timeout_seconds,
         )
         self.policy: Policy = cast(Policy, None)  # see configure_model
         self._frozen: dict[str, PreTrainedModel] = {}  # a dict hides it from state_dict, checkpoints and the strategy
@@ -325,8 +337,7 @@ class GOPOModule(TrainableState, LightningModule):
         keys = sorted(sums)
         reduced = dict(zip(keys, all_reduce_sum(torch.stack([sums[key] for key in keys])), strict=True))
         grad_norm = clip_grad_norm(self.policy, self.max_grad_norm or float("inf"))
-        if not (reduced["loss"].isfinite() and grad_norm.isfinite()):
-            self._stop_nonfinite(experience, reduced["loss"], grad_norm)
+        check_finite(self.trainer, experience, reduced["loss"], grad_norm)
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         lr = optimizer.param_groups[0]["lr"]
@@ -340,16 +351,6 @@ class GOPOModule(TrainableState, LightningModule):
         metrics["train/padding_fraction"] = padding
         names = {key: f"{key}_fraction" for key in reduced if key.startswith("clip")}
         return metrics | {f"train/{names.get(key, key)}": value / tokens for key, value in reduced.items()}
-
-    def _stop_nonfinite(self, experience: Experience, loss: Tensor, grad_norm: Tensor) -> None:
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        path = folder / f"nonfinite_step{self.trainer.global_step}_rank{self.global_rank}.pt"
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(experience.to("cpu"), path)
-        raise ValueError(
-            f"step {self.trainer.global_step}: loss {loss.item()} and gradient norm {grad_norm.item()} must be finite. "
-            f"The weights are untouched; the batch is in {path}. Look at it, lower the learning rate, or use float32."
-        )
 
     def _log_training(self, experience: Experience, metrics: dict[str, Tensor], seconds: dict[str, float]) -> None:
         rewards_PG = gather_rows(experience.rewards_PG)

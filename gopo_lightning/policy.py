@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from gopo_lightning import assets
 from gopo_lightning.layers import compile_layers
+from gopo_lightning.security import load_weights
 
 Policy: TypeAlias = PreTrainedModel | PeftModel
 
@@ -127,7 +128,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _load_base(config: PolicyConfig) -> PreTrainedModel:
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     kwargs = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
-    model = AutoModelForCausalLM.from_pretrained(
+    model = load_weights(
+        AutoModelForCausalLM,
         assets.resolve(config.name),
         revision=config.revision,
         dtype=dtype,

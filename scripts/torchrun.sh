@@ -5,6 +5,10 @@
 set -eu
 NODES=${NODES:-1}
 GPUS=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+if [ "$GPUS" -lt 1 ]; then
+  echo "no GPU is listed here; set GPUS to the number of processes on this machine, and trainer.accelerator" >&2
+  exit 2
+fi
 exec torchrun \
   --nnodes "$NODES" --nproc-per-node "$GPUS" \
   --rdzv-backend c10d --rdzv-endpoint "${RENDEZVOUS:-localhost:29500}" --rdzv-id "${JOB:-gopo}" \

@@ -56,6 +56,8 @@ class Case:
     """Checkpoint, relative to the folder of results."""
     stop: tuple[int, int] | None = None
     """(rank, step): this rank alone gets SIGTERM at the end of this step's rollout; ``resume: last`` goes on."""
+    fails: bool = False
+    """Every rank raises, and leaves what it raised in ``<name>.rank<r>.txt``."""
     module: dict[str, Any] = field(default_factory=dict)
     export: bool = False
 
@@ -89,6 +91,7 @@ class Signal(Callback):
 
 def run_case(case: Case, tiny_policy: Path, prompts_file: Path, folder: Path, world: int) -> None:
     """Train; rank 0 leaves ``<name>.pt`` (what was recorded) and ``<name>.ckpt`` in ``folder``."""
+    start = perf_counter()
     torch.manual_seed(0)
     options: dict[str, Any] = {
         "policy": PolicyConfig(str(tiny_policy), lora=LORA if case.lora else None),
@@ -114,6 +117,12 @@ def run_case(case: Case, tiny_policy: Path, prompts_file: Path, folder: Path, wo
     if case.stop is not None:
         with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
             trainer.fit(module, data)
+        return
+    if case.fails:
+        with pytest.raises(Exception) as error:  # noqa: PT011 - of any kind
+            trainer.fit(module, data)
+        report = f"{type(error.value).__name__} after {perf_counter() - start:.1f} s: {error.value}"
+        (folder / f"{case.name}.rank{trainer.global_rank}.txt").write_text(report)
         return
     trainer.fit(module, data, ckpt_path=path)
     trainer.save_checkpoint(folder / f"{case.name}.ckpt")

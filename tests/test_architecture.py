@@ -15,6 +15,7 @@ LARGER = {"module.py": 400}  # a third of it documents the options that users se
 ROOMS = [
     "structs",
     "distributed",
+    "security",
     "advantages",
     "losses",
     "metrics",

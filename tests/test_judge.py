@@ -76,7 +76,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         wrong = self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}"
-        self.send(401 if wrong else 200, {"error": {"message": "bad key"}} if wrong else {"object": "list", "data": []})
+        said = {"error": {"message": f"bad key {self.headers['Authorization']}"}} if wrong else {"object": "list"}
+        self.send(401 if wrong else 200, said if wrong else said | {"data": []})
 
     def do_POST(self) -> None:
         text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
@@ -93,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "hang":
             time.sleep(1.0)
         elif isinstance(fault, int):
-            self.send(fault, {"error": {"message": "no"}}, Retry_After="0")
+            self.send(fault, {"error": {"message": f"no {self.headers['Authorization']}"}}, Retry_After="0")
         else:
             content = self.server.reply(match[1], match[2], match[3])
             finish = "stop"

@@ -74,7 +74,7 @@ def test_score_names_the_source_and_the_first_offending_prompt() -> None:
 
 
 def test_score_says_when_no_row_fails_by_itself() -> None:
-    with pytest.raises(RuntimeError, match=r"No row raises by itself; the batch's first prompt: row 0: 'say '"):
+    with pytest.raises(RuntimeError, match=r"No row was found that raises by itself; the first prompt: row 0: 'say '"):
         score([FunctionReward(fails_on_batches)], PROMPTS, TEXTS)
 
 

@@ -3,18 +3,18 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from gopo_lightning import assets
 from gopo_lightning.data import ratings
 from gopo_lightning.data.comparisons import ComparisonRow, Text, load_comparisons
+from gopo_lightning.data.fingerprint import Digest, FingerprintedDataModule, OnDataChange
 from gopo_lightning.data.ratings import RatedSentence
 from gopo_lightning.data.sources import PromptSource
 from gopo_lightning.structs import TensorStruct
@@ -87,7 +87,7 @@ class ShardedSampler(Sampler[tuple[int, float]]):
             yield row, float(draws[row])
 
 
-class PreferenceDataModule(LightningDataModule):
+class PreferenceDataModule(FingerprintedDataModule):
     """Serves `Comparisons` to `RewardModelModule`, from rated sentences, pairs, raters' choices or ranked lists.
 
     `packaged:movie-ratings`: in training each sentence of a batch takes the score of one of its raters, drawn anew
@@ -111,6 +111,7 @@ class PreferenceDataModule(LightningDataModule):
         validation_split: split of a hub dataset for validation.
         validation_fraction: of the rows to hold out where there is neither.
         limit: use the first this many rows of `source`.
+        on_data_change: what happens when a run is resumed and its data have changed since: refuse, or warn and go on.
     """
 
     def __init__(
@@ -126,8 +127,9 @@ class PreferenceDataModule(LightningDataModule):
         validation_split: str | None = None,
         validation_fraction: float = 0.1,
         limit: int | None = None,
+        on_data_change: OnDataChange = "refuse",
     ) -> None:
-        super().__init__()
+        super().__init__(on_data_change)
         smallest = 2 if source == PACKAGED else 1
         if batch_size < smallest or eval_batch_size < 1:
             raise ValueError(
@@ -172,6 +174,19 @@ class PreferenceDataModule(LightningDataModule):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
         held_out = math.ceil(self.validation_fraction * len(rows))
         self.train, self.validation = [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
+
+    @cached_property
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """Of the rows, after the split."""
+        return {
+            part: self._fingerprint(rows) for part, rows in (("train", self.train), ("validation", self.validation))
+        }
+
+    def _fingerprint(self, rows: Sequence[Row]) -> dict[str, Any]:
+        digest = Digest()
+        for row in rows:
+            digest.add(repr(row))
+        return {"path": self.source, "num_rows": len(rows), "rows": digest.value}
 
     def train_dataloader(self) -> DataLoader[Comparisons]:
         """Full batches only.

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
+from gopo_lightning.data.fingerprint import Digest, FingerprintedDataModule, OnDataChange
 from gopo_lightning.data.rendering import PromptRenderer, Template
 from gopo_lightning.data.sampler import InOrderSampler, PromptSampler
 from gopo_lightning.data.sources import PromptSource, load_rows
@@ -72,6 +73,7 @@ class PromptDataset(Dataset[tuple[Prompt, bool]]):
         self.rows, self.render = rows, render
         self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
         self.num_overlong = 0
+        self._rows_digest, self._tokens_digest = Digest(), Digest()
         self._kept = [index for index in range(len(rows)) if self._keeps(index)]
         if not self._kept:
             raise ValueError(
@@ -89,9 +91,23 @@ class PromptDataset(Dataset[tuple[Prompt, bool]]):
             prompt = _truncated_left(prompt, self.max_prompt_tokens, self.render.tokenizer.bos_token_id)
         return prompt, item >= len(self)
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Tells whether another process reads the same prompts."""
+        return {
+            "path": self.render.source.path,
+            "num_prompts": len(self),
+            "rows": self._rows_digest.value,
+            "tokens": self._tokens_digest.value,
+            "cut_to_tokens": self.max_prompt_tokens if self.num_overlong else None,
+        }
+
     def _keeps(self, index: int) -> bool:
         """Check the row, count it if overlong, and say whether it stays."""
-        num_tokens = len(self.render(index, self.rows[index]).token_ids)
+        token_ids = self.render(index, self.rows[index]).token_ids
+        self._rows_digest.add(self.rows[index])
+        self._tokens_digest.add(token_ids)
+        num_tokens = len(token_ids)
         if self.max_prompt_tokens is None or num_tokens <= self.max_prompt_tokens:
             return True
         self.num_overlong += 1
@@ -111,7 +127,7 @@ def _truncated_left(prompt: Prompt, max_tokens: int, bos_token_id: int | None) -
     return Prompt(prompt.index, kept, prompt.text, prompt.messages, prompt.columns)
 
 
-class PromptDataModule(LightningDataModule):
+class PromptDataModule(FingerprintedDataModule):
     """Serves prompts: ``batch["prompts"]`` is a ``PromptBatch``, ``batch["is_padding"]`` marks repeated rows.
 
     The tokenizer is that of the module (``module.tokenizer``), there when ``setup`` runs.
@@ -132,6 +148,8 @@ class PromptDataModule(LightningDataModule):
         overlong: what happens to a longer one: error, drop, or truncate_left, which keeps a BOS and the last
             tokens. How many were is logged and kept in num_overlong.
         seed: of the order of the training prompts; the value of seed_everything when null.
+        on_data_change: what happens when a run is resumed and its training or validation prompts have changed since:
+            refuse, or warn and go on.
     """
 
     def __init__(
@@ -148,8 +166,9 @@ class PromptDataModule(LightningDataModule):
         max_prompt_tokens: int | None = None,
         overlong: Overlong = "error",
         seed: int | None = None,
+        on_data_change: OnDataChange = "refuse",
     ) -> None:
-        super().__init__()
+        super().__init__(on_data_change)
         if apply_chat_template == "never" and (system_prompt is not None or chat_template_kwargs):
             raise ValueError(
                 "apply_chat_template='never' leaves system_prompt and chat_template_kwargs without effect. Remove "
@@ -170,6 +189,11 @@ class PromptDataModule(LightningDataModule):
         }
         self._datasets: dict[str, PromptDataset] = {}
 
+    @property
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """Of the prompts that ``fit`` reads."""
+        return {part: self._datasets[part].fingerprint for part in ("train", "validation") if part in self._datasets}
+
     def prepare_data(self) -> None:
         """Fetch what is not local, on one process per node; ``setup`` then reads the cache."""
         for source in self.sources.values():
@@ -178,6 +202,7 @@ class PromptDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read, render and check the prompts of ``stage`` (fit, validate, test, predict)."""
+        stage = TrainerFn(stage).value
         parts = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
         for part in parts:
             source = self.sources[part]

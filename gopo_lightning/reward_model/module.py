@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -13,6 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
+from gopo_lightning.checkpoints import install_atomic_saving
+from gopo_lightning.checks import check_outputs
 from gopo_lightning.data.comparisons import Text
 from gopo_lightning.data.preferences import Comparisons
 from gopo_lightning.reward_model.losses import bradley_terry, centring, plackett_luce
@@ -99,6 +102,15 @@ class RewardModelModule(LightningModule):
         self.max_length = max_length or max_length_of(classifier, self.tokenizer)
         self.model = _with_lora(classifier, lora).train()
         self.metrics = ComparisonMetrics(gap_bounds or ())
+
+    def configure_callbacks(self) -> list[Callback]:
+        """None; but names that lead out of the run's folder are refused here, before anything is written."""
+        check_outputs(self.trainer)
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Checkpoints are written whole or not at all, and loaded without running code."""
+        install_atomic_saving(self.trainer)
 
     def forward(self, texts: tuple[Text, ...]) -> Tensor:
         """scores_N of N texts."""

@@ -1,6 +1,7 @@
 """What a reward source is, and how a batch of completions is scored by several of them."""
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TypeAlias
@@ -12,6 +13,10 @@ from gopo_lightning.structs import Prompt
 
 Scores: TypeAlias = Tensor | Iterable[float | None]
 """N numbers: a tensor, list, tuple or NumPy array; in a list or tuple None may stand for NaN."""
+
+
+_SEARCH_SECONDS = 10.0
+"""For the row at which a source fails."""
 
 
 class SourceConfigError(ValueError):
@@ -69,7 +74,7 @@ def as_tensor(scores: Scores, num_completions: int) -> Tensor:
 
 def _describe(error: Exception, source: RewardSource, prompts_N: Sequence[Prompt], completions_N: Sequence[str]) -> str:
     row = _first_offender(error, source, prompts_N, completions_N)
-    where = "No row raises by itself; the batch's first prompt" if row is None else "First offending prompt"
+    where = "No row was found that raises by itself; the first prompt" if row is None else "First offending prompt"
     prompt = prompts_N[row or 0]
     return (
         f"reward source '{source.name}' raised {type(error).__name__}: {error}\n{where}: row {prompt.index}: "
@@ -82,12 +87,15 @@ def _first_offender(
 ) -> int | None:
     """The first row that also raises by itself, or None.
 
-    The run stops anyway, so calling the source once more for each row is affordable. After an error of the
-    accelerator every call may fail: then no row is looked for.
+    The run stops anyway, so calling the source once more for each row is affordable, for a while. After an error of
+    the accelerator every call may fail: then no row is looked for.
     """
     if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
         return None
+    deadline = time.monotonic() + _SEARCH_SECONDS
     for row, (prompt, completion) in enumerate(zip(prompts_N, completions_N, strict=True)):
+        if time.monotonic() > deadline:
+            return None
         try:
             as_tensor(source([prompt], [completion]), 1)
         except Exception:  # noqa: BLE001 - any error marks the row

@@ -156,9 +156,9 @@ class LLMJudge(PairComparator):
         content = json.dumps([self.base_url, self.request, self.extra_body, text], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def _ask_all(self, questions: Mapping[str, tuple[str, str]]) -> list[Exception]:
+    def _ask_all(self, questions: Mapping[str, tuple[str, str]]) -> list[str]:
         """Put the verdicts into the cache; returns the errors of requests that failed for good."""
-        errors: list[Exception] = []
+        errors: list[str] = []
         with ThreadPoolExecutor(self.max_concurrency) as pool:
             futures = [pool.submit(self._ask, key, *question) for key, question in questions.items()]
             try:
@@ -167,8 +167,8 @@ class LLMJudge(PairComparator):
                 pool.shutdown(wait=True, cancel_futures=True)  # what has not begun will not be paid for
         return errors
 
-    def _ask(self, key: str, text: str, fence: str) -> Exception | None:
-        """One comparison, with retries; None when it went into the cache."""
+    def _ask(self, key: str, text: str, fence: str) -> str | None:
+        """One comparison, with retries; None when it went into the cache, else what went wrong."""
         assert self.cache is not None
         openai = self._import()
         for attempt in range(self.max_retries + 1):
@@ -178,14 +178,14 @@ class LLMJudge(PairComparator):
                     messages=[{"role": "user", "content": text}], extra_body=self.extra_body, **self.request
                 )
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-                raise SourceConfigError(self._refused(error)) from error
+                raise SourceConfigError(self._refused(error)) from None
             except openai.APIError as error:
                 if not _is_transient(openai, error) or attempt == self.max_retries:
-                    return error
+                    return f"{type(error).__name__}: {self._without_key(error)}"
                 time.sleep(self._pause(attempt, error))
                 continue
             if not getattr(reply, "choices", None):
-                return ValueError(f"the server replied {str(reply)[:200]!r}, which is no chat completion")
+                return f"a reply that is no chat completion: {self._without_key(reply)[:200]!r}"
             self.cache.add(key, _verdict_of(reply.choices[0], fence))
             return None
         raise AssertionError("unreachable: the last attempt returns")
@@ -209,7 +209,7 @@ class LLMJudge(PairComparator):
         try:
             client.models.list()
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise SourceConfigError(self._refused(error)) from error
+            raise SourceConfigError(self._refused(error)) from None
         except openai.APIConnectionError as error:
             raise SourceConfigError(
                 f"pairwise source '{self.name}': nothing answers at {self.base_url} ({error}). Start the server, or "
@@ -221,8 +221,13 @@ class LLMJudge(PairComparator):
     def _refused(self, error: Exception) -> str:
         return (
             f"pairwise source '{self.name}': {self.base_url} refuses model {self.model} with the key in "
-            f"{self.api_key_env}: {error}. Correct the key in that variable, or model and base_url."
+            f"{self.api_key_env}: {self._without_key(error)}. Correct the key in that variable, or model and base_url."
         )
+
+    def _without_key(self, said: Any) -> str:
+        """What a server said, which may repeat the key: so its errors are not chained either."""
+        key = os.environ.get(self.api_key_env or "")
+        return str(said).replace(key, "<the key>") if key else str(said)
 
     def _import(self) -> Any:
         try:

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from gopo_lightning import assets
+from gopo_lightning.security import load_weights
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16", "auto"]
 Truncation: TypeAlias = Literal["error", "left", "right"]
@@ -25,7 +26,8 @@ def load_classifier(
     name: str, revision: str | None, dtype: Dtype, trust_remote_code: bool, **config: Any
 ) -> PreTrainedModel:
     """The sequence classifier ``name`` (hub, folder or `packaged:NAME`); ``config`` overrides its config."""
-    return AutoModelForSequenceClassification.from_pretrained(
+    return load_weights(
+        AutoModelForSequenceClassification,
         assets.resolve(name),
         revision=revision,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),

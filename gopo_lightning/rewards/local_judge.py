@@ -13,6 +13,7 @@ from gopo_lightning.rewards.classifier import Template
 from gopo_lightning.rewards.judge_prompt import CRITERION, fenced
 from gopo_lightning.rewards.loading import Dtype, load_tokenizer
 from gopo_lightning.rewards.pairwise import PairComparator
+from gopo_lightning.security import load_weights
 from gopo_lightning.structs import Prompt
 
 
@@ -76,7 +77,8 @@ class LocalJudge(PairComparator):
             name = assets.resolve(self.model_name)
             self.tokenizer = load_tokenizer(self.tokenizer_name or name, self.revision, self.trust_remote_code)
             self._check_tokenizer(self.tokenizer)
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel = load_weights(
+                AutoModelForCausalLM,
                 name,
                 revision=self.revision,
                 dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),

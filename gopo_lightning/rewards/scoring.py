@@ -1,6 +1,7 @@
 """Whole groups through all sources, scalar and pairwise. Shape legend: `structs.py`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 
 from gopo_lightning.advantages import preferences
-from gopo_lightning.distributed import all_reduce_sum
+from gopo_lightning.distributed import all_or_none, all_reduce_sum
 from gopo_lightning.metrics import win_rate, wins_metrics
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError, score
 from gopo_lightning.rewards.pairwise import Groups, PairwiseSource, check_wins
+from gopo_lightning.rewards.time_limit import time_limit
 from gopo_lightning.structs import Prompt
 
 Source: TypeAlias = RewardSource | PairwiseSource
@@ -28,7 +30,12 @@ class GroupScores:
 
 
 def score_groups(
-    sources: Sequence[Source], prompts: Sequence[Prompt], groups: Groups, *, compare: bool = True
+    sources: Sequence[Source],
+    prompts: Sequence[Prompt],
+    groups: Groups,
+    *,
+    compare: bool = True,
+    timeout_seconds: float | None = None,
 ) -> GroupScores:
     """Scores and comparisons of P groups.
 
@@ -37,8 +44,13 @@ def score_groups(
         prompts: P prompts.
         groups: G completions of each.
         compare: false asks the pairwise sources nothing: their columns are NaN.
+        timeout_seconds: longest time for one source; None waits for ever.
+
+    A collective: all ranks ask the same sources.
 
     Raises:
+        TimeoutError: a source took longer.
+        PeerError: a source failed on another rank.
         RuntimeError: a source raised or returned something malformed; names the source and a prompt.
     """
     P, G = len(groups), len(groups[0])
@@ -46,12 +58,13 @@ def score_groups(
     texts_N = [text for group in groups for text in group]
     columns, matrices = [], []
     for source in sources:
-        if isinstance(source, RewardSource):
-            columns.append(score([source], prompts_N, texts_N).view(P, G))
-            matrices.append(torch.full((P, G, G), torch.nan))
-        else:
-            matrices.append(_wins(source, prompts, groups) if compare else torch.full((P, G, G), torch.nan))
-            columns.append(win_share(matrices[-1]))
+        with _asking(source, timeout_seconds):
+            if isinstance(source, RewardSource):
+                columns.append(score([source], prompts_N, texts_N).view(P, G))
+                matrices.append(torch.full((P, G, G), torch.nan))
+            else:
+                matrices.append(_wins(source, prompts, groups) if compare else torch.full((P, G, G), torch.nan))
+                columns.append(win_share(matrices[-1]))
     compared = compare and any(isinstance(source, PairwiseSource) for source in sources)
     return GroupScores(torch.stack(columns, -1), torch.stack(matrices, -1) if compared else None)
 
@@ -81,6 +94,8 @@ def against_reference(
     rewards_PGK: Tensor,
     references: Groups,
     references_PRK: Tensor,
+    *,
+    timeout_seconds: float | None = None,
 ) -> Standing:
     """Compare completions with references, by combined reward, or directly where the only source is pairwise.
 
@@ -93,18 +108,28 @@ def against_reference(
         rewards_PGK: their scores; the columns of pairwise sources are not read.
         references: R reference completions of each.
         references_PRK: their scores, likewise.
+        timeout_seconds: longest time for one source; None waits for ever.
     """
     columns = list(torch.cat([rewards_PGK, references_PRK], dim=1).unbind(-1))
     direct_P = None
     for k, source in enumerate(sources):
         if isinstance(source, PairwiseSource):
-            wins_PGR = _versus(source, prompts, groups, references).to(rewards_PGK.device)
+            with _asking(source, timeout_seconds):
+                wins_PGR = _versus(source, prompts, groups, references).to(rewards_PGK.device)
             columns[k] = torch.cat([wins_PGR.nanmean(2), 1 - wins_PGR.nanmean(1)], dim=1)
             direct_P = wins_PGR.nanmean((1, 2))
     joint_PGK, G = torch.stack(columns, -1), rewards_PGK.shape[1]
     joint_PG = combine(joint_PGK)
     win_rate_P = direct_P if direct_P is not None and len(sources) == 1 else win_rate(joint_PG[:, :G], joint_PG[:, G:])
     return Standing(joint_PGK[:, :G], joint_PG[:, :G], win_rate_P)
+
+
+@contextmanager
+def _asking(source: Source, timeout_seconds: float | None) -> Iterator[None]:
+    """All calls of ``source`` for a batch: they do not hang, and an error on one rank is one on all. A collective."""
+    what = f"reward source '{source.name}'"
+    with all_or_none(what), time_limit(timeout_seconds, what):
+        yield
 
 
 def _wins(source: PairwiseSource, prompts: Sequence[Prompt], groups: Groups) -> Tensor:

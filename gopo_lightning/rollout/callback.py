@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from gopo_lightning.distributed import all_or_none, gather_objects
 from gopo_lightning.policy import evaluating, load_reference, reference_of
 from gopo_lightning.rewards import Source, against_reference, score_groups
 from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
@@ -39,6 +40,9 @@ class RolloutCallback(Callback):
         num_completions: G in training.
         eval_num_completions: G in validation, test and predict.
         seed: of the random streams; a completion's stream is keyed by (seed, step, prompt row, completion index).
+        reward_timeout_seconds: longest time of one source for one batch.
+
+    What fails on one rank fails on all (``all_or_none``), so every rank rolls out equally often.
     """
 
     def __init__(
@@ -53,17 +57,20 @@ class RolloutCallback(Callback):
         num_completions: int,
         eval_num_completions: int,
         seed: int,
+        reward_timeout_seconds: float | None = None,
     ) -> None:
         self.engine, self.reward_sources = engine, rewards
         self.combine, self.advantage, self.from_wins = combine, advantage, from_wins
         self.sampling, self.seed = sampling, seed
         self.num_completions, self.eval_num_completions = num_completions, eval_num_completions
+        self.reward_timeout_seconds = reward_timeout_seconds
         self.reference = ReferenceCompletions()
         self._reference_model: nn.Module | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for source in self.reward_sources:
-            source.setup(trainer.strategy.root_device)
+            with all_or_none(f"the set-up of reward source '{source.name}'"):
+                source.setup(trainer.strategy.root_device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"reference": self.reference.state_dict()}
@@ -107,6 +114,7 @@ class RolloutCallback(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._share_reference(trainer, "reference_completions_test.jsonl")
 
+    @all_or_none("sampling and scoring")
     def roll_out(
         self,
         module: "GOPOModule",
@@ -141,7 +149,11 @@ class RolloutCallback(Callback):
             )
         with _phase(module, "reward") as reward:
             scores = score_groups(
-                self.reward_sources, prompts.prompts, _groups(completions.texts, num_completions), compare=compare
+                self.reward_sources,
+                prompts.prompts,
+                _groups(completions.texts, num_completions),
+                compare=compare,
+                timeout_seconds=self.reward_timeout_seconds,
             )
             rewards_PGK = scores.rewards_PGK.to(prompts.tokens_PL.device)
             rewards_PG = self.combine(rewards_PGK)
@@ -165,11 +177,12 @@ class RolloutCallback(Callback):
             compare=compare,
         )
 
+    @all_or_none("comparing with the reference")
     def _stand(self, module: "GOPOModule", batch: Any) -> None:
         """Rewards of the batch's experience beside those of the reference, which is sampled once and then stored."""
         prompts: PromptBatch = batch["prompts"]
         experience: Experience = batch["experience"]
-        if not self.reference.knows(prompts):
+        if not all(gather_objects(self.reference.knows(prompts))):
             initial = module.policy_is_initial
             self.reference.add(experience if initial else self._sample_reference(module, prompts))
         texts, rewards_PRK = self.reference.of(prompts)
@@ -182,6 +195,7 @@ class RolloutCallback(Callback):
             experience.rewards_PGK,
             texts,
             rewards_PRK.to(experience.rewards_PGK.device),
+            timeout_seconds=self.reward_timeout_seconds,
         )
         batch["seconds"]["reward"] += perf_counter() - start
         batch["experience"] = replace(experience, rewards_PGK=standing.rewards_PGK, rewards_PG=standing.rewards_PG)

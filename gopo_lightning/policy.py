@@ -44,10 +44,18 @@ class PolicyConfig:
                 "the one that sampled, so the policy ratio would be noise. Set it to 0."
             )
 
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """``dtype`` as torch knows it; None for that of the files."""
+        return None if self.dtype == "auto" else getattr(torch, self.dtype)
 
-def load_policy(config: PolicyConfig) -> Policy:
-    """The trainable policy: master weights in ``config.dtype``, dropout off, LoRA and checkpointing as configured."""
-    model = _load_base(config)
+
+def load_policy(config: PolicyConfig, base: PreTrainedModel | None = None) -> Policy:
+    """The trainable policy: master weights in ``config.dtype``, dropout off, LoRA and checkpointing as configured.
+
+    ``base`` is the model to train if it is there already.
+    """
+    model = _load_base(config) if base is None else base
     _disable_dropout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -118,12 +126,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _load_base(config: PolicyConfig) -> PreTrainedModel:
-    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     kwargs = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     model = AutoModelForCausalLM.from_pretrained(
         assets.resolve(config.name),
         revision=config.revision,
-        dtype=dtype,
+        dtype=config.torch_dtype or "auto",
         trust_remote_code=config.trust_remote_code,
         **kwargs,
     )

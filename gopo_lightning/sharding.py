@@ -69,7 +69,7 @@ def shard_fsdp2(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32),
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy(),
     }
     for layer in decoder_layers(model):
         fully_shard(layer, **options)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +20,7 @@ from gopo_lightning.placement import PlacementConfig, on_device
 from gopo_lightning.policy import PolicyConfig, load_policy
 from gopo_lightning.sharding import clip_grad_norm, shard_fsdp2, whole_bytes
 from gopo_lightning.shardwise import fill, policy_without_weights
-from tests.architectures import prompt_batch, ragged_completions
+from tests.architectures import build, prompt_batch, ragged_completions
 from tests.conftest import byte_tokenizer
 from tests.ranks import Case, assert_same_run, launch, on, read, run_case
 from tests.runs import make_data, make_module, make_trainer
@@ -70,7 +71,7 @@ def results(tiny_policy: Path, prompts_file: Path, tmp_path_factory: pytest.Temp
         Case("bf16-mixed", "fsdp2", trainer={"precision": "bf16-mixed"}),
         Case("bf16-true", "fsdp2", trainer={"precision": "bf16-true"}),
     ]
-    checks = [memory, missing_weight, bf16_gathers, counts]
+    checks = [memory, missing_weight, tied, bf16_gathers, counts]
     launch([*cases, *mixed, *checks], tiny_policy, prompts_file, folder, 2)
     return folder
 
@@ -140,6 +141,23 @@ def missing_weight(rank: int, folder: Path) -> dict[str, Any]:
     return {"error": str(info.value)}
 
 
+def tied(rank: int, folder: Path) -> dict[str, Any]:
+    """A model whose head is its embeddings, read by shards and whole; the files have bfloat16."""
+    with TemporaryDirectory() as name:
+        build("llama").bfloat16().save_pretrained(name)
+        config = PolicyConfig(name)
+        model: Any = policy_without_weights(config)
+        shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
+        fill(model, config, torch.device("cpu"))
+        tokens = torch.arange(10)[None]
+        return {
+            "tied": model.lm_head.weight is model.model.embed_tokens.weight,
+            "dtypes": {p.dtype for p in model.parameters()},
+            "logits": model(tokens).logits,
+            "expected": load_policy(config)(tokens).logits,
+        }
+
+
 def bf16_gathers(rank: int, folder: Path) -> dict[str, Any]:
     """Log-probs and gradients of weights that are gathered in bfloat16, beside those in float32."""
     found: dict[str, Any] = {}
@@ -199,6 +217,12 @@ def test_all_ranks_refuse_a_gather_for_which_one_has_no_memory(rank: int, result
 def test_a_weight_that_the_files_do_not_name_is_refused(results: Path) -> None:
     error = torch.load(results / "missing_weight.0.pt")["error"]
     assert "no tensor 'model.another_norm'" in error and "placement.load: whole" in error
+
+
+def test_tied_weights_stay_tied_when_they_are_read_by_shards(results: Path) -> None:
+    found = torch.load(results / "tied.0.pt", weights_only=False)
+    assert found["tied"] and found["dtypes"] == {torch.float32}
+    torch.testing.assert_close(found["logits"], found["expected"])
 
 
 def test_bf16_mixed_gathers_bfloat16_and_keeps_float32_masters(results: Path) -> None:

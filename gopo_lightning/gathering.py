@@ -44,7 +44,7 @@ def gathered(model: nn.Module, how: Gather = "full") -> Iterator[None]:
         require_memory(whole_bytes(model), free_bytes(compute_device(model)))
         _whole.add(model)
     try:
-        with _gathered_fsdp1(model) if how == "full" else _gathered_by_layer(model):
+        with _gathered_whole(model) if how == "full" else _gathered_by_layer(model):
             yield
     finally:
         _whole.discard(model)
@@ -109,7 +109,7 @@ def _gathered_by_layer(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _gathered_fsdp1(model: nn.Module) -> Iterator[None]:
+def _gathered_whole(model: nn.Module) -> Iterator[None]:
     wrapped = [module for module in model.modules() if isinstance(module, FSDP1)]
     if not wrapped:
         with _gathered_fsdp2(model):

@@ -51,7 +51,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     if not layers:
         raise ValueError(
             f"{type(base).__name__} names no layers to shard by (_no_split_modules is {sorted(names)}); "
-            "train it with trainer.strategy: ddp"
+            "train it with trainer.strategy: ddp; for a frozen model set placement.frozen_models: offload"
         )
     return layers
 

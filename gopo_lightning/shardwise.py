@@ -17,7 +17,8 @@ from gopo_lightning.policy import Policy, PolicyConfig, load_policy
 from gopo_lightning.sharding import base_of
 
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
-"""Of LoRA, that do not look at the weights."""
+_READ_WEIGHTS = ("use_dora", "modules_to_save", "trainable_token_indices")
+"""Of LoRA: ways to begin that do not look at the weights, and options that do."""
 
 
 def policy_without_weights(config: PolicyConfig) -> Policy:
@@ -27,17 +28,18 @@ def policy_without_weights(config: PolicyConfig) -> Policy:
         ValueError: an adapter that is made from the weights.
     """
     lora = config.lora or {}
-    if lora.get("init_lora_weights", True) not in _INITIALISATIONS or lora.get("use_dora", False):
+    reads = [option for option in _READ_WEIGHTS if lora.get(option)]
+    if reads or lora.get("init_lora_weights", True) not in _INITIALISATIONS:
         raise ValueError(
             f"policy.lora={lora} makes the adapter from the weights, which placement.load=shards reads after it; set "
-            f"init_lora_weights to one of {_INITIALISATIONS} without use_dora, or placement.load: whole"
+            f"init_lora_weights to one of {_INITIALISATIONS} without {', '.join(_READ_WEIGHTS)}, or placement.load: "
+            "whole"
         )
     base = _without_weights(config)
-    meta = list(base.parameters())
     # peft puts the adapter where the base is, so that must not look like the meta device
-    ghosts = _replace(base, {p: torch.empty((), dtype=p.dtype).expand(p.shape) for p in meta})
+    ghosts = _replace(base, {p: torch.empty((), dtype=p.dtype).expand(p.shape) for p in base.parameters()})
     policy = load_policy(config, base)
-    _replace(policy, {ghost: torch.empty_like(ghost, device="meta") for ghost in ghosts})
+    _replace(policy, {g: torch.empty(g.shape, dtype=g.dtype, device="meta") for g in ghosts})
     return policy
 
 

@@ -267,8 +267,11 @@ def test_what_the_strategy_cannot_do_is_refused(
         make_trainer(tmp_path).fit(module, make_data(prompts_file))
 
 
-def test_an_adapter_made_from_the_weights_is_refused_by_shards(tiny_policy: Path) -> None:
-    config = PolicyConfig(str(tiny_policy), lora=LORA | {"init_lora_weights": "pissa"})
+@pytest.mark.parametrize(
+    "option", [{"init_lora_weights": "pissa_niter_1"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}]
+)
+def test_an_adapter_made_from_the_weights_is_refused_by_shards(option: dict[str, Any], tiny_policy: Path) -> None:
+    config = PolicyConfig(str(tiny_policy), lora=LORA | option)
     with pytest.raises(ValueError, match="placement.load: whole"):
         policy_without_weights(config)
 

@@ -31,7 +31,7 @@ from gopo_lightning.logprobs import TokenLogprobs, completion_logprobs
 from gopo_lightning.losses import LossConfig, denominator, loss_mask, policy_loss
 from gopo_lightning.metrics import completion_metrics, reward_metrics
 from gopo_lightning.placement import PlacementConfig, Reference, load_placed_policy
-from gopo_lightning.policy import Policy, PolicyConfig, eos_token_ids, evaluating, load_tokenizer
+from gopo_lightning.policy import Policy, PolicyConfig, eos_token_ids, evaluating, float32_default, load_tokenizer
 from gopo_lightning.prefix_sharing import PrefixSharing, decide_prefix_sharing
 from gopo_lightning.rewards import PairwiseSource, RewardSource, comparison_metrics, reads_wins
 from gopo_lightning.rewards.combine import get as combination
@@ -195,6 +195,7 @@ class GOPOModule(TrainableState, LightningModule):
 
     # ---------------------------------------------------------------- training
 
+    @float32_default()
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         start = perf_counter()
         experience = self._with_logprobs(batch["experience"])

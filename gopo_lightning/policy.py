@@ -125,6 +125,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def float32_default() -> Iterator[None]:
+    """New tensors are float32 inside; `bf16-true` makes bfloat16 the default, which log-probs and sums must not be."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _load_base(config: PolicyConfig) -> PreTrainedModel:
     kwargs = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     model = AutoModelForCausalLM.from_pretrained(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gopo_lightning.gathering import gathered
 from gopo_lightning.placement import on_device, set_up_source
-from gopo_lightning.policy import evaluating
+from gopo_lightning.policy import evaluating, float32_default
 from gopo_lightning.rewards import HoldsModels, Source, against_reference, score_groups
 from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.reference import ReferenceCompletions
@@ -125,7 +125,14 @@ class RolloutCallback(Callback):
         seeds_N = stream_seeds(self.seed, step, indices, num_completions)
         autocast = module.trainer.precision_plugin.forward_context()  # hooks run outside of it
         gather = gathered(model, module.placement.rollout_gather)
-        with _phase(module, "rollout") as rollout, evaluating(model), torch.no_grad(), gather, autocast:
+        with (
+            _phase(module, "rollout") as rollout,
+            evaluating(model),
+            torch.no_grad(),
+            gather,
+            autocast,
+            float32_default(),
+        ):
             completions = self.engine.generate(
                 model,
                 module.tokenizer,

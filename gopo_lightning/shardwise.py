@@ -51,6 +51,7 @@ def _without_weights(config: PolicyConfig) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(
             settings, dtype=config.torch_dtype or settings.dtype, trust_remote_code=config.trust_remote_code, **options
         )
+    model.tie_weights()  # each parameter has become another one
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return cast(PreTrainedModel, model)

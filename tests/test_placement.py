@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -143,19 +143,19 @@ def missing_weight(rank: int, folder: Path) -> dict[str, Any]:
 
 def tied(rank: int, folder: Path) -> dict[str, Any]:
     """A model whose head is its embeddings, read by shards and whole; the files have bfloat16."""
-    with TemporaryDirectory() as name:
-        build("llama").bfloat16().save_pretrained(name)
-        config = PolicyConfig(name)
-        model: Any = policy_without_weights(config)
-        shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
-        fill(model, config, torch.device("cpu"))
-        tokens = torch.arange(10)[None]
-        return {
-            "tied": model.lm_head.weight is model.model.embed_tokens.weight,
-            "dtypes": {p.dtype for p in model.parameters()},
-            "logits": model(tokens).logits,
-            "expected": load_policy(config)(tokens).logits,
-        }
+    build("llama").bfloat16().save_pretrained(folder / "tied")  # rank 0 alone writes
+    dist.barrier()
+    config = PolicyConfig(str(folder / "tied"))
+    model: Any = policy_without_weights(config)
+    shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
+    fill(model, config, torch.device("cpu"))
+    tokens = torch.arange(10)[None]
+    return {
+        "tied": model.lm_head.weight is model.model.embed_tokens.weight,
+        "dtypes": {p.dtype for p in model.parameters()},
+        "logits": model(tokens).logits,
+        "expected": load_policy(config)(tokens).logits,
+    }
 
 
 def bf16_gathers(rank: int, folder: Path) -> dict[str, Any]:

@@ -202,7 +202,8 @@ def test_the_reward_model_counts(results: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_gather_takes_what_it_says_and_gives_it_back(rank: int, results: Path) -> None:
     found = torch.load(results / f"memory.{rank}.pt")
-    assert found["in"] == found["whole"]
+    padding = 2 * 32 * 4  # bytes: embeddings and head have 259 rows, of which each rank holds 130
+    assert found["in"] == found["whole"] + padding
     assert found["before"] == found["after"] == pytest.approx(found["whole"] / 2, rel=0.02)
     assert found["kept"] == 0
 

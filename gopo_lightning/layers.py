@@ -26,7 +26,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     if not layers:
         raise ValueError(
             f"{type(base).__name__} names no layers to shard or to compile by (_no_split_modules is {sorted(names)}); "
-            "train it with trainer.strategy: ddp and without policy.compile"
+            "train it with trainer.strategy: ddp and without policy.compile; for a frozen model set "
+            "placement.frozen_models: offload"
         )
     return layers
 
@@ -37,9 +38,11 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
         layer.compile(**options)
 
 
-def uncompiled() -> torch.compiler.set_stance:
-    """Context in which compiled layers run as they are written: what is small or changes shape at each call."""
-    return torch.compiler.set_stance("force_eager")
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled layers run as they are written inside: for what is small or changes its shapes at each call."""
+    with torch.compiler.set_stance("force_eager"):  # type: ignore[attr-defined]
+        yield
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from gopo_lightning import advantages
 from gopo_lightning.batching import forwarded_tokens, split_groups
@@ -37,22 +37,14 @@ from gopo_lightning.evaluation import EvaluationMetrics
 from gopo_lightning.logprobs import TokenLogprobs, completion_logprobs
 from gopo_lightning.losses import LossConfig, denominator, loss_mask, policy_loss
 from gopo_lightning.metrics import completion_metrics, reward_metrics
-from gopo_lightning.policy import (
-    Policy,
-    PolicyConfig,
-    eos_token_ids,
-    evaluating,
-    load_policy,
-    load_reference,
-    load_tokenizer,
-    reference_of,
-)
+from gopo_lightning.placement import PlacementConfig, Reference, load_placed_policy
+from gopo_lightning.policy import Policy, PolicyConfig, eos_token_ids, evaluating, float32_default, load_tokenizer
 from gopo_lightning.prefix_sharing import PrefixSharing, decide_prefix_sharing
 from gopo_lightning.rewards import PairwiseSource, RewardSource, comparison_metrics, reads_wins
 from gopo_lightning.rewards.combine import get as combination
 from gopo_lightning.rollout import RolloutCallback, RolloutEngine, SamplingConfig, TransformersEngine
 from gopo_lightning.sharding import clip_grad_norm, reshard
-from gopo_lightning.strategies import gradient_sync, shard
+from gopo_lightning.strategies import gradient_sync
 from gopo_lightning.structs import Experience
 
 
@@ -63,6 +55,7 @@ class GOPOModule(TrainableState, LightningModule):
         policy: which causal LM to train.
         rewards: what scores the completions, or compares them with each other; at least one.
         sampling: temperature, lengths and stop conditions of the completions.
+        placement: where weights are, and when, under strategies that shard.
         loss: clipping, KL penalty and aggregation.
         engine: what samples the completions.
         optimizer: built on the policy's trainable parameters; AdamW by default.
@@ -96,7 +89,8 @@ class GOPOModule(TrainableState, LightningModule):
         policy: PolicyConfig,
         rewards: list[RewardSource | PairwiseSource],
         sampling: SamplingConfig,
-        loss: LossConfig = LossConfig(),  # noqa: B008  (frozen)
+        placement: PlacementConfig = PlacementConfig(),  # noqa: B008  (frozen)
+        loss: LossConfig = LossConfig(),  # noqa: B008
         engine: RolloutEngine | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0),
         combine: str = "weighted_sum",
@@ -129,7 +123,7 @@ class GOPOModule(TrainableState, LightningModule):
             raise ValueError(f"num_completions={num_completions}: ranking needs at least 2 completions; use 8")
         check_sources(rewards)
         check_timeout(reward_timeout_seconds)
-        self.policy_config, self.sampling, self.loss_config = policy, sampling, loss
+        self.policy_config, self.sampling, self.loss_config, self.placement = policy, sampling, loss, placement
         self.optimizer_callable, self.lr_schedule, self.warmup_steps = optimizer, lr_schedule, warmup_steps
         self.max_grad_norm, self.micro_batch_tokens = max_grad_norm, micro_batch_tokens
         self.num_inner_epochs, self.num_minibatches = num_inner_epochs, num_minibatches
@@ -156,7 +150,7 @@ class GOPOModule(TrainableState, LightningModule):
             reward_timeout_seconds=reward_timeout_seconds,
         )
         self.policy: Policy = cast(Policy, None)  # see configure_model
-        self._frozen: dict[str, PreTrainedModel] = {}  # a dict hides it from state_dict, checkpoints and the strategy
+        self.reference = Reference(policy, placement)  # no module: hidden from state_dict, checkpoints and the strategy
         self.eval_metrics = EvaluationMetrics(self.reward_names)
 
     # ------------------------------------------------------------------ set-up
@@ -172,11 +166,6 @@ class GOPOModule(TrainableState, LightningModule):
         return eos_token_ids(self.policy, self.tokenizer)
 
     @property
-    def frozen_reference(self) -> PreTrainedModel | None:
-        """The frozen copy, present if something reads it and the policy is fully trained."""
-        return self._frozen.get("reference")
-
-    @property
     def updates_per_rollout(self) -> int:
         """K, optimiser steps per batch."""
         return self.num_inner_epochs * self.num_minibatches
@@ -187,21 +176,22 @@ class GOPOModule(TrainableState, LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         check_trainer(self.trainer, updates_per_rollout=self.updates_per_rollout, policy_dtype=self.policy_config.dtype)
+        self.placement.check(self.trainer)
         if self.trainer.state.fn == "fit":
             check_sampling(self.sampling, updates_per_rollout=self.updates_per_rollout)
         return [SaveOnSignal(), self.rollout, ValidateFirst(), PredictionWriter()]
 
     def configure_model(self) -> None:
         if cast(Policy | None, self.policy) is None:
-            self.policy = shard(load_policy(self.policy_config), self._trainer)
+            self.policy = load_placed_policy(self.policy_config, self.placement, self._trainer)
             self.policy_is_initial = True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.policy_is_initial = False
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self._reads_reference and self.policy_config.lora is None and not self._frozen:
-            self._frozen["reference"] = load_reference(self.policy_config)
+        if stage == "fit" and self._reads_reference:
+            self.reference.load(self.trainer, keep=True)
         install_atomic_saving(self.trainer)
         if stage == "fit":
             check_minibatches(self.trainer, self.num_minibatches)
@@ -213,12 +203,11 @@ class GOPOModule(TrainableState, LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        for model in self._frozen.values():
-            model.to(self.device)  # type: ignore[arg-type]
         self.policy.train()
 
     # ---------------------------------------------------------------- training
 
+    @float32_default()
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         start = perf_counter()
         experience = self._with_logprobs(batch["experience"])
@@ -240,7 +229,7 @@ class GOPOModule(TrainableState, LightningModule):
         if self.updates_per_rollout > 1:
             old = self._frozen_logprobs(self.policy, experience)
         if self._reads_reference:
-            with reference_of(self.policy, self.frozen_reference) as model:
+            with self.reference.of(self.policy) as model:
                 reference = self._frozen_logprobs(model, experience)
         return replace(experience, old_logprobs_NT=old, reference_logprobs_NT=reference)
 

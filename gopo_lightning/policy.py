@@ -49,10 +49,18 @@ class PolicyConfig:
                 "the one that sampled, so the policy ratio would be noise. Set it to 0."
             )
 
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """``dtype`` as torch knows it; None for that of the files."""
+        return None if self.dtype == "auto" else getattr(torch, self.dtype)
 
-def load_policy(config: PolicyConfig) -> Policy:
-    """The trainable policy: master weights in ``config.dtype``, dropout off, LoRA and the like as configured."""
-    model = _load_base(config)
+
+def load_policy(config: PolicyConfig, base: PreTrainedModel | None = None) -> Policy:
+    """The trainable policy: master weights in ``config.dtype``, dropout off, LoRA and the like as configured.
+
+    ``base`` is the model to train if it is there already.
+    """
+    model = _load_base(config) if base is None else base
     _disable_dropout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -125,14 +133,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def float32_default() -> Iterator[None]:
+    """New tensors are float32 inside; `bf16-true` makes bfloat16 the default, which log-probs and sums must not be."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _load_base(config: PolicyConfig) -> PreTrainedModel:
-    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     kwargs = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     model = load_weights(
         AutoModelForCausalLM,
         assets.resolve(config.name),
         revision=config.revision,
-        dtype=dtype,
+        dtype=config.torch_dtype or "auto",
         trust_remote_code=config.trust_remote_code,
         **kwargs,
     )

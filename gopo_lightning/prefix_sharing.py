@@ -5,6 +5,7 @@ from typing import Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from gopo_lightning.distributed import gather_objects
 from gopo_lightning.logprobs import check_shared_prefix
 from gopo_lightning.shared_prefix import supports_shared_prefix
 from gopo_lightning.structs import Experience
@@ -21,7 +22,7 @@ def decide_prefix_sharing(mode: PrefixSharing, model: nn.Module, experience: Exp
     if mode == "never":
         return False
     num_tokens = experience.prompts.tokens_PL.shape[1] + experience.completions.tokens_NT.shape[1]
-    supported, reason = supports_shared_prefix(model, num_tokens)
+    supported, reason = supports_shared_prefix(model, max(gather_objects(num_tokens)))  # ranks must decide alike
     if supported and mode == "auto":
         agreement = check_shared_prefix(model, experience.prompts, experience.completions, temperature=temperature)
         supported = agreement.ok

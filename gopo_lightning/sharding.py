@@ -1,13 +1,13 @@
 """One sharding plan for any decoder-only model of Hugging Face: each decoder layer by itself, then the rest as one.
 
-FSDP2 replaces parameters by DTensors and gathers a layer when its forward or backward needs it. Sampling would gather
-every layer for every token, so ``gathered`` holds the whole model while it samples, and ranks then need not agree
-about the number of tokens.
+FSDP2 replaces parameters by DTensors and gathers a layer when its forward or backward needs it; ``gathering.py`` is
+about sampling on such weights.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
     FullStateDictConfig,
     MixedPrecisionPolicy,
     OffloadPolicy,
+    ShardingStrategy,
     StateDictType,
     fully_shard,
 )
@@ -31,6 +32,9 @@ from torch.utils._pytree import tree_map
 
 from gopo_lightning.layers import base_of, decoder_layers
 
+_gathered_dtypes: "WeakKeyDictionary[nn.Module, torch.dtype | None]" = WeakKeyDictionary()
+"""What FSDP2 casts weights to when it gathers them; None leaves them as they are."""
+
 
 def shard_fsdp2(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None, cpu_offload: bool = False) -> None:
     """Shard ``model`` in place over the ranks of ``mesh``.
@@ -38,15 +42,19 @@ def shard_fsdp2(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None
     Args:
         dtype: of gathered weights and of the computation; gradients are reduced in float32. None keeps the weights'.
         cpu_offload: keep shards, gradients and optimiser state in CPU memory.
+
+    Raises:
+        ValueError: the model names no layers to shard by.
     """
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32),
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy(),
     }
     for layer in decoder_layers(model):
         fully_shard(layer, **options)
     fully_shard(base_of(model), **options)  # never the PeftModel around it
+    _gathered_dtypes[model] = dtype
 
 
 def shard_fsdp1(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
@@ -62,36 +70,6 @@ def shard_fsdp1(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Every rank holds all weights of ``model`` inside, and its shard alone again outside. A collective, twice.
-
-    Inside, ranks may run forwards as they like, without gradient; the weights must not be changed.
-    """
-    wrapped = [module for module in model.modules() if isinstance(module, FSDP1)]
-    if wrapped:
-        with FSDP1.summon_full_params(wrapped[0], writeback=False), _called_directly(wrapped):
-            yield
-        return
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in sharded[1:]:  # the first is the root, whose backward follows at once
-            module.set_reshard_after_forward(True, recurse=False)
-        reshard(model)
-
-
-def reshard(model: nn.Module) -> None:
-    """Free what a forward without backward has left gathered, so that no later one reads stale weights."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-@contextmanager
 def no_gradient_sync(model: nn.Module) -> Iterator[None]:
     """Backward passes inside add gradients up on their rank; the next one outside reduces them all."""
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -104,6 +82,29 @@ def no_gradient_sync(model: nn.Module) -> Iterator[None]:
     finally:
         for module in sharded:
             module.set_requires_gradient_sync(True, recurse=False)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``model`` or a part of it is sharded by FSDP1 or FSDP2."""
+    return any(isinstance(module, FSDP1 | FSDPModule) for module in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward without backward has left gathered, so that no later one reads stale weights."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole_bytes(model: nn.Module) -> int:
+    """Bytes that all weights of a sharded ``model`` take when they are gathered."""
+    root = root_fsdp1(model)
+    if root is not None:
+        assert root.process_group is not None
+        parts = 1 if root.sharding_strategy is ShardingStrategy.NO_SHARD else root.process_group.size()
+        return parts * sum(p.numel() * p.element_size() for p in model.parameters())
+    dtype = _gathered_dtypes.get(model)
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters())
 
 
 def root_fsdp1(model: nn.Module) -> FSDP1 | None:
@@ -176,15 +177,3 @@ def like(value: Any, template: Any) -> Any:
         return value
     part = distribute_tensor(value.to(template.device), template.device_mesh, template.placements, src_data_rank=None)
     return part.clone()  # not a view of the whole
-
-
-@contextmanager
-def _called_directly(wrapped: list[FSDP1]) -> Iterator[None]:
-    """FSDP1 modules call the module they wrap directly, and nothing is gathered or freed."""
-    for module in wrapped:
-        module.forward = module.module.__call__  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in wrapped:
-            del module.forward

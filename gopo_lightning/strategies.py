@@ -61,9 +61,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
-    def shard(self, model: nn.Module) -> None:
-        """Shard ``model`` in place; all ranks hold the same weights before."""
-        mixed = self.precision_plugin.precision == "bf16-mixed"
+    def shard(self, model: nn.Module, *, exact: bool = False) -> None:
+        """Shard ``model`` in place; all ranks hold the same weights before. ``exact`` gathers them as they are."""
+        mixed = self.precision_plugin.precision == "bf16-mixed" and not exact
         mesh = self.device_mesh["data_parallel"]
         shard_fsdp2(model, mesh, dtype=torch.bfloat16 if mixed else None, cpu_offload=self.cpu_offload)
 
@@ -188,6 +188,11 @@ def shard(model: M, trainer: Trainer | None) -> M:
     elif isinstance(strategy, FSDPStrategy):
         return cast(M, shard_fsdp1(model, _fsdp1_options(strategy)))
     return model
+
+
+def is_sharding(strategy: Strategy) -> bool:
+    """Whether ``shard`` does something under ``strategy``."""
+    return isinstance(strategy, FSDP2Strategy | FSDPStrategy)
 
 
 def gradient_sync(strategy: Strategy, policy: nn.Module, *, sync: bool) -> AbstractContextManager[None]:

@@ -4,8 +4,8 @@ import os
 import signal
 import socket
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,14 +15,14 @@ import torch
 import torch.multiprocessing as mp
 from lightning.pytorch import Callback
 
-import gopo_lightning.strategies  # noqa: F401  (registers the short names)
 from gopo_lightning.callbacks.export import export
 from gopo_lightning.checkpoints import last_of
 from gopo_lightning.distributed import gather_objects
 from gopo_lightning.losses import LossConfig
 from gopo_lightning.policy import PolicyConfig
-from gopo_lightning.rewards import FunctionReward
+from gopo_lightning.rewards import FunctionReward, SequenceClassifierReward
 from gopo_lightning.rollout import SamplingConfig
+from gopo_lightning.strategies import FSDP2Strategy
 from tests.runs import make_data, make_module, make_trainer
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
@@ -59,7 +59,17 @@ class Case:
     fails: bool = False
     """Every rank raises, and leaves what it raised in ``<name>.rank<r>.txt``."""
     module: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
+    strategy_options: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    classifier: str | None = None
+    """Folder of a reward model to score with, beside the function."""
     export: bool = False
+
+
+def on(strategy: str, case: Case, **changes: Any) -> Case:
+    """The same under another strategy."""
+    return replace(case, name=f"{strategy}-{case.name}", strategy=strategy, **changes)
 
 
 class Record(Callback):
@@ -94,7 +104,7 @@ def run_case(case: Case, tiny_policy: Path, prompts_file: Path, folder: Path, wo
     start = perf_counter()
     torch.manual_seed(0)
     options: dict[str, Any] = {
-        "policy": PolicyConfig(str(tiny_policy), lora=LORA if case.lora else None),
+        "policy": PolicyConfig(str(tiny_policy), **({"lora": LORA if case.lora else None} | case.policy)),
         "rewards": [FunctionReward("tests.ranks.mixed", name="mixed")],
         "loss": LossConfig(kl_coef=case.kl_coef),
         "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-3, eps=1e-3),
@@ -102,15 +112,18 @@ def run_case(case: Case, tiny_policy: Path, prompts_file: Path, folder: Path, wo
         "micro_batch_tokens": 60,
         "sampling": SamplingConfig(max_new_tokens=8, stop_strings=("a", "e", "1", "%", "<", "W", "m")),
     }
+    if case.classifier is not None:
+        options["rewards"].append(SequenceClassifierReward(case.classifier, micro_batch_size=3))
     module = make_module(tiny_policy, **(options | case.module))
     record = Record()
     trainer = make_trainer(
         folder / case.name.split(".")[0],  # runs that differ after the dot share their folder
         callbacks=[record] if case.stop is None else [record, Signal(*case.stop)],
-        strategy=case.strategy,
+        strategy=FSDP2Strategy(**case.strategy_options) if case.strategy_options else case.strategy,
         devices=world,
         max_steps=case.max_steps,
         enable_checkpointing=False,
+        **case.trainer,
     )
     data = make_data(prompts_file, prompts_per_step=case.prompts_per_step)
     path = last_of(trainer) if case.resume == "last" else case.resume and folder / case.resume
@@ -134,8 +147,12 @@ def run_case(case: Case, tiny_policy: Path, prompts_file: Path, folder: Path, wo
         torch.save({"steps": record.steps, "validation": validation}, folder / f"{case.name}.pt")
 
 
-def launch(cases: Sequence[Case], tiny_policy: Path, prompts_file: Path, folder: Path, world: int) -> None:
-    """Run ``cases`` one after the other on ``world`` processes."""
+Check = Callable[[int, Path], dict[str, Any]]
+"""(rank, folder of the policy) → what is to be asserted; runs after the first case, which starts the process group."""
+
+
+def launch(cases: Sequence[Case | Check], tiny_policy: Path, prompts_file: Path, folder: Path, world: int) -> None:
+    """Run ``cases`` one after the other on ``world`` processes; what a check returns goes to ``<name>.<rank>.pt``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -143,7 +160,7 @@ def launch(cases: Sequence[Case], tiny_policy: Path, prompts_file: Path, folder:
 
 
 def _rank(
-    rank: int, cases: Sequence[Case], tiny_policy: Path, prompts_file: Path, folder: Path, world: int, port: int
+    rank: int, cases: Sequence[Case | Check], tiny_policy: Path, prompts_file: Path, folder: Path, world: int, port: int
 ) -> None:
     """A process as torchrun would have started it."""
     os.environ |= {
@@ -158,10 +175,40 @@ def _rank(
     }
     torch.set_num_threads(1)
     for case in cases:
-        start = perf_counter()
+        start, name = perf_counter(), case.name if isinstance(case, Case) else case.__name__
         try:
-            run_case(case, tiny_policy, prompts_file, folder, world)
-            print(f"rank {rank} {case.name} {perf_counter() - start:.1f} s")
+            if isinstance(case, Case):
+                run_case(case, tiny_policy, prompts_file, folder, world)
+            else:
+                torch.save(case(rank, tiny_policy), folder / f"{name}.{rank}.pt")
+            print(f"rank {rank} {name} {perf_counter() - start:.1f} s")
         except BaseException:
-            (folder / f"{case.name}.rank{rank}.error").write_text(traceback.format_exc())
+            (folder / f"{name}.rank{rank}.error").write_text(traceback.format_exc())
             raise
+
+
+def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was recorded, and the checkpoint."""
+    return torch.load(folder / f"{name}.pt"), torch.load(folder / f"{name}.ckpt", weights_only=True)
+
+
+def assert_same_run(folder: Path, name: str, expected: str, tolerance: float = 1e-5) -> None:
+    (record, checkpoint), (record_1, checkpoint_1) = read(folder, name), read(folder, expected)
+    steps = record["steps"]
+    for step, step_1 in zip(steps, record_1["steps"][-len(steps) :], strict=True):
+        assert step["texts"] == step_1["texts"]
+        for key in ("train/loss", "train/grad_norm", "reward/mean", "reward/nan_fraction"):
+            assert step["metrics"][key] == pytest.approx(step_1["metrics"][key], abs=tolerance), key
+    if len(steps) == len(record_1["steps"]):  # else the run was resumed after its last validation
+        assert record["validation"] and record["validation"] == pytest.approx(record_1["validation"], abs=tolerance)
+    assert_same_tensors(checkpoint["state_dict"], checkpoint_1["state_dict"], tolerance)
+    moments, moments_1 = (c["optimizer_states"][0]["state"] for c in (checkpoint, checkpoint_1))
+    assert moments.keys() == moments_1.keys()
+    for number, values in moments_1.items():
+        assert_same_tensors(moments[number], values, tolerance)
+
+
+def assert_same_tensors(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=0, atol=tolerance)

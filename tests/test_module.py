@@ -115,10 +115,10 @@ def test_inner_epochs_use_the_log_probs_of_the_policy_that_sampled(
 def test_reference_is_loaded_only_if_something_reads_it(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
     plain = make_module(tiny_policy)
     fit(plain, prompts_file, tmp_path / "plain", max_steps=1)
-    assert plain.frozen_reference is None
+    assert plain.reference.copy is None
     with_kl = make_module(tiny_policy, loss=LossConfig(kl_coef=0.1))
     fit(with_kl, prompts_file, tmp_path / "kl")
-    assert with_kl.frozen_reference is not None
+    assert with_kl.reference.copy is not None
     assert scalars(tmp_path / "kl", "train/kl")[0] == pytest.approx(0, abs=1e-6)
     assert scalars(tmp_path / "kl", "train/kl")[1] > 1e-5
 
@@ -127,7 +127,7 @@ def test_under_lora_the_reference_is_the_base(tiny_policy: Path, prompts_file: P
     lora = PolicyConfig(str(tiny_policy), lora={"r": 4, "target_modules": ["q_proj", "v_proj"]})
     module = make_module(tiny_policy, policy=lora, loss=LossConfig(kl_coef=0.1))
     fit(module, prompts_file, tmp_path, max_steps=3)
-    assert module.frozen_reference is None
+    assert module.reference.copy is None
     kl = scalars(tmp_path, "train/kl")
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 0
     base = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)

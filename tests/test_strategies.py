@@ -1,16 +1,13 @@
 """One run, many strategies: the same text is sampled, and losses, gradient norms, weights and checkpoints agree."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from gopo_lightning.layers import decoder_layers
-from tests.ranks import Case, launch, run_case
+from tests.ranks import Case, assert_same_run, assert_same_tensors, launch, on, read, run_case
 
 RUNS = {
     "full": Case("full", export=True),
@@ -19,10 +16,6 @@ RUNS = {
     "epochs": Case("epochs", max_steps=4, module={"num_inner_epochs": 2, "prefix_sharing": "never"}),
 }
 STRATEGIES = ["ddp", "fsdp2", "fsdp_cpu"]
-
-
-def on(strategy: str, case: Case, **changes: Any) -> Case:
-    return replace(case, name=f"{strategy}-{case.name}", strategy=strategy, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -51,35 +44,8 @@ def three(tiny_policy: Path, prompts_file: Path, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("three")
     case = Case("full", prompts_per_step=6)
     run_case(case, tiny_policy, prompts_file, folder, 1)
-    launch([on("ddp", case), on("fsdp2", case)], tiny_policy, prompts_file, folder, 3)
+    launch([on(strategy, case) for strategy in STRATEGIES], tiny_policy, prompts_file, folder, 3)
     return folder
-
-
-def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was recorded, and the checkpoint."""
-    return torch.load(folder / f"{name}.pt"), torch.load(folder / f"{name}.ckpt", weights_only=True)
-
-
-def assert_same_run(folder: Path, name: str, expected: str, tolerance: float = 1e-5) -> None:
-    (record, checkpoint), (record_1, checkpoint_1) = read(folder, name), read(folder, expected)
-    steps = record["steps"]
-    for step, step_1 in zip(steps, record_1["steps"][-len(steps) :], strict=True):
-        assert step["texts"] == step_1["texts"]
-        for key in ("train/loss", "train/grad_norm", "reward/mean", "reward/nan_fraction"):
-            assert step["metrics"][key] == pytest.approx(step_1["metrics"][key], abs=tolerance), key
-    if len(steps) == len(record_1["steps"]):  # else the run was resumed after its last validation
-        assert record["validation"] and record["validation"] == pytest.approx(record_1["validation"], abs=tolerance)
-    assert_same_tensors(checkpoint["state_dict"], checkpoint_1["state_dict"], tolerance)
-    moments, moments_1 = (c["optimizer_states"][0]["state"] for c in (checkpoint, checkpoint_1))
-    assert moments.keys() == moments_1.keys()
-    for number, values in moments_1.items():
-        assert_same_tensors(moments[number], values, tolerance)
-
-
-def assert_same_tensors(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(actual[key], value, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -88,7 +54,7 @@ def test_two_ranks_train_like_one(strategy: str, run: str, results: Path) -> Non
     assert_same_run(results, f"{strategy}-{run}", run)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_three_ranks_train_like_one(strategy: str, three: Path) -> None:
     assert_same_run(three, f"{strategy}-full", "full")
 

@@ -1,7 +1,7 @@
 """Reward sources: anything that scores or compares completions, and ways to combine several."""
 
 from gopo_lightning.rewards import combine
-from gopo_lightning.rewards.base import RewardSource, SourceConfigError, score
+from gopo_lightning.rewards.base import HoldsModels, RewardSource, SourceConfigError, score
 from gopo_lightning.rewards.classifier import SequenceClassifierReward
 from gopo_lightning.rewards.comparators import FunctionComparator, RankingOracle, RewardModelComparator
 from gopo_lightning.rewards.function import FunctionReward
@@ -21,6 +21,7 @@ __all__ = [
     "FunctionComparator",
     "FunctionReward",
     "GroupScores",
+    "HoldsModels",
     "LLMJudge",
     "LocalJudge",
     "PairComparator",

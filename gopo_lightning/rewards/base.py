@@ -4,11 +4,12 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gopo_lightning.sharding import is_sharded
 from gopo_lightning.structs import Prompt
 
 Scores: TypeAlias = Tensor | Iterable[float | None]
@@ -21,6 +22,20 @@ _SEARCH_SECONDS = 10.0
 
 class SourceConfigError(ValueError):
     """A source cannot work with these data or this model at all: `score` passes it on unchanged."""
+
+
+@runtime_checkable
+class HoldsModels(Protocol):
+    """A source whose frozen models may wait elsewhere than on every rank's device (`model.init_args.placement`)."""
+
+    def setup(self, device: torch.device) -> None:
+        """Load on ``device``; what ``models`` then names may be moved or sharded. Without any this is called again."""
+        ...
+
+    def models(self) -> list[nn.Module]:
+        """All that ``setup`` has loaded. Where a forward of theirs is a collective, the source runs as many as the
+        other ranks do (``gathering.in_step``)."""
+        ...
 
 
 class RewardSource(ABC):
@@ -88,9 +103,11 @@ def _first_offender(
     """The first row that also raises by itself, or None.
 
     The run stops anyway, so calling the source once more for each row is affordable, for a while. After an error of
-    the accelerator every call may fail: then no row is looked for.
+    the accelerator every call may fail, and on sharded models the other ranks would have to call too: then no row is
+    looked for.
     """
-    if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
+    sharded = isinstance(source, HoldsModels) and any(map(is_sharded, source.models()))
+    if sharded or isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
         return None
     deadline = time.monotonic() + _SEARCH_SECONDS
     for row, (prompt, completion) in enumerate(zip(prompts_N, completions_N, strict=True)):

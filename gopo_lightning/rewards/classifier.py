@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from gopo_lightning.gathering import compute_device, in_step
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError
 from gopo_lightning.rewards.loading import (
     Dtype,
@@ -113,11 +114,16 @@ class SequenceClassifierReward(RewardSource):
         encoded = encode(self.tokenizer, texts, self.max_length, self.truncation, special_tokens)
         lengths_N = [len(ids) for ids in encoded["input_ids"]]
         order = sorted(range(len(texts)), key=lambda n: lengths_N[n])
-        scores_N = torch.empty(len(texts), dtype=torch.float32, device=self.model.device)
-        for start in range(0, len(order), self.micro_batch_size):
-            rows = order[start : start + self.micro_batch_size]
-            scores_N[rows] = self._forward(pad(self.tokenizer, encoded, rows).to(self.model.device))
+        scores_N = torch.empty(len(texts), dtype=torch.float32, device=compute_device(self.model))
+        size = self.micro_batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        for rows in in_step(batches, self.model, spare=order[:1]):
+            scores_N[rows] = self._forward(pad(self.tokenizer, encoded, rows).to(scores_N.device))
         return scores_N
+
+    def models(self) -> list[nn.Module]:
+        """The classifier."""
+        return [] if self.model is None else [self.model]
 
     def render(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> tuple[list[str], bool]:
         """The texts that the model reads, and whether the tokenizer still has to add special tokens."""
@@ -132,7 +138,7 @@ class SequenceClassifierReward(RewardSource):
     def _forward(self, inputs: BatchEncoding) -> Tensor:
         """float32 scores of one micro-batch."""
         assert self.model is not None
-        with torch.autocast(self.model.device.type, enabled=False):
+        with torch.autocast(compute_device(self.model).type, enabled=False):
             output = self.model(**inputs)
         scores = getattr(output, self.output_field, None)
         if scores is None or scores.numel() != len(inputs["input_ids"]):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gopo_lightning.rewards.base import RewardSource, Scores, score
+from gopo_lightning.rewards.base import HoldsModels, RewardSource, Scores, score
 from gopo_lightning.rewards.function import DatasetFunction
 from gopo_lightning.rewards.pairwise import Groups, PairComparator, PairwiseSource
 from gopo_lightning.structs import Prompt
@@ -80,6 +80,10 @@ class RewardModelComparator(PairComparator):
     def setup(self, device: torch.device) -> None:
         """Set up the scalar source."""
         self.reward.setup(device)
+
+    def models(self) -> list[nn.Module]:
+        """Those of the scalar source."""
+        return self.reward.models() if isinstance(self.reward, HoldsModels) else []
 
     def compare(self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]) -> Tensor:
         """float32 [Q]; each text is scored once, however often it is compared."""

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gopo_lightning import assets
+from gopo_lightning.gathering import compute_device, in_step
 from gopo_lightning.rewards.base import SourceConfigError
 from gopo_lightning.rewards.classifier import Template
 from gopo_lightning.rewards.judge_prompt import CRITERION, fenced
@@ -99,10 +100,16 @@ class LocalJudge(PairComparator):
         self._too_long += len(questions) - len(fitting)
         fitting.sort(key=lambda n: len(questions[n]))
         answers = torch.full((len(questions),), torch.nan)
-        for start in range(0, len(fitting), self.micro_batch_size):
-            rows = fitting[start : start + self.micro_batch_size]
-            answers[rows] = self._forward([questions[n] for n in rows]).cpu()
+        size = self.micro_batch_size
+        batches = [fitting[start : start + size] for start in range(0, len(fitting), size)]
+        for rows in in_step(batches, self.model, spare=[]):
+            probabilities = self._forward([questions[n] for n in rows] or [self.labels])
+            answers[rows] = probabilities[: len(rows)].cpu()
         return answers
+
+    def models(self) -> list[nn.Module]:
+        """The judge."""
+        return [] if self.model is None else [self.model]
 
     def counters(self) -> dict[str, int]:
         """Questions that were too long, so far."""
@@ -126,8 +133,9 @@ class LocalJudge(PairComparator):
         tokens = torch.tensor([[self.labels[0]] * (width - len(ids)) + ids for ids in questions])
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in questions])
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-        with torch.autocast(self.model.device.type, enabled=False):
-            output = self.model(**{k: v.to(self.model.device) for k, v in inputs.items()}, logits_to_keep=1)
+        device = compute_device(self.model)
+        with torch.autocast(device.type, enabled=False):
+            output = self.model(**{k: v.to(device) for k, v in inputs.items()}, logits_to_keep=1)
         logits = output.logits[:, -1, self.labels].float()
         return (logits[:, 0] - logits[:, 1]).sigmoid()
 

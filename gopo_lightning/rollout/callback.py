@@ -1,7 +1,7 @@
 """Fills ``batch["experience"]``: sample, score, rank. Nothing but the batch is written; the module only reads it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -12,12 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from gopo_lightning.distributed import all_or_none, gather_objects
-from gopo_lightning.policy import evaluating, load_reference, reference_of
-from gopo_lightning.rewards import Source, against_reference, score_groups
+from gopo_lightning.gathering import gathered
+from gopo_lightning.placement import on_device, set_up_source
+from gopo_lightning.policy import evaluating, float32_default
+from gopo_lightning.rewards import HoldsModels, Source, against_reference, score_groups
 from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.reference import ReferenceCompletions
 from gopo_lightning.rollout.streams import stream_seeds
-from gopo_lightning.sharding import gathered
 from gopo_lightning.structs import Experience, PromptBatch
 
 if TYPE_CHECKING:
@@ -65,12 +66,11 @@ class RolloutCallback(Callback):
         self.num_completions, self.eval_num_completions = num_completions, eval_num_completions
         self.reward_timeout_seconds = reward_timeout_seconds
         self.reference = ReferenceCompletions()
-        self._reference_model: nn.Module | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for source in self.reward_sources:
             with all_or_none(f"the set-up of reward source '{source.name}'"):
-                source.setup(trainer.strategy.root_device)
+                set_up_source(source, cast("GOPOModule", pl_module).placement, trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"reference": self.reference.state_dict()}
@@ -109,10 +109,10 @@ class RolloutCallback(Callback):
         self._evaluate(cast("GOPOModule", pl_module), batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._share_reference(trainer, "reference_completions.jsonl")
+        self._share_reference(trainer, pl_module, "reference_completions.jsonl")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._share_reference(trainer, "reference_completions_test.jsonl")
+        self._share_reference(trainer, pl_module, "reference_completions_test.jsonl")
 
     @all_or_none("sampling and scoring")
     def roll_out(
@@ -132,7 +132,15 @@ class RolloutCallback(Callback):
         indices = [prompt.index for prompt in prompts.prompts]
         seeds_N = stream_seeds(self.seed, step, indices, num_completions)
         autocast = module.trainer.precision_plugin.forward_context()  # hooks run outside of it
-        with _phase(module, "rollout") as rollout, evaluating(model), torch.no_grad(), gathered(model), autocast:
+        gather = gathered(model, module.placement.rollout_gather)
+        with (
+            _phase(module, "rollout") as rollout,
+            evaluating(model),
+            torch.no_grad(),
+            gather,
+            autocast,
+            float32_default(),
+        ):
             completions = self.engine.generate(
                 model,
                 module.tokenizer,
@@ -147,7 +155,7 @@ class RolloutCallback(Callback):
                 f"{type(self.engine).__name__} returned {len(completions)} completions for {len(prompts)} prompts × "
                 f"{num_completions}; a group needs all of its completions. Repair the engine."
             )
-        with _phase(module, "reward") as reward:
+        with _phase(module, "reward") as reward, self._scoring(module):
             scores = score_groups(
                 self.reward_sources,
                 prompts.prompts,
@@ -187,32 +195,36 @@ class RolloutCallback(Callback):
             self.reference.add(experience if initial else self._sample_reference(module, prompts))
         texts, rewards_PRK = self.reference.of(prompts)
         start = perf_counter()
-        standing = against_reference(
-            self.reward_sources,
-            self.combine,
-            prompts.prompts,
-            _groups(experience.completions.texts, self.eval_num_completions),
-            experience.rewards_PGK,
-            texts,
-            rewards_PRK.to(experience.rewards_PGK.device),
-            timeout_seconds=self.reward_timeout_seconds,
-        )
+        with self._scoring(module):
+            standing = against_reference(
+                self.reward_sources,
+                self.combine,
+                prompts.prompts,
+                _groups(experience.completions.texts, self.eval_num_completions),
+                experience.rewards_PGK,
+                texts,
+                rewards_PRK.to(experience.rewards_PGK.device),
+                timeout_seconds=self.reward_timeout_seconds,
+            )
         batch["seconds"]["reward"] += perf_counter() - start
         batch["experience"] = replace(experience, rewards_PGK=standing.rewards_PGK, rewards_PG=standing.rewards_PG)
         batch["win_rate_P"] = standing.win_rate_P
 
     def _sample_reference(self, module: "GOPOModule", prompts: PromptBatch) -> Experience:
         """Completions of the step-0 policy after training has begun: loaded for this validation only."""
-        if self._reference_model is None and module.frozen_reference is None and module.policy_config.lora is None:
-            self._reference_model = load_reference(module.policy_config).to(module.device)  # type: ignore[arg-type]
-        frozen: Any = module.frozen_reference or self._reference_model
-        with reference_of(module.policy, frozen) as model:
+        module.reference.load(module.trainer, keep=False)
+        with module.reference.of(module.policy) as model:
             return self.roll_out(
                 module, model, prompts, self.eval_num_completions, step=EVALUATION_STEP, compare=False
             )[0]
 
-    def _share_reference(self, trainer: Trainer, name: str) -> None:
-        self._reference_model = None
+    def _scoring(self, module: "GOPOModule") -> AbstractContextManager[None]:
+        """The models of the sources are on the device inside."""
+        models = [m for source in self.reward_sources if isinstance(source, HoldsModels) for m in source.models()]
+        return on_device(models, module.device)
+
+    def _share_reference(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+        cast("GOPOModule", pl_module).reference.release()
         folder = trainer.log_dir  # a broadcast: on all ranks
         self.reference.share(Path(folder) / name if folder and trainer.is_global_zero else None)
 

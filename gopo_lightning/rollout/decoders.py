@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
+from gopo_lightning.gathering import forward_is_collective
 from gopo_lightning.layers import replaced_forward
 from gopo_lightning.shared_prefix import PrefixCache, require_called, shared_prefix_attention
 from gopo_lightning.structs import PromptBatch
@@ -141,13 +142,14 @@ def sampling_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Autocast to ``dtype`` inside, with copies of the linear weights in it; the masters come back untouched.
 
     The numbers are those of autocast alone, which would cast every weight again for every token. Embeddings and norms
-    stay as they are, and so do sharded weights, which cannot be copied.
+    stay as they are, and so do sharded weights unless they are gathered.
     """
     device = next(model.parameters()).device
+    plain = not forward_is_collective(model)
     linear = [
         module
         for module in model.modules()
-        if isinstance(module, nn.Linear | Conv1D) and not isinstance(module.weight, DTensor)
+        if plain and isinstance(module, nn.Linear | Conv1D) and not isinstance(module.weight, DTensor)
     ]
     with ExitStack() as stack:
         for module in linear:

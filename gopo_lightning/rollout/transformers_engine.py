@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from gopo_lightning.distributed import gather_objects
+from gopo_lightning.gathering import any_rank, compute_device, forward_is_collective
 from gopo_lightning.layers import uncompiled
 from gopo_lightning.policy import evaluating
 from gopo_lightning.rollout.decoders import (
@@ -67,7 +69,7 @@ class TransformersEngine:
         eos_token_ids: Sequence[int],
     ) -> Completions:
         """See :class:`RolloutEngine`."""
-        device = next(model.parameters()).device
+        device, together = compute_device(model), forward_is_collective(model)
         prompts = prompts.to(device)
         writer = CompletionWriter(tokenizer, sampling, seeds_N, eos_token_ids, len(prompts), device)
         with evaluating(model), uncompiled():
@@ -75,10 +77,14 @@ class TransformersEngine:
             with sampling_precision(model, self._dtype(model, device)), decoder.attention():
                 logits_AV = decoder.prefill().repeat_interleave(num_completions, 0)
                 while (tokens_A := writer.write(logits_AV)) is not None:
+                    if together:
+                        any_rank(True, device)
                     if (kept := writer.compact()) is not None:
                         decoder.keep(*kept)
                         tokens_A = tokens_A[kept[1]]
                     logits_AV = decoder.step(tokens_A)
+                while together and any_rank(False, device):  # others have still to write
+                    decoder.step(logits_AV.argmax(-1))
         return writer.completions()
 
     def _dtype(self, model: nn.Module, device: torch.device) -> torch.dtype:
@@ -89,7 +95,10 @@ class TransformersEngine:
 
     def _decoder(self, model: nn.Module, prompts: PromptBatch, num_completions: int, max_new_tokens: int) -> Decoder:
         if self.prefix_sharing != "never":
-            shares, reason = supports_shared_prefix(model, prompts.tokens_PL.shape[1] + max_new_tokens)
+            longest = prompts.tokens_PL.shape[1]
+            if forward_is_collective(model):
+                longest = max(gather_objects(longest))  # ranks must decide alike
+            shares, reason = supports_shared_prefix(model, longest + max_new_tokens)
             if shares and self.prefix_sharing == "auto":
                 if model not in self._shares:
                     self._shares[model] = decoders_agree(model, prompts)

@@ -91,14 +91,15 @@ class _GroupAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_PKGMD: Tensor) -> Any:
-        query, *keys, output, normaliser = ctx.saved_tensors
-        prompt, (own_key, own_value, own_bias) = keys[:3], keys[3:]
+        query, prompt_key, prompt_value, prompt_bias, own_key, own_value, own_bias, output, normaliser = (
+            ctx.saved_tensors
+        )
         rows = grad_PKGMD.contiguous(), query, output, normaliser
-        grad, *saved = (_by_prompt(x) for x in rows)
-        d_query, *d_prompt = parts.gradients(grad, saved[0], *prompt, *saved[1:], *ctx.options)
-        grad, *saved = (_by_completion(x) for x in rows)
+        whole = parts.Whole(*map(_by_prompt, rows))
+        d_query, *d_prompt = parts.gradients(whole, prompt_key, prompt_value, prompt_bias, *ctx.options)
+        whole = parts.Whole(*map(_by_completion, rows))
         own = _by_completion(own_key), _by_completion(own_value), own_bias
-        d_own_query, *d_own = parts.gradients(grad, saved[0], *own, *saved[1:], *ctx.options)
+        d_own_query, *d_own = parts.gradients(whole, *own, *ctx.options)
         d_query = d_query.reshape_as(query) + d_own_query.view_as(query)
         return d_query, *d_prompt, *(x.view_as(own_key) for x in d_own), None, None, None, None
 

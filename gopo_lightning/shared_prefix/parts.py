@@ -4,6 +4,7 @@ Pure functions, without autograd. Their own legend: B batch, H heads, M queries,
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,21 +43,20 @@ def merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[Tensor, Tenso
     return torch.lerp(widen(other_output), widen(output), share), torch.logaddexp(normaliser, other_normaliser)
 
 
-def gradients(
-    grad_BHMD: Tensor,
-    query_BHMD: Tensor,
-    key_BHND: Tensor,
-    value_BHND: Tensor,
-    bias: Tensor | None,
-    output_BHMD: Tensor,
-    normaliser_BHM: Tensor,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This part's share of the gradients of the queries, keys and values; the scores are computed again.
+class Whole(NamedTuple):
+    """Queries and the softmax over all parts of what they see: its gradient, output and log-normaliser."""
 
-    ``grad``, ``output`` and ``normaliser`` are those of the softmax over all parts.
-    """
+    grad_BHMD: Tensor
+    query_BHMD: Tensor
+    output_BHMD: Tensor
+    normaliser_BHM: Tensor
+
+
+def gradients(
+    whole: Whole, key_BHND: Tensor, value_BHND: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This part's share of the gradients of the queries, keys and values; the scores are computed again."""
+    grad_BHMD, query_BHMD, output_BHMD, normaliser_BHM = whole
     if _has_kernel(query_BHMD, softcap) and key_BHND.shape[2] >= _KERNEL_PAYS:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         saved = query_BHMD, key_BHND, value_BHND, output_BHMD, normaliser_BHM

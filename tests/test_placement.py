@@ -1,0 +1,287 @@
+"""Where weights are does not change a run: gathered whole or by layer, read by shards, frozen models anywhere."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from gopo_lightning import gathering, placement
+from gopo_lightning.gathering import gathered, in_step
+from gopo_lightning.logprobs import completion_logprobs
+from gopo_lightning.placement import PlacementConfig, on_device
+from gopo_lightning.policy import PolicyConfig, load_policy
+from gopo_lightning.sharding import clip_grad_norm, shard_fsdp2, whole_bytes
+from gopo_lightning.shardwise import fill, policy_without_weights
+from tests.architectures import build, prompt_batch, ragged_completions
+from tests.conftest import byte_tokenizer
+from tests.ranks import Case, assert_same_run, launch, on, read, run_case
+from tests.runs import make_data, make_module, make_trainer
+
+LAYER = PlacementConfig(rollout_gather="layer")
+OFFLOADED = PlacementConfig(frozen_models="offload")
+SHARDED = PlacementConfig(load="shards", rollout_gather="layer", frozen_models="shard")
+# a new adapter is zero, and so would be the gradient of one of its factors
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": "gaussian"}
+
+RUNS = {
+    "kl": Case("kl", kl_coef=0.1),
+    "lora": Case("lora", kl_coef=0.1, policy={"lora": LORA}),
+    "checkpointing": Case("checkpointing", policy={"gradient_checkpointing": True}),
+}
+
+
+SAME: dict[str, tuple[Case, str]] = {
+    "by layer, FSDP2": (Case("fsdp2-layer", "fsdp2", kl_coef=0.1, module={"placement": LAYER}), "kl"),
+    "by layer, FSDP1": (Case("fsdp1-layer", "fsdp_cpu", kl_coef=0.1, module={"placement": LAYER}), "kl"),
+    "offloaded": (
+        Case("offload", "fsdp2", kl_coef=0.1, module={"placement": OFFLOADED}),
+        "kl",
+    ),
+    "everything sharded": (Case("sharded", "fsdp2", kl_coef=0.1, module={"placement": SHARDED}), "kl"),
+    "everything sharded, LoRA": (
+        Case("sharded-lora", "fsdp2", kl_coef=0.1, policy={"lora": LORA}, module={"placement": SHARDED}),
+        "lora",
+    ),
+    "shards in CPU memory": (
+        Case("cpu-offload", "fsdp2", kl_coef=0.1, strategy_options={"cpu_offload": True}),
+        "kl",
+    ),
+    "checkpointing, FSDP2": (on("fsdp2", RUNS["checkpointing"]), "checkpointing"),
+    "checkpointing, FSDP1": (on("fsdp_cpu", RUNS["checkpointing"]), "checkpointing"),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tiny_policy: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs: on this process, then on two ranks."""
+    folder = tmp_path_factory.mktemp("placement")
+    classifier = str(tiny_classifier(folder / "classifier"))
+    for case in RUNS.values():
+        run_case(replace(case, classifier=classifier), tiny_policy, prompts_file, folder, 1)
+    cases = [replace(case, classifier=classifier) for case, _ in SAME.values()]
+    mixed = [
+        Case("bf16-mixed", "fsdp2", trainer={"precision": "bf16-mixed"}),
+        Case("bf16-true", "fsdp2", trainer={"precision": "bf16-true"}),
+    ]
+    checks = [memory, missing_weight, tied, bf16_gathers, counts]
+    launch([*cases, *mixed, *checks], tiny_policy, prompts_file, folder, 2)
+    return folder
+
+
+def tiny_classifier(folder: Path) -> Path:
+    """A random reward model over bytes."""
+    torch.manual_seed(1)
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.5,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# --- checks that run on two ranks -------------------------------------------------------------------------------------
+
+
+def sharded(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    model = load_policy(PolicyConfig(str(folder)))
+    shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=dtype)
+    return model
+
+
+def memory(rank: int, folder: Path) -> dict[str, Any]:
+    """Bytes of weights on this rank before, in and after a gather, and what is said where there is no room for it."""
+    model = sharded(folder)
+
+    def local_bytes() -> int:
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+        return sum(tensor.untyped_storage().nbytes() for tensor in local)
+
+    found = {"before": local_bytes(), "whole": whole_bytes(model)}
+    with gathered(model):
+        found["in"] = local_bytes()
+        whole = list(model.parameters())
+    found["after"] = local_bytes()
+    found["kept"] = sum(tensor.untyped_storage().nbytes() for tensor in whole)
+    room = found["whole"] - (rank == 1)  # the second rank lacks a byte
+    with (
+        patch.object(gathering, "free_bytes", lambda device: room),
+        pytest.raises(ValueError, match=f"needs {found['whole']} bytes") as info,
+        gathered(model),
+    ):
+        pass
+    return found | {"error": str(info.value)}
+
+
+def missing_weight(rank: int, folder: Path) -> dict[str, Any]:
+    """What is said where the files have a weight under another name."""
+    config = PolicyConfig(str(folder))
+    model: Any = policy_without_weights(config)
+    model.model.another_norm = nn.Parameter(torch.empty(4, device="meta"))
+    shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
+    with pytest.raises(ValueError, match="no tensor") as info:
+        fill(model, config, torch.device("cpu"))
+    return {"error": str(info.value)}
+
+
+def tied(rank: int, folder: Path) -> dict[str, Any]:
+    """A model whose head is its embeddings, read by shards and whole; the files have bfloat16."""
+    build("llama").bfloat16().save_pretrained(folder / "tied")  # rank 0 alone writes
+    dist.barrier()
+    config = PolicyConfig(str(folder / "tied"))
+    model: Any = policy_without_weights(config)
+    shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
+    fill(model, config, torch.device("cpu"))
+    tokens = torch.arange(10)[None]
+    return {
+        "tied": model.lm_head.weight is model.model.embed_tokens.weight,
+        "dtypes": {p.dtype for p in model.parameters()},
+        "logits": model(tokens).logits,
+        "expected": load_policy(config)(tokens).logits,
+    }
+
+
+def bf16_gathers(rank: int, folder: Path) -> dict[str, Any]:
+    """Log-probs and gradients of weights that are gathered in bfloat16, beside those in float32."""
+    found: dict[str, Any] = {}
+    for dtype in (None, torch.bfloat16):
+        model = sharded(folder, dtype)
+        with gathered(model):
+            found[f"gathered {dtype}"] = {p.dtype for p in model.parameters()}
+        prompts, completions = prompt_batch(), ragged_completions()
+        logprobs_NT = completion_logprobs(model, prompts, completions).logprobs_NT
+        logprobs_NT.sum().backward()
+        clip_grad_norm(model, 1.0)
+        found[f"logprobs {dtype}"] = logprobs_NT.detach()
+        found[f"gradient {dtype}"] = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
+        found[f"masters {dtype}"] = {p.dtype for p in model.parameters()}
+    return found
+
+
+def counts(rank: int, folder: Path) -> dict[str, Any]:
+    """Ranks with unlike many forwards run equally many on sharded weights, and their own on gathered ones."""
+    model = sharded(folder)
+    own = list(range(3 - 2 * rank))
+    with gathered(model):
+        whole = in_step(own, model, spare=-1)
+    return {"layer": in_step(own, model, spare=-1), "whole": whole}
+
+
+# --- what they show ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", SAME)
+def test_placement_does_not_change_the_run(run: str, results: Path) -> None:
+    case, expected = SAME[run]
+    assert_same_run(results, case.name, expected)
+
+
+def test_the_reward_model_counts(results: Path) -> None:
+    """Else its placement would be no test."""
+    metrics = read(results, "kl")[0]["steps"][0]["metrics"]
+    assert metrics["reward/reward_model/std"] > 0.1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_gather_takes_what_it_says_and_gives_it_back(rank: int, results: Path) -> None:
+    found = torch.load(results / f"memory.{rank}.pt")
+    padding = 2 * 32 * 4  # bytes: embeddings and head have 259 rows, of which each rank holds 130
+    assert found["in"] == found["whole"] + padding
+    assert found["before"] == found["after"] == pytest.approx(found["whole"] / 2, rel=0.02)
+    assert found["kept"] == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_refuse_a_gather_for_which_one_has_no_memory(rank: int, results: Path) -> None:
+    found = torch.load(results / f"memory.{rank}.pt")
+    assert f"a rank has {found['whole'] - 1} " in found["error"]
+    assert "rollout_gather: layer" in found["error"]
+
+
+def test_a_weight_that_the_files_do_not_name_is_refused(results: Path) -> None:
+    error = torch.load(results / "missing_weight.0.pt")["error"]
+    assert "no tensor 'model.another_norm'" in error and "placement.load: whole" in error
+
+
+def test_tied_weights_stay_tied_when_they_are_read_by_shards(results: Path) -> None:
+    found = torch.load(results / "tied.0.pt", weights_only=False)
+    assert found["tied"] and found["dtypes"] == {torch.float32}
+    torch.testing.assert_close(found["logits"], found["expected"])
+
+
+def test_bf16_mixed_gathers_bfloat16_and_keeps_float32_masters(results: Path) -> None:
+    found = torch.load(results / "bf16_gathers.0.pt", weights_only=False)
+    assert found["gathered None"] == found["masters None"] == found["masters torch.bfloat16"] == {torch.float32}
+    assert found["gathered torch.bfloat16"] == {torch.bfloat16}
+    exact, rounded = found["logprobs None"], found["logprobs torch.bfloat16"]
+    assert 0 < (exact - rounded).abs().max() < 2**-8 * exact.abs().max() * 4
+    exact, rounded = found["gradient None"], found["gradient torch.bfloat16"]
+    assert (exact - rounded).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
+def test_fsdp2_trains_under_reduced_precision(precision: str, dtype: torch.dtype, results: Path) -> None:
+    record, checkpoint = read(results, precision)
+    assert {tensor.dtype for tensor in checkpoint["state_dict"].values()} == {dtype}
+    assert all(0 < step["metrics"]["train/grad_norm"] < 100 for step in record["steps"])
+
+
+def test_forwards_that_are_collectives_are_equally_many(results: Path) -> None:
+    first, second = (torch.load(results / f"counts.{rank}.pt") for rank in (0, 1))
+    assert first["layer"] == first["whole"] == [0, 1, 2]
+    assert second == {"layer": [0, -1, -1], "whole": [0]}
+
+
+# --- one process ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"load": "shards"}, "trainer.strategy: fsdp2"),
+        ({"rollout_gather": "layer"}, "trainer.strategy: fsdp2 or fsdp"),
+        ({"frozen_models": "shard"}, "placement.frozen_models: offload"),
+    ],
+)
+def test_what_the_strategy_cannot_do_is_refused(
+    options: dict[str, Any], remedy: str, tiny_policy: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    module = make_module(tiny_policy, placement=PlacementConfig(**options))
+    with pytest.raises(ValueError, match=remedy):
+        make_trainer(tmp_path).fit(module, make_data(prompts_file))
+
+
+@pytest.mark.parametrize(
+    "option", [{"init_lora_weights": "pissa_niter_1"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}]
+)
+def test_an_adapter_made_from_the_weights_is_refused_by_shards(option: dict[str, Any], tiny_policy: Path) -> None:
+    config = PolicyConfig(str(tiny_policy), lora=LORA | option)
+    with pytest.raises(ValueError, match="placement.load: whole"):
+        policy_without_weights(config)
+
+
+def test_offloaded_weights_come_back_without_a_copy() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    before = [(tensor, tensor.data_ptr()) for tensor in [*model.parameters(), *model.buffers()]]
+    elsewhere = patch.object(placement, "_copy", lambda data, device: data.clone())
+    with elsewhere, pytest.raises(RuntimeError), on_device([model], torch.device("cpu")):
+        assert all(tensor.data_ptr() != pointer for tensor, pointer in before)
+        raise RuntimeError
+    assert [tensor.data_ptr() for tensor, _ in before] == [pointer for _, pointer in before]

@@ -280,7 +280,7 @@ def test_a_causal_lm_becomes_a_reward_model(tmp_path: Path) -> None:
 
 def test_options_that_the_data_cannot_serve_are_refused(tmp_path: Path) -> None:
     module = RewardModelModule(str(save_bert(tmp_path)), objective="plackett_luce")
-    batch = Comparisons(("a", "b"), torch.tensor([[NAN, 0.5], [0.5, NAN]]), grouped=True)
+    batch = Comparisons(("a", "b"), torch.tensor([[NAN, 0.5], [0.5, NAN]]), group_sizes=(2,))
     with pytest.raises(ValueError, match="plackett_luce needs ranked lists without ties"):
         module._loss(torch.zeros(2), batch)
     module = RewardModelModule(str(tmp_path), margin_scale=1.0)

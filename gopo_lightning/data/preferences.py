@@ -42,8 +42,9 @@ class Comparisons(TensorStruct):
     """float32, antisymmetric: how much better the text of the row is; 0 where that is not known, None if nowhere."""
     rankings: tuple[tuple[int, ...], ...] | None = None
     """Of pairs and lists, the numbers of their texts, the best first. None where one has ties."""
-    grouped: bool = False
-    """Texts compare within pairs or lists only: each has a prompt of its own."""
+    group_sizes: tuple[int, ...] | None = None
+    """Numbers of texts of the pairs or lists, one after the other, within which alone texts compare: each is about a
+    prompt of its own. None where all of them may."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -263,7 +264,7 @@ def collate_comparisons(rows: Sequence[tuple[ComparisonRow, float]]) -> Comparis
         ratings_N=ratings_N if all(row.ratings is not None for row in comparisons) else None,
         margins_NN=margins_NN if has_margins else None,
         rankings=tuple(known) if len(known) == len(rankings) else None,
-        grouped=True,
+        group_sizes=tuple(len(row.texts) for row in comparisons),
     )
 
 

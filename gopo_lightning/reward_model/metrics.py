@@ -102,7 +102,7 @@ class ComparisonMetrics(Metric):
         }
         for state, value in values.items():
             getattr(self, state).append(value)
-        if batch.grouped:
+        if batch.group_sizes is not None:
             self.all_pairs = torch.zeros_like(self.all_pairs)
 
     def compute(self) -> dict[str, Tensor]:

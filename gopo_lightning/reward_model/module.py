@@ -15,6 +15,7 @@ from transformers import BatchEncoding, PreTrainedModel, get_scheduler
 
 from gopo_lightning.data.comparisons import Text
 from gopo_lightning.data.preferences import Comparisons
+from gopo_lightning.distributed import all_reduce_sum, world_size
 from gopo_lightning.prefix_sharing import PrefixSharing
 from gopo_lightning.reward_model.losses import bradley_terry, centring, plackett_luce
 from gopo_lightning.reward_model.metrics import ComparisonMetrics
@@ -113,15 +114,20 @@ class RewardModelModule(LightningModule):
         return encode_texts(self.tokenizer, texts, self.max_length, self.truncation)
 
     def training_step(self, batch: Comparisons, batch_idx: int) -> Tensor:
-        """The loss over the comparisons of this rank's batch."""
+        """The loss over the comparisons of all ranks' batches: every pair weighs the same, on whichever rank it is.
+
+        (Of ranked lists under `plackett_luce` ranks have equally many.)
+        """
         scores_N = self(batch.texts, batch.group_sizes)
-        loss = self._loss(scores_N, batch)
+        num_pairs = all_reduce_sum((~batch.wins_NN.isnan()).sum().float()) / world_size()
+        num_pairs = num_pairs.clamp(min=1 / world_size())  # without a pair on any rank the loss is 0
+        loss = self._loss(scores_N, batch, num_pairs)
         if self.centring_coef:
-            loss = loss + self.centring_coef * centring(scores_N, batch.wins_NN)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+            loss = loss + self.centring_coef * centring(scores_N, batch.wins_NN, num_pairs)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
         return loss
 
-    def _loss(self, scores_N: Tensor, batch: Comparisons) -> Tensor:
+    def _loss(self, scores_N: Tensor, batch: Comparisons, num_pairs: Tensor | None = None) -> Tensor:
         if self.objective == "plackett_luce":
             if batch.rankings is None:
                 raise ValueError(
@@ -130,12 +136,12 @@ class RewardModelModule(LightningModule):
                 )
             return plackett_luce(scores_N, batch.rankings)
         if not self.margin_scale:
-            return bradley_terry(scores_N, batch.wins_NN)
+            return bradley_terry(scores_N, batch.wins_NN, None, num_pairs)
         if batch.margins_NN is None:
             raise ValueError(
                 f"margin_scale={self.margin_scale}, but the data have no margins and no ratings. Set margin_scale: 0."
             )
-        return bradley_terry(scores_N, batch.wins_NN, self.margin_scale * batch.margins_NN)
+        return bradley_terry(scores_N, batch.wins_NN, self.margin_scale * batch.margins_NN, num_pairs)
 
     def validation_step(self, batch: Comparisons, batch_idx: int) -> None:
         """Collect float32 scores: bfloat16 ones would tie."""

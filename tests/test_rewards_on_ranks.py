@@ -108,18 +108,10 @@ def test_a_reward_model_on_two_ranks(causal_lm: Path, tmp_path: Path) -> None:  
         curves = {tag: [event.value for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
         return curves, load_file(tmp_path / name / "model.safetensors")
 
-    (one, weights_1), (two, weights_2) = (
-        train("one", 8),
-        train("two", 4, "--trainer.devices=2", "--trainer.strategy=ddp"),
-    )
-    for tag in (
-        "train/loss",
-        "val/pair_accuracy_all",
-        "val/calibration_error",
-        "val/spearman",
-        "val/kendall",
-        "val/loss",
-    ):
+    one, weights_1 = train("one", 8)
+    two, weights_2 = train("two", 4, "--trainer.devices=2", "--trainer.strategy=ddp")
+    names = ["pair_accuracy", "pair_accuracy_all", "calibration_error", "spearman", "kendall", "loss", "length_bias"]
+    for tag in ("train/loss", *(f"val/{name}" for name in names)):
         assert len(one[tag]) == (8 if tag == "train/loss" else 2)
         assert two[tag] == pytest.approx(one[tag], abs=1e-5), tag
     assert {tag for tag in one if tag.startswith("val/")} == {tag for tag in two if tag.startswith("val/")}

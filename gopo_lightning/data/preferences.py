@@ -278,8 +278,4 @@ def _ranking(row: ComparisonRow, start: int) -> tuple[int, ...] | None:
     """Numbers of the row's texts in the batch, the best first; None with ties or doubts (anything but 0 and 1)."""
     if any(win not in (0.0, 1.0) for i, wins in enumerate(row.wins) for j, win in enumerate(wins) if i != j):
         return None
-    return tuple(sorted(range(start, start + len(row.texts)), key=lambda n: -_num_wins(row, n - start)))
-
-
-def _num_wins(row: ComparisonRow, i: int) -> float:
-    return sum(win for j, win in enumerate(row.wins[i]) if j != i)
+    return tuple(sorted(range(start, start + len(row.texts)), key=lambda n: -row.wins[n - start].count(1.0)))

@@ -59,11 +59,10 @@ def pack(texts: Sequence[Sequence[int]], group_sizes: Sequence[int], pad_token_i
         group = texts[start:end]
         L = _common_prefix(group)
         parts = [group[0][:L], *(text[L:] for text in group)]
-        starts = [0, *accumulate(map(len, parts))]
         rows["tokens"].append(torch.tensor([token for part in parts for token in part]))
         rows["segments"].append(torch.tensor([number for number, part in enumerate(parts) for _ in part]))
         rows["positions"].append(torch.cat([torch.arange(L), *(torch.arange(L, len(text)) for text in group)]))
-        for text, own in zip(group, starts[1:], strict=False):
+        for text, own in zip(group, accumulate(map(len, parts)), strict=False):  # where each text's own part starts
             n = _last(text, pad_token_id)
             last.append((p, n if n < L else own + n - L))
     padding = {"tokens": pad_token_id, "segments": -1, "positions": 0}

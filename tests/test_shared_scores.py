@@ -66,11 +66,11 @@ def both_forms(model: nn.Module, texts: list[list[int]], sizes: tuple[int, ...])
 
 
 def test_a_packed_pair_by_hand() -> None:
-    packed = pack([[5, 6, 7], [5, 6, 8, 9], [1, PAD], [1, PAD, PAD]], (2, 2), PAD)
-    assert packed.tokens_PS.tolist() == [[5, 6, 7, 8, 9], [1, PAD, PAD, PAD, PAD]]
-    assert packed.segments_PS.tolist() == [[0, 0, 1, 2, 2], [0, 0, 2, -1, -1]]
-    assert packed.positions_PS.tolist() == [[0, 1, 2, 2, 3], [0, 1, 2, 0, 0]]
-    assert packed.last_N.tolist() == [2, 4, 5, 5]  # padding within a text is not read, as in transformers
+    packed = pack([[5, 6, 7], [5, 6, 8, 9], [1, PAD], [1, PAD, PAD], [1, 7], [1, PAD]], (2, 2, 2), PAD)
+    assert packed.tokens_PS.tolist() == [[5, 6, 7, 8, 9], [1, PAD, PAD, PAD, PAD], [1, 7, PAD, PAD, PAD]]
+    assert packed.segments_PS.tolist() == [[0, 0, 1, 2, 2], [0, 0, 2, -1, -1], [0, 1, 2, -1, -1]]
+    assert packed.positions_PS.tolist() == [[0, 1, 2, 2, 3], [0, 1, 2, 0, 0], [0, 1, 1, 0, 0]]
+    assert packed.last_N.tolist() == [2, 4, 5, 5, 11, 10]  # padding within a text is not read, as in transformers
 
 
 def test_a_token_sees_the_prefix_and_its_own_text() -> None:

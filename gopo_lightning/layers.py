@@ -41,7 +41,7 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Compiled layers run as they are written inside: for what is small or changes its shapes at each call."""
-    with torch.compiler.set_stance("force_eager"):  # type: ignore[attr-defined]
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 

@@ -202,6 +202,21 @@ def test_metrics_of_pairs_count_compared_pairs_by_their_gap() -> None:
     assert values["loss"] == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2)
 
 
+def test_padding_counts_in_no_metric() -> None:
+    """A row that was repeated to fill a rank up; even a batch of nothing else."""
+    first = ComparisonRow(("a", "b"), ((NAN, 1.0), (0.0, NAN)), (5.0, 1.0))
+    second = ComparisonRow(("c", "d"), ((NAN, 1.0), (0.0, NAN)), (3.0, 1.0))
+    rows = [(first, 0.3), (second, 0.4)]
+    scores_N, lengths_N = torch.tensor([1.0, 0.0, 0.0, 1.0, 7.0, 9.0]), torch.tensor([4, 3, 2, 1, 8, 9])
+    expected, actual = ComparisonMetrics(), ComparisonMetrics()
+    expected.update(scores_N[:4], lengths_N[:4], collate_comparisons(rows))
+    padded = collate_comparisons([*rows, (first, NAN)])
+    assert padded.num_padding == 2
+    actual.update(scores_N, lengths_N, padded)
+    actual.update(scores_N[4:], lengths_N[4:], collate_comparisons([(first, NAN)]))
+    assert actual.compute() == expected.compute()
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -280,7 +295,7 @@ def test_a_causal_lm_becomes_a_reward_model(tmp_path: Path) -> None:
 
 def test_options_that_the_data_cannot_serve_are_refused(tmp_path: Path) -> None:
     module = RewardModelModule(str(save_bert(tmp_path)), objective="plackett_luce")
-    batch = Comparisons(("a", "b"), torch.tensor([[NAN, 0.5], [0.5, NAN]]), grouped=True)
+    batch = Comparisons(("a", "b"), torch.tensor([[NAN, 0.5], [0.5, NAN]]), group_sizes=(2,))
     with pytest.raises(ValueError, match="plackett_luce needs ranked lists without ties"):
         module._loss(torch.zeros(2), batch)
     module = RewardModelModule(str(tmp_path), margin_scale=1.0)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 
 pytest.importorskip("openai")
 
@@ -93,6 +94,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.running -= 1
         if fault == "hang":
             time.sleep(1.0)
+        elif fault == "no completion":
+            self.send(200, {"detail": "try later"})
         elif isinstance(fault, int):
             self.send(fault, {"error": {"message": f"no {self.headers['Authorization']}"}}, Retry_After="0")
         else:
@@ -231,14 +234,24 @@ def test_what_fails_for_good_abstains_and_is_asked_again_later(server: Server) -
     assert judge.counters() == {"calls": 4, "cached": 1, "abstained": 1}
 
 
-def test_a_server_that_answers_nothing_stops_the_run(server: Server) -> None:
-    judge = make_judge(server, max_retries=0)
-    server.faults = [500] * 3
+@pytest.mark.parametrize("fault", [429, 500, "hang", "no completion"])
+def test_a_server_that_answers_nothing_stops_the_run(fault: Any, server: Server) -> None:
+    judge = make_judge(server, max_retries=0, timeout_seconds=0.3)
+    server.faults = [fault] * 3
     with pytest.raises(RuntimeError, match=r"'judge' raised RuntimeError: all 3 requests to http.* failed, the last"):
         score_groups([judge], [prompt("p")], [["a", "bb", "ccc"]])
-    server.faults = [400]  # is not retried
+    assert len(server.questions) == 3
+
+
+def test_what_no_second_attempt_mends_is_not_tried_again(server: Server) -> None:
+    judge = make_judge(server, max_retries=3)
+    server.faults = [400]
     with pytest.raises(RuntimeError, match="all 1 requests"):
         ask(judge, "a", "bb")
+    server.faults = [401]  # the key has been withdrawn
+    with pytest.raises(SourceConfigError, match="refuses model m with the key in"):
+        ask(judge, "a", "bb")
+    assert len(server.questions) == 2
 
 
 @pytest.mark.parametrize("content", ["prose", "", None, "cut off"])
@@ -264,6 +277,20 @@ def test_a_wrong_or_missing_key_stops_the_run_before_the_first_rollout(
     assert ask(make_judge(server, api_key_env="JUDGE_KEY"), "aa", "b") == 1.0
     with pytest.raises(SourceConfigError, match=r"nothing answers at .* Start the server"):
         LLMJudge("m", base_url="http://127.0.0.1:9/v1", api_key_env=None, cache_dir=None).setup(CPU)
+
+
+def test_a_run_with_a_wrong_key_ends_before_its_first_rollout(
+    server: Server, tiny_policy: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.key = "right"
+    monkeypatch.setenv("JUDGE_KEY", "wrong-secret")
+    judge = LLMJudge("m", base_url=server.url, api_key_env="JUDGE_KEY", cache_dir=None)
+    module = make_module(tiny_policy, rewards=[judge])
+    rollouts: list[int] = []
+    monkeypatch.setattr(module.rollout.engine, "generate", lambda *args, **options: rollouts.append(1))
+    with pytest.raises(SourceConfigError, match="refuses model m with the key in JUDGE_KEY"):
+        fit(module, prompts_file, tmp_path)
+    assert not rollouts and not server.questions
 
 
 def test_bad_options_are_refused() -> None:
@@ -308,6 +335,39 @@ def test_nothing_is_asked_again_after_a_resume(
     assert scalars(tmp_path / "again", "reward/judge/calls") == [0, 0]
     assert scalars(tmp_path / "again", "val/win_rate") == scalars(tmp_path / "first", "val/win_rate")
     assert run("other", criterion="Which is friendlier?").counters()["calls"] == first["calls"]
+
+
+class CutOff(Callback):
+    """Saves after the first step; the power is cut after the second."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 2:
+            raise OSError("power cut")
+        trainer.save_checkpoint(self.checkpoint)
+
+
+def test_a_run_that_was_cut_off_and_resumed_repeats_no_call(
+    server: Server, tiny_policy: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    """Its second step is done again from the checkpoint of the first: all that costs is in the cache."""
+
+    def judge_of(cache: str) -> LLMJudge:
+        return make_judge(server, tmp_path / cache, num_opponents=2)
+
+    def run(judge: LLMJudge, folder: str, **options: Any) -> int:
+        fit(make_module(tiny_policy, rewards=[judge]), prompts_file, tmp_path / folder, max_steps=3, **options)
+        return judge.counters()["calls"]
+
+    whole, cut = run(judge_of("whole"), "whole"), judge_of("cut")
+    checkpoint = tmp_path / "step1.ckpt"
+    with pytest.raises(OSError, match="power cut"):
+        run(cut, "lost", callbacks=[CutOff(checkpoint)])
+    rest = run(judge_of("cut"), "resumed", ckpt_path=str(checkpoint))
+    assert rest > 0 and cut.counters()["calls"] + rest == whole
+    assert scalars(tmp_path / "resumed", "val/win_rate")[-1] == scalars(tmp_path / "whole", "val/win_rate")[-1]
 
 
 def test_a_cache_file_that_was_cut_off_is_read(tmp_path: Path) -> None:

@@ -414,32 +414,27 @@ def test_config_is_frozen() -> None:
         LossConfig().clip_low = 0.3
 
 
-def test_sampler_correction_weighs_tokens_by_the_truncated_ratio() -> None:
-    """Sampler probabilities 0.5, 0.2, 0.4 against the policy's 0.5, 0.5, 0.2: weights 1, min(2.5, 2), 0.5."""
-    logprobs_NT = torch.tensor([[0.5, 0.5, 0.2]]).log().requires_grad_()
-    sampler_NT = torch.tensor([[0.5, 0.2, 0.4]]).log()
-    mask_NT = torch.ones(1, 3, dtype=torch.bool)
+def corrected_loss(logprobs_NT: Tensor, sampler_logprobs_NT: Tensor | None) -> Tensor:
+    """Of one completion with advantage 2, on policy, with weights of at most 2."""
     loss, _ = losses.policy_loss(
         logprobs_NT,
         None,
         None,
         torch.tensor([2.0]),
-        mask_NT,
+        torch.ones_like(logprobs_NT, dtype=torch.bool),
         config=LossConfig(sampler_correction_cap=2.0),
         denominator=torch.tensor(1.0),
-        sampler_logprobs_NT=sampler_NT,
+        sampler_logprobs_NT=sampler_logprobs_NT,
     )
-    loss.backward()
+    return loss
+
+
+def test_sampler_correction_weighs_tokens_by_the_truncated_ratio() -> None:
+    """Sampler probabilities 0.5, 0.2, 0.4 against the policy's 0.5, 0.5, 0.2: weights 1, min(2.5, 2), 0.5."""
+    logprobs_NT = torch.tensor([[0.5, 0.5, 0.2]]).log().requires_grad_()
+    corrected_loss(logprobs_NT, torch.tensor([[0.5, 0.2, 0.4]]).log()).backward()
     torch.testing.assert_close(logprobs_NT.grad, torch.tensor([[-2.0, -4.0, -1.0]]))
     with pytest.raises(ValueError, match="does not give"):
-        losses.policy_loss(
-            logprobs_NT,
-            None,
-            None,
-            torch.tensor([2.0]),
-            mask_NT,
-            config=LossConfig(sampler_correction_cap=2.0),
-            denominator=torch.tensor(1.0),
-        )
+        corrected_loss(logprobs_NT, None)
     with pytest.raises(ValueError, match="at least 1"):
         LossConfig(sampler_correction_cap=0.5)

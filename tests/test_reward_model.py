@@ -1,5 +1,6 @@
 """Reward-model training: the Bradley-Terry loss, its metrics, its data, and one short run."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from gopo_lightning.reward_model import (
     ComparisonMetrics,
     RewardModelModule,
     bradley_terry,
-    pair_accuracy,
 )
 from gopo_lightning.rewards import SequenceClassifierReward
 from tests.test_rewards import prompt, save_bert
@@ -70,27 +70,51 @@ def test_bradley_terry_without_pairs_has_zero_gradient() -> None:
     assert scores_N.grad.tolist() == [0, 0]
 
 
-def test_pair_accuracy_by_hand() -> None:
+def pair_accuracy(scores_N: torch.Tensor, ratings_N: torch.Tensor, low: float = 0.0, high: float = math.inf) -> float:
+    """Share of the pairs rated more than low and at most high apart that the scores put in order, one by one."""
+    right = [
+        0.5 * (1 + np.sign((scores_N[i] - scores_N[j]).item()))
+        for i, j in itertools.permutations(range(len(scores_N)), 2)
+        if low < ratings_N[i] - ratings_N[j] <= high
+    ]
+    return float(np.mean(right))
+
+
+def metrics_of(
+    batches: list[tuple[torch.Tensor, torch.Tensor]], gap_bounds: tuple[float, ...] = ()
+) -> dict[str, float]:
+    """Of scores and ratings, batch by batch; the lengths count up over all."""
+    metric, start = ComparisonMetrics(gap_bounds), 0
+    for scores_N, ratings_N in batches:
+        lengths_N = torch.arange(start, start := start + len(scores_N))
+        wins_NN = wins_from_ratings(ratings_N)
+        metric.update(scores_N, lengths_N, Comparisons(("x",) * len(wins_NN), wins_NN, ratings_N))
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def test_accuracy_of_rated_texts_by_hand() -> None:
     ratings_N = torch.tensor([0.0, 1.0, 3.0, 3.0])
     scores_N = torch.tensor([5.0, 1.0, 2.0, 5.0])
     # ordered by people: (1,0) wrong, (2,0) wrong, (3,0) scored equal, (2,1) right, (3,1) right; (2,3) is their tie
-    assert pair_accuracy(scores_N, ratings_N).item() == pytest.approx(2.5 / 5)
-    assert pair_accuracy(scores_N, ratings_N, min_gap=1.0).item() == pytest.approx(2.5 / 4)
-    assert pair_accuracy(scores_N, ratings_N, min_gap=3.0).isnan()
+    values = metrics_of([(scores_N, ratings_N)], (3.0,))
+    assert values["pair_accuracy_all"] == pytest.approx(2.5 / 5)
+    assert values["pair_accuracy"] == pytest.approx(2.5 / 4)
+    assert math.isnan(values["pair_accuracy_gap_3-inf"])
 
 
-def test_the_metrics_join_their_batches() -> None:
-    scores_N, ratings_N, lengths_N = torch.randn(9), torch.randn(9), torch.arange(9)
-    metric = ComparisonMetrics([0.5, 1.0])
-    for rows in (slice(0, 4), slice(4, 9)):
-        wins_NN = wins_from_ratings(ratings_N[rows])
-        metric.update(scores_N[rows], lengths_N[rows], Comparisons(("x",) * len(wins_NN), wins_NN, ratings_N[rows]))
-    values = metric.compute()
-    assert values["pair_accuracy_all"] == pair_accuracy(scores_N, ratings_N)
-    assert values["pair_accuracy_gap_0.5-1"] == pair_accuracy(scores_N, ratings_N, 0.5, 1.0)
-    assert values["kendall"].item() == pytest.approx(kendalltau(scores_N, ratings_N).statistic, abs=1e-6)
-    assert values["spearman"].item() == pytest.approx(spearmanr(scores_N, ratings_N).statistic, abs=1e-5)
-    assert values["length_bias"].item() == pytest.approx(spearmanr(scores_N, lengths_N).statistic, abs=1e-5)
+def test_the_metrics_do_not_depend_on_the_batches() -> None:
+    scores_N, ratings_N = torch.randn(9), torch.randn(9)
+    whole = metrics_of([(scores_N, ratings_N)], (0.5, 1.0))
+    parts = [(scores_N[rows], ratings_N[rows]) for rows in (slice(0, 4), slice(4, 8), slice(8, 9))]
+    assert metrics_of(parts, (0.5, 1.0)) == whole
+    wins_NN, difference_NN = wins_from_ratings(ratings_N), scores_N[:, None] - scores_N[None, :]
+    asked_NN = (wins_NN == 1).nonzero(as_tuple=True)
+    assert whole["loss"] == pytest.approx((1 + (-difference_NN[asked_NN]).exp()).log().mean().item(), rel=1e-5)
+    assert whole["pair_accuracy_all"] == pytest.approx(pair_accuracy(scores_N, ratings_N))
+    assert whole["pair_accuracy_gap_0.5-1"] == pytest.approx(pair_accuracy(scores_N, ratings_N, 0.5, 1.0))
+    assert whole["kendall"] == pytest.approx(kendalltau(scores_N, ratings_N).statistic, abs=1e-6)
+    assert whole["spearman"] == pytest.approx(spearmanr(scores_N, ratings_N).statistic, abs=1e-5)
+    assert whole["length_bias"] == pytest.approx(spearmanr(scores_N, torch.arange(9)).statistic, abs=1e-5)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -154,8 +178,9 @@ def test_ranks_share_the_rows_out() -> None:
     assert sorted(row for row, _ in whole) == list(range(11))
     assert [len(shard) for shard in shards] == [5, 5]
     assert {*shards[0], *shards[1]} == set(whole[:10])
-    plain = [[row for row, _ in rows(False, rank, 2)] for rank in (0, 1)]
-    assert plain == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 0]]
+    plain = [rows(False, rank, 2) for rank in (0, 1)]
+    assert [[row for row, _ in part] for part in plain] == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 0]]
+    assert [math.isnan(draw) for part in plain for _, draw in part] == [False] * 11 + [True]
 
 
 def test_bad_data_options_are_refused(data: PreferenceDataModule) -> None:
@@ -211,7 +236,7 @@ def test_a_short_run_learns_logs_and_exports_what_the_reward_loads(
     texts = [text for batch in batches for text in batch.texts]
     scores_N = source([prompt("")] * len(texts), texts)
     ratings_N = torch.cat([batch.ratings_N for batch in batches if batch.ratings_N is not None])
-    assert pair_accuracy(scores_N, ratings_N, 1.0).item() == pytest.approx(logged["val/pair_accuracy"], abs=1e-6)
+    assert pair_accuracy(scores_N, ratings_N, 1.0) == pytest.approx(logged["val/pair_accuracy"], abs=1e-6)
     assert spearmanr(scores_N, ratings_N).statistic == pytest.approx(logged["val/spearman"], abs=1e-5)
 
 

@@ -42,8 +42,11 @@ class Comparisons(TensorStruct):
     """float32, antisymmetric: how much better the text of the row is; 0 where that is not known, None if nowhere."""
     rankings: tuple[tuple[int, ...], ...] | None = None
     """Of pairs and lists, the numbers of their texts, the best first. None where one has ties."""
-    grouped: bool = False
-    """Texts compare within pairs or lists only: each has a prompt of its own."""
+    group_sizes: tuple[int, ...] | None = None
+    """Numbers of texts of the pairs or lists, one after the other, within which alone texts compare: each is about a
+    prompt of its own. None where all of them may."""
+    num_padding: int = 0
+    """Of the last texts: repeated so that ranks have equally many, and counted by no metric."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -60,7 +63,7 @@ class ShardedSampler(Sampler[tuple[int, float]]):
 
     The order is a function of seed, epoch and row count only; rank r takes every world-th row from r. Ranks
     have the same number of rows: short of that, a shuffled order drops its last rows, a plain one repeats its
-    first.
+    first, with NaN for a draw.
     """
 
     def __init__(self, num_rows: int, *, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -83,8 +86,9 @@ class ShardedSampler(Sampler[tuple[int, float]]):
             order = torch.randperm(self.num_rows, generator=generator)
         draws = torch.rand(self.num_rows, generator=generator, dtype=torch.float64)
         for i in range(len(self)):
-            row = int(order[(i * self.world_size + self.rank) % self.num_rows])
-            yield row, float(draws[row])
+            place = i * self.world_size + self.rank
+            row = int(order[place % self.num_rows])
+            yield row, float(draws[row]) if place < self.num_rows else math.nan
 
 
 class PreferenceDataModule(FingerprintedDataModule):
@@ -253,7 +257,9 @@ def _collate(rows: Sequence[tuple[RatedSentence, float]], *, prefix: str, one_ra
     """The batch; each sentence is rated by one of its raters, or by the mean of all."""
     drawn = [s.scores[int(draw * len(s.scores))] if one_rater else s.mean for s, draw in rows]
     ratings_N = torch.tensor(drawn, dtype=torch.float32)
-    return Comparisons(tuple(prefix + s.text for s, _ in rows), wins_from_ratings(ratings_N), ratings_N)
+    num_padding = sum(math.isnan(draw) for _, draw in rows)
+    texts = tuple(prefix + s.text for s, _ in rows)
+    return Comparisons(texts, wins_from_ratings(ratings_N), ratings_N, num_padding=num_padding)
 
 
 def collate_comparisons(rows: Sequence[tuple[ComparisonRow, float]]) -> Comparisons:
@@ -278,7 +284,8 @@ def collate_comparisons(rows: Sequence[tuple[ComparisonRow, float]]) -> Comparis
         ratings_N=ratings_N if all(row.ratings is not None for row in comparisons) else None,
         margins_NN=margins_NN if has_margins else None,
         rankings=tuple(known) if len(known) == len(rankings) else None,
-        grouped=True,
+        group_sizes=tuple(len(row.texts) for row in comparisons),
+        num_padding=sum(len(row.texts) for row, draw in rows if math.isnan(draw)),
     )
 
 
@@ -286,8 +293,4 @@ def _ranking(row: ComparisonRow, start: int) -> tuple[int, ...] | None:
     """Numbers of the row's texts in the batch, the best first; None with ties or doubts (anything but 0 and 1)."""
     if any(win not in (0.0, 1.0) for i, wins in enumerate(row.wins) for j, win in enumerate(wins) if i != j):
         return None
-    return tuple(sorted(range(start, start + len(row.texts)), key=lambda n: -_num_wins(row, n - start)))
-
-
-def _num_wins(row: ComparisonRow, i: int) -> float:
-    return sum(win for j, win in enumerate(row.wins[i]) if j != i)
+    return tuple(sorted(range(start, start + len(row.texts)), key=lambda n: -row.wins[n - start].count(1.0)))

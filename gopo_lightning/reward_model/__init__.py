@@ -1,7 +1,7 @@
 """Training of reward models on comparisons; the result is a Hugging Face folder for `SequenceClassifierReward`."""
 
 from gopo_lightning.reward_model.losses import bradley_terry, centring, plackett_luce
-from gopo_lightning.reward_model.metrics import ComparisonMetrics, pair_accuracy
+from gopo_lightning.reward_model.metrics import ComparisonMetrics
 from gopo_lightning.reward_model.module import RewardModelModule
 
 __all__ = [
@@ -9,6 +9,5 @@ __all__ = [
     "RewardModelModule",
     "bradley_terry",
     "centring",
-    "pair_accuracy",
     "plackett_luce",
 ]

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def bradley_terry(scores_N: Tensor, wins_NN: Tensor, margins_NN: Tensor | None = None) -> Tensor:
+def bradley_terry(
+    scores_N: Tensor, wins_NN: Tensor, margins_NN: Tensor | None = None, num_pairs: Tensor | None = None
+) -> Tensor:
     """Mean over the ordered pairs (i, j) of  −W_ij · log σ(s_i − s_j − m_ij) − (1 − W_ij) · log σ(s_j − s_i − m_ji).
 
     Bradley and Terry (1952): i beats j with probability σ(s_i − s_j). The margin is that of Llama 2 (arXiv
@@ -18,6 +20,8 @@ def bradley_terry(scores_N: Tensor, wins_NN: Tensor, margins_NN: Tensor | None =
         wins_NN: W_ij in [0, 1], how surely i beats j (½ is a tie); NaN pairs are left out of sum and
             denominator.
         margins_NN: m_ij = −m_ji, above 0 where i is preferred; none by default.
+        num_pairs: the denominator; by default the ordered pairs that are asked here. On several ranks their mean over
+            ranks, so that the average of the ranks' gradients is that of one process.
 
     Returns:
         float32 scalar; 0 with zero gradient where no pair is asked.
@@ -28,7 +32,7 @@ def bradley_terry(scores_N: Tensor, wins_NN: Tensor, margins_NN: Tensor | None =
         difference_NN = difference_NN - margins_NN.to(difference_NN)
     wins_NN = wins_NN.nan_to_num(0.5).to(difference_NN.dtype)
     losses_NN = F.binary_cross_entropy_with_logits(difference_NN, wins_NN, reduction="none")
-    return (losses_NN * asked_NN).sum() / asked_NN.sum().clamp(min=1)
+    return (losses_NN * asked_NN).sum() / (asked_NN.sum().clamp(min=1) if num_pairs is None else num_pairs)
 
 
 def plackett_luce(scores_N: Tensor, rankings: Sequence[Sequence[int]]) -> Tensor:
@@ -51,11 +55,11 @@ def plackett_luce(scores_N: Tensor, rankings: Sequence[Sequence[int]]) -> Tensor
     return torch.stack(losses).sum() / max(len(rankings), 1)
 
 
-def centring(scores_N: Tensor, wins_NN: Tensor) -> Tensor:
+def centring(scores_N: Tensor, wins_NN: Tensor, num_pairs: Tensor | None = None) -> Tensor:
     """Mean over the compared pairs of (s_i + s_j)²: keeps scores around 0 (arXiv 2312.09244), which no difference does.
 
-    0 where no pair is asked.
+    0 where no pair is asked. ``num_pairs`` as in `bradley_terry`.
     """
     sums_NN = scores_N.float()[:, None] + scores_N.float()[None, :]
     asked_NN = ~wins_NN.isnan()
-    return (sums_NN**2 * asked_NN).sum() / asked_NN.sum().clamp(min=1)
+    return (sums_NN**2 * asked_NN).sum() / (asked_NN.sum().clamp(min=1) if num_pairs is None else num_pairs)

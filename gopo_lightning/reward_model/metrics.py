@@ -18,23 +18,6 @@ _ROWS_AT_A_TIME = 1024
 """Bounds the memory of Kendall's tau."""
 
 
-def pair_accuracy(scores_N: Tensor, ratings_N: Tensor, min_gap: float = 0.0, max_gap: float = float("inf")) -> Tensor:
-    """Share of the pairs with ratings more than ``min_gap`` apart that the scores put in the same order.
-
-    Equal scores count half. NaN when no pair is that far apart.
-
-    Args:
-        scores_N: the model's scores.
-        ratings_N: people's scores.
-        min_gap: pairs with ratings closer than this, or exactly this far apart, do not count.
-        max_gap: pairs with ratings farther apart do not count either.
-    """
-    rated_NN = ratings_N[:, None] - ratings_N[None, :]
-    scored_NN = scores_N[:, None] - scores_N[None, :]
-    right_NN = 0.5 * (1 + scored_NN.sign())
-    return right_NN[(rated_NN > min_gap) & (rated_NN <= max_gap)].mean()
-
-
 def agreement(differences_Q: Tensor, preferences_Q: Tensor) -> Tensor:
     """Share of Q pairs whose preferred text has the higher score; equal scores count half, ties (½) are left out."""
     decided_Q = preferences_Q != 0.5
@@ -66,8 +49,8 @@ def kendall(scores_N: Tensor, ratings_N: Tensor) -> Tensor:
 class ComparisonMetrics(Metric):
     """Accuracy, log-loss, calibration, rank correlations and length bias over everything since the last reset.
 
-    Over all ranks. Where texts are rated, all pairs of them count for the accuracies; where they come as pairs or
-    lists, the pairs that were compared.
+    Over all ranks, whatever the batches. Where texts are rated one by one, all pairs of them count; where they come as
+    pairs or lists, the pairs that were compared.
 
     Args:
         gap_bounds: edges between the gaps of ratings for which accuracy is given separately, ascending, above 0.
@@ -87,47 +70,63 @@ class ComparisonMetrics(Metric):
         self.add_state("all_pairs", default=torch.tensor(1), dist_reduce_fx="min")
 
     def update(self, scores_N: Tensor, lengths_N: Tensor, batch: Comparisons) -> None:
-        """Add N texts and their comparisons."""
-        ratings_N = batch.ratings_N if batch.ratings_N is not None else torch.full_like(scores_N, torch.nan)
-        ratings_N = ratings_N.to(scores_N.device)
-        asked_NN = ~batch.wins_NN.isnan().to(scores_N.device)
+        """Add N texts and their comparisons, without those that are padding."""
+        real = slice(len(scores_N) - batch.num_padding)
+        scores_N = scores_N[real]
+        ratings_N = batch.ratings_N if batch.ratings_N is not None else torch.full((len(batch),), torch.nan)
+        ratings_N, wins_NN = ratings_N[real].to(scores_N.device), batch.wins_NN[real, real].to(scores_N.device)
+        asked_NN = ~wins_NN.isnan()
         i_Q, j_Q = (asked_NN & ~(asked_NN & asked_NN.mT).tril()).nonzero().unbind(-1)  # each pair once
         values = {
             "scores": scores_N,
             "ratings": ratings_N,
-            "lengths": lengths_N.float(),
+            "lengths": lengths_N[real].float(),
             "differences": scores_N[i_Q] - scores_N[j_Q],
-            "preferences": batch.wins_NN.to(scores_N.device)[i_Q, j_Q],
+            "preferences": wins_NN[i_Q, j_Q],
             "gaps": (ratings_N[i_Q] - ratings_N[j_Q]).abs(),
         }
         for state, value in values.items():
             getattr(self, state).append(value)
-        if batch.grouped:
+        if batch.group_sizes is not None:
             self.all_pairs = torch.zeros_like(self.all_pairs)
 
     def compute(self) -> dict[str, Tensor]:
         """Name → value; ratings give more of them."""
         data = {state: dim_zero_cat(getattr(self, state)) for state in self._STATES}
+        rated = not bool(data["ratings"].isnan().any())
+        if rated and bool(self.all_pairs):
+            data |= _all_pairs(data["scores"], data["ratings"])
         values = {
             "loss": F.binary_cross_entropy_with_logits(data["differences"], data["preferences"]),
             "calibration_error": calibration_error(data["differences"], data["preferences"]),
             "length_bias": spearman_corrcoef(data["scores"], data["lengths"]),
         }
-        if bool(data["ratings"].isnan().any()):
+        if not rated:
             values["pair_accuracy_all"] = agreement(data["differences"], data["preferences"])
         else:
             edges = (0.0, *self.gap_bounds, math.inf)
-            values["pair_accuracy"] = self._accuracy(data, 1.0, math.inf)
-            values["pair_accuracy_all"] = self._accuracy(data, 0.0, math.inf)
+            values["pair_accuracy"] = _accuracy(data, 1.0, math.inf)
+            values["pair_accuracy_all"] = _accuracy(data, 0.0, math.inf)
             for low, high in pairwise(edges) if self.gap_bounds else ():
-                values[f"pair_accuracy_gap_{low:g}-{high:g}"] = self._accuracy(data, low, high)
+                values[f"pair_accuracy_gap_{low:g}-{high:g}"] = _accuracy(data, low, high)
             values["spearman"] = spearman_corrcoef(data["scores"], data["ratings"])
             values["kendall"] = kendall(data["scores"], data["ratings"])
         return {name: value.float() for name, value in values.items()}
 
-    def _accuracy(self, data: dict[str, Tensor], low: float, high: float) -> Tensor:
-        """Over the pairs with ratings more than ``low`` and at most ``high`` apart."""
-        if bool(self.all_pairs):
-            return pair_accuracy(data["scores"], data["ratings"], low, high)
-        within_Q = (data["gaps"] > low) & (data["gaps"] <= high)
-        return agreement(data["differences"][within_Q], data["preferences"][within_Q])
+
+def _all_pairs(scores_N: Tensor, ratings_N: Tensor) -> dict[str, Tensor]:
+    """Every pair of differently rated texts once, in whichever batches and on whichever ranks they were."""
+    i_Q, j_Q = torch.triu_indices(len(ratings_N), len(ratings_N), 1, device=ratings_N.device)
+    rated_Q = ratings_N[i_Q] - ratings_N[j_Q]
+    known_Q = rated_Q != 0  # no ties
+    return {
+        "differences": (scores_N[i_Q] - scores_N[j_Q])[known_Q],
+        "preferences": (rated_Q[known_Q] > 0).to(scores_N.dtype),
+        "gaps": rated_Q[known_Q].abs(),
+    }
+
+
+def _accuracy(data: dict[str, Tensor], low: float, high: float) -> Tensor:
+    """Over the pairs with ratings more than ``low`` and at most ``high`` apart."""
+    within_Q = (data["gaps"] > low) & (data["gaps"] <= high)
+    return agreement(data["differences"][within_Q], data["preferences"][within_Q])

@@ -12,21 +12,23 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from transformers import BatchEncoding, PreTrainedModel, get_scheduler
 
 from gopo_lightning.checkpoints import install_atomic_saving
 from gopo_lightning.checks import check_outputs
 from gopo_lightning.data.comparisons import Text
 from gopo_lightning.data.preferences import Comparisons
+from gopo_lightning.distributed import all_reduce_sum, world_size
+from gopo_lightning.prefix_sharing import PrefixSharing
 from gopo_lightning.reward_model.losses import bradley_terry, centring, plackett_luce
 from gopo_lightning.reward_model.metrics import ComparisonMetrics
+from gopo_lightning.reward_model.scoring import Scorer
 from gopo_lightning.rewards.loading import (
     Truncation,
     encode_texts,
     load_classifier,
     load_tokenizer,
     max_length_of,
-    pad,
     set_pad_token,
 )
 
@@ -60,6 +62,8 @@ class RewardModelModule(LightningModule):
         lora: arguments of `peft.LoraConfig` (r, lora_alpha, target_modules, …), merged into the weights at export;
             null trains all weights.
         gap_bounds: edges between gaps of ratings for which `val/pair_accuracy_gap_<low>-<high>` is logged.
+        prefix_sharing: forward the tokens with which the texts of a pair or list begin once: `auto` where the model can
+            (a causal one; it checks itself on the first pairs) and it saves tokens, `always` or an error, `never`.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class RewardModelModule(LightningModule):
         centring_coef: float = 0.0,
         lora: dict[str, Any] | None = None,
         gap_bounds: list[float] | None = None,
+        prefix_sharing: PrefixSharing = "auto",
     ) -> None:
         super().__init__()
         if objective not in get_args(Objective):
@@ -102,6 +107,7 @@ class RewardModelModule(LightningModule):
         self.max_length = max_length or max_length_of(classifier, self.tokenizer)
         self.model = _with_lora(classifier, lora).train()
         self.metrics = ComparisonMetrics(gap_bounds or ())
+        self.scorer = Scorer(self.tokenizer, prefix_sharing, self.max_length)
 
     def configure_callbacks(self) -> list[Callback]:
         """None; but names that lead out of the run's folder are refused here, before anything is written."""
@@ -112,27 +118,28 @@ class RewardModelModule(LightningModule):
         """Checkpoints are written whole or not at all, and loaded without running code."""
         install_atomic_saving(self.trainer)
 
-    def forward(self, texts: tuple[Text, ...]) -> Tensor:
-        """scores_N of N texts."""
-        return self._scores_and_lengths(texts)[0]
+    def forward(self, texts: tuple[Text, ...], group_sizes: tuple[int, ...] | None = None) -> Tensor:
+        """scores_N of N texts, which belong together as ``group_sizes`` says (None: each stands alone)."""
+        return self.scorer(self.model, self._encode(texts), group_sizes)
 
-    def _scores_and_lengths(self, texts: tuple[Text, ...]) -> tuple[Tensor, Tensor]:
-        """scores_N, and the number of tokens of each text."""
-        encoded = encode_texts(self.tokenizer, texts, self.max_length, self.truncation)
-        inputs = pad(self.tokenizer, encoded, range(len(texts))).to(self.device)
-        lengths_N = torch.tensor([len(ids) for ids in encoded["input_ids"]], device=self.device)
-        return self.model(**inputs).logits.squeeze(-1), lengths_N
+    def _encode(self, texts: tuple[Text, ...]) -> BatchEncoding:
+        return encode_texts(self.tokenizer, texts, self.max_length, self.truncation)
 
     def training_step(self, batch: Comparisons, batch_idx: int) -> Tensor:
-        """The loss over the comparisons of this rank's batch."""
-        scores_N = self(batch.texts)
-        loss = self._loss(scores_N, batch)
+        """The loss over the comparisons of all ranks' batches: every pair weighs the same, on whichever rank it is.
+
+        (Of ranked lists under `plackett_luce` ranks have equally many.)
+        """
+        scores_N = self(batch.texts, batch.group_sizes)
+        num_pairs = all_reduce_sum((~batch.wins_NN.isnan()).sum().float()) / world_size()
+        num_pairs = num_pairs.clamp(min=1 / world_size())  # without a pair on any rank the loss is 0
+        loss = self._loss(scores_N, batch, num_pairs)
         if self.centring_coef:
-            loss = loss + self.centring_coef * centring(scores_N, batch.wins_NN)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+            loss = loss + self.centring_coef * centring(scores_N, batch.wins_NN, num_pairs)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
         return loss
 
-    def _loss(self, scores_N: Tensor, batch: Comparisons) -> Tensor:
+    def _loss(self, scores_N: Tensor, batch: Comparisons, num_pairs: Tensor | None = None) -> Tensor:
         if self.objective == "plackett_luce":
             if batch.rankings is None:
                 raise ValueError(
@@ -141,17 +148,19 @@ class RewardModelModule(LightningModule):
                 )
             return plackett_luce(scores_N, batch.rankings)
         if not self.margin_scale:
-            return bradley_terry(scores_N, batch.wins_NN)
+            return bradley_terry(scores_N, batch.wins_NN, None, num_pairs)
         if batch.margins_NN is None:
             raise ValueError(
                 f"margin_scale={self.margin_scale}, but the data have no margins and no ratings. Set margin_scale: 0."
             )
-        return bradley_terry(scores_N, batch.wins_NN, self.margin_scale * batch.margins_NN)
+        return bradley_terry(scores_N, batch.wins_NN, self.margin_scale * batch.margins_NN, num_pairs)
 
     def validation_step(self, batch: Comparisons, batch_idx: int) -> None:
         """Collect float32 scores: bfloat16 ones would tie."""
+        encoded = self._encode(batch.texts)
+        lengths_N = torch.tensor([len(ids) for ids in encoded["input_ids"]], device=self.device)
         with torch.autocast(self.device.type, enabled=False):
-            scores_N, lengths_N = self._scores_and_lengths(batch.texts)
+            scores_N = self.scorer(self.model, encoded, batch.group_sizes)
         self.metrics.update(scores_N.float(), lengths_N, batch)
 
     def on_validation_epoch_end(self) -> None:

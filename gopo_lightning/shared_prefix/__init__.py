@@ -4,6 +4,7 @@ One registered attention function serves training and decoding. transformers han
 an ordinary forward of the model, together with whatever object we passed as the keyword ``shared_prefix``:
 
 * ``PackedGroups``: a row per prompt, [prompt | completion 1 | ... | completion G], for log-probs and their gradient.
+* ``PackedLists``: the same for texts of unequal number and length, as reward models compare them.
 * ``PrefixCache``: first the prompts alone (prefill), then one token of every completion at a time (decode).
 
 A completion attends to its prompt, and causally to itself, under one softmax. That is exact: the same numbers as G
@@ -14,7 +15,7 @@ separate sequences, for L + G*T tokens in place of G*(L + T). Legend, beyond tha
 """
 
 from gopo_lightning.shared_prefix.attention import attend_completions, attend_prompt
-from gopo_lightning.shared_prefix.layouts import PackedGroups, PrefixCache
+from gopo_lightning.shared_prefix.layouts import PackedGroups, PackedLists, PrefixCache
 from gopo_lightning.shared_prefix.models import (
     IMPLEMENTATION,
     require_called,
@@ -25,6 +26,7 @@ from gopo_lightning.shared_prefix.models import (
 __all__ = [
     "IMPLEMENTATION",
     "PackedGroups",
+    "PackedLists",
     "PrefixCache",
     "attend_completions",
     "attend_prompt",

@@ -1,7 +1,7 @@
-"""What a forward carries: whole groups in packed rows (training), or one token of each completion (decoding)."""
+"""What a forward carries: whole groups or lists in packed rows (training), or a token of each completion (decoding)."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -64,15 +64,7 @@ class PackedGroups:
         """The same by FlexAttention: one kernel over the packed rows that skips the blocks no query may see."""
         if self._block_mask is None:
             self._block_mask = self._blocks(len(query_PHSD), query_PHSD.shape[2])
-        return _flex_attention(query_PHSD.is_cuda)(
-            query_PHSD,
-            key_PKSD,
-            value_PKSD,
-            score_mod=None if softcap is None else _capped(softcap),
-            block_mask=self._block_mask,
-            scale=scale,
-            enable_gqa=True,
-        )
+        return _attend_blocks(self._block_mask, query_PHSD, key_PKSD, value_PKSD, scale, softcap)
 
     def _blocks(self, num_prompts: int, size: int) -> BlockMask:
         L, T, mask_PL = self.prompt_tokens, self.num_tokens, self.prompt_mask_PL
@@ -83,6 +75,64 @@ class PackedGroups:
             return ((query >= key) & (in_prompt | in_own)) | (query == key)
 
         return create_block_mask(visible, num_prompts, None, size, size, device=mask_PL.device)
+
+
+class PackedLists:
+    """The layout of rows [prefix | text 1 | text 2 | ...] with any number of texts of any length, and their attention.
+
+    Args:
+        segments_PS: int64: 0 in the prefix that the texts of a row share, 1, 2, ... in the texts, -1 on padding.
+    """
+
+    def __init__(self, segments_PS: Tensor) -> None:
+        self.segments_PS = segments_PS
+        self.num_calls = 0
+        """As in ``PackedGroups``."""
+
+    def attend(
+        self, layer: int, query_PHSD: Tensor, key_PKSD: Tensor, value_PKSD: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """The attention's output, [P, H, S, D]."""
+        if query_PHSD.is_cuda:
+            return _attend_blocks(self.block_mask, query_PHSD, key_PKSD, value_PKSD, scale, softcap)
+        return attend_prompt(query_PHSD, key_PKSD, value_PKSD, self.mask_P1SS, scale, softcap)
+
+    @cached_property
+    def mask_P1SS(self) -> Tensor:
+        """bool: a token sees, up to itself, the prefix and its own text (padding sees padding: no NaN)."""
+        query_PS1, key_P1S = self.segments_PS[:, :, None], self.segments_PS[:, None, :]
+        return ((key_P1S == 0) | (key_P1S == query_PS1)).tril()[:, None]
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The same for FlexAttention."""
+        segments_PS = self.segments_PS
+
+        def visible(p: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & ((segments_PS[p, key] == 0) | (segments_PS[p, key] == segments_PS[p, query]))
+
+        P, S = segments_PS.shape
+        return create_block_mask(visible, P, None, S, S, device=segments_PS.device)
+
+
+def _attend_blocks(
+    block_mask: BlockMask,
+    query_PHSD: Tensor,
+    key_PKSD: Tensor,
+    value_PKSD: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """FlexAttention, [P, H, S, D]."""
+    return _flex_attention(query_PHSD.is_cuda)(
+        query_PHSD,
+        key_PKSD,
+        value_PKSD,
+        score_mod=None if softcap is None else _capped(softcap),
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=True,
+    )
 
 
 def _capped(softcap: float) -> Callable[..., Tensor]:

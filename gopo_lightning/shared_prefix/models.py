@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig
 
-from gopo_lightning.shared_prefix.layouts import PackedGroups, PrefixCache
+from gopo_lightning.shared_prefix.layouts import PackedGroups, PackedLists, PrefixCache
 
 IMPLEMENTATION = "gopo_shared_prefix"
 
@@ -26,7 +26,7 @@ def _attention_function(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
-    shared_prefix: "PackedGroups | PrefixCache | None" = None,
+    shared_prefix: "PackedGroups | PackedLists | PrefixCache | None" = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer; returns [batch, tokens, H, D]."""
@@ -59,7 +59,7 @@ def shared_prefix_attention(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def require_called(model: nn.Module, shared_prefix: PackedGroups | PrefixCache) -> None:
+def require_called(model: nn.Module, shared_prefix: PackedGroups | PackedLists | PrefixCache) -> None:
     """After a forward with ``shared_prefix``: ValueError if no layer of ``model`` looked at it."""
     if not shared_prefix.num_calls:
         raise ValueError(f"{type(model).__name__} never called the registered attention; set prefix_sharing to never.")
@@ -111,6 +111,8 @@ def _obstacle(base: nn.Module, model: nn.Module, num_tokens: int | None) -> str 
         return "prompt learning adds virtual tokens to each sequence"
     if not getattr(base, "_supports_attention_backend", False) or config.is_encoder_decoder:
         return f"{type(base).__name__} cannot call a registered attention function"
+    if any(getattr(module, "is_causal", True) is False for module in base.modules()):
+        return f"the attention of {type(base).__name__} is not causal: a prompt sees what follows it"
     kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds or getattr(base, "_is_stateful", False):
         return f"its layers are not all attention over the whole sequence ({', '.join(sorted(kinds)) or 'recurrent'})"

@@ -270,17 +270,62 @@ def fresh_process(side: str, model: str, shape: str, dtype: str) -> dict[str, fl
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def ratios(rows: list[dict[str, Any]], shape: str, side: str) -> list[float]:
+    """TRL's seconds a step by those of ``side``, round by round."""
+    return [row["trl"]["step"] / row[side]["step"] for row in rows if row["shape"] == shape]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the median seconds of each phase, here and in TRL, and every round's step as a dot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure, axes = plt.subplots(figsize=(1.5 + 2 * len(shapes), 4), layout="constrained")
+    for side, offset, colours in (("trl", -0.2, ("#b0b0b0", "#808080")), ("ours", 0.2, ("#7fb3e6", "#2a6fb0"))):
+        for x, shape in enumerate(shapes):
+            measured = [row[side] for row in rows if row["shape"] == shape]
+            rollout, train = (statistics.median(m[phase] for m in measured) for phase in ("rollout", "train"))
+            name = "TRL" if side == "trl" else "here"
+            labels = (f"{name}: rollout", f"{name}: training") if x == 0 else (None, None)
+            axes.bar(x + offset, rollout, 0.36, color=colours[0], label=labels[0])
+            axes.bar(x + offset, train, 0.36, bottom=rollout, color=colours[1], label=labels[1])
+            axes.plot([x + offset] * len(measured), [m["step"] for m in measured], "k.", markersize=4)
+    names = []
+    for shape in shapes:
+        P, L, T, G = shape.split("x")
+        ratio = statistics.median(ratios(rows, shape, "ours"))
+        names.append(f"L = {L}, T = {T}\n{P} prompts × {G}\n{ratio:.1f} times faster")
+    axes.set_xticks(range(len(shapes)), names)
+    axes.set_ylabel("seconds a step")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     """Alternate, print the table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="local folder; SmolLM2-135M from the packaged assets by default")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="PxLxTxG")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=["ours", "trl"], help="in the order of their turns"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", action="store_true", help="compare the gradients of both losses and stop")
     parser.add_argument("--output", type=Path, help="JSON file of every measurement")
+    parser.add_argument(
+        "--chart", nargs="+", type=Path, metavar="FILE", help="draw a.png b.json …: JSON of --output; then stop"
+    )
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.chart:
+        picture, *files = options.chart
+        draw([row for file in files for row in json.loads(file.read_text())["measurements"]], picture)
+        return
     if options.model is None:
         from gopo_lightning import assets
 
@@ -300,20 +345,20 @@ def main() -> None:
     )
     for text in options.shapes:
         for round_ in range(options.rounds):
-            row = {side: fresh_process(side, options.model, text, options.dtype) for side in SIDES}
+            row = {side: fresh_process(side, options.model, text, options.dtype) for side in options.sides}
             rows.append({"shape": text, "round": round_, **row})
             for side, seconds in row.items():
                 cell = f"{seconds['step']:6.1f} ({seconds['rollout']:5.1f} + {seconds['train']:5.1f})"
                 shares = [f"{seconds[f'{phase}_share']:.0%}" for phase in ("rollout", "train") if side != "trl"]
-                ratio = row["trl"]["step"] / seconds["step"]
+                ratio = row["trl"]["step"] / seconds["step"] if "trl" in row else float("nan")
                 print(
                     f"{text:16} {round_:5}  {side:8}  {cell:25}  {ratio:17.2f}  {seconds['peak_rss_gib']:13.1f}   "
                     f"{' + '.join(shares)}",
                     flush=True,
                 )
-        for side in ("ours", "compiled"):
-            ratios = [row["trl"]["step"] / row[side]["step"] for row in rows if row["shape"] == text]
-            print(f"{text:16} {side}: median ratio {statistics.median(ratios):.2f}", flush=True)
+        if "trl" in options.sides:
+            for side in [side for side in options.sides if side != "trl"]:
+                print(f"{text:16} {side}: median ratio {statistics.median(ratios(rows, text, side)):.2f}", flush=True)
         if options.output:
             options.output.write_text(json.dumps({"dtype": options.dtype, "measurements": rows}, indent=1))
 

@@ -144,7 +144,7 @@ def test_an_error_on_one_rank_ends_all_and_is_said_on_all(name: str, own: str, o
     peer, failed = ((results / f"fails-{name}.rank{rank}.txt").read_text() for rank in (0, 1))
     assert re.match(own, failed, re.DOTALL)
     assert peer.startswith("PeerError") and f"rank 1 failed in {others}" in peer
-    assert re.search(own.partition("'")[2], peer, re.DOTALL)  # the same reason
+    assert re.search(own.partition(".*")[2], peer, re.DOTALL)  # the same reason
     assert all(float(re.search(r"after ([\d.]+) s", text)[1]) < 30 for text in (peer, failed))  # type: ignore[index]
 
 

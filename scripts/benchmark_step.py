@@ -300,7 +300,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         names.append(f"L = {L}, T = {T}\n{P} prompts × {G}\n{ratio:.1f} times faster")
     axes.set_xticks(range(len(shapes)), names)
     axes.set_ylabel("seconds a step")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 

@@ -56,6 +56,7 @@ SAME: dict[str, tuple[Case, str]] = {
     ),
     "checkpointing, FSDP2": (on("fsdp2", RUNS["checkpointing"]), "checkpointing"),
     "checkpointing, FSDP1": (on("fsdp_cpu", RUNS["checkpointing"]), "checkpointing"),
+    "compiled": (Case("compiled", "fsdp2", kl_coef=0.1, policy={"compile": True}), "kl"),
 }
 
 

@@ -6,7 +6,7 @@ run equally many, whatever the lengths of their texts.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal, TypeAlias, TypeVar
 from weakref import WeakSet
 
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor
 
 from gopo_lightning.distributed import all_reduce_sum, gather_objects, world_size
+from gopo_lightning.layers import replaced_forward
 from gopo_lightning.sharding import is_sharded, reshard, root_fsdp1, whole_bytes
 
 T = TypeVar("T")
@@ -136,10 +137,7 @@ def _gathered_fsdp2(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _called_directly(wrapped: list[FSDP1]) -> Iterator[None]:
     """FSDP1 modules call the module they wrap directly, and nothing is gathered or freed."""
-    for module in wrapped:
-        module.forward = module.module.__call__  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for module in wrapped:
-            del module.forward
+            stack.enter_context(replaced_forward(module, module.module.__call__))
+        yield

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gopo_lightning.cli import run
 from gopo_lightning.data import comparisons
 from gopo_lightning.reward_model import scoring
 from gopo_lightning.rewards import SequenceClassifierReward
-from tests.conftest import byte_tokenizer
+from tests.conftest import byte_tokenizer, save_llama
 from tests.test_comparisons import BAD, FORMATS, GOOD
 from tests.test_rewards import prompt
 
@@ -23,21 +22,14 @@ CONFIG = "configs/quickstart/reward_model_pairs.yaml"
 @pytest.fixture(scope="module")
 def causal_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama over bytes, as a base model would be given; its head does not exist yet."""
-    folder, tokenizer = tmp_path_factory.mktemp("causal_lm"), byte_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+    tokenizer = byte_tokenizer()
+    return save_llama(
+        tmp_path_factory.mktemp("causal_lm"),
+        tokenizer,
         max_position_embeddings=128,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", FORMATS)

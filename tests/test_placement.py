@@ -18,8 +18,10 @@ from gopo_lightning.gathering import gathered, in_step
 from gopo_lightning.logprobs import completion_logprobs
 from gopo_lightning.placement import PlacementConfig, on_device
 from gopo_lightning.policy import PolicyConfig, load_policy
+from gopo_lightning.rollout import SamplingConfig, TransformersEngine
 from gopo_lightning.sharding import clip_grad_norm, shard_fsdp2, whole_bytes
 from gopo_lightning.shardwise import fill, policy_without_weights
+from gopo_lightning.structs import PromptBatch
 from tests.architectures import build, prompt_batch, ragged_completions
 from tests.conftest import byte_tokenizer
 from tests.ranks import Case, assert_same_run, launch, on, read, run_case
@@ -72,7 +74,7 @@ def results(tiny_policy: Path, prompts_file: Path, tmp_path_factory: pytest.Temp
         Case("bf16-mixed", "fsdp2", trainer={"precision": "bf16-mixed"}),
         Case("bf16-true", "fsdp2", trainer={"precision": "bf16-true"}),
     ]
-    checks = [memory, missing_weight, tied, bf16_gathers, counts]
+    checks = [memory, missing_weight, tied, bf16_gathers, counts, greedy]
     launch([*cases, *mixed, *checks], tiny_policy, prompts_file, folder, 2)
     return folder
 
@@ -185,6 +187,29 @@ def counts(rank: int, folder: Path) -> dict[str, Any]:
     return {"layer": in_step(own, model, spare=-1), "whole": whole}
 
 
+def greedy_tokens(model: nn.Module, prompts: PromptBatch) -> list[list[int]]:
+    """Two equal completions of each prompt, without what is drawn."""
+    completions = TransformersEngine("always").generate(
+        model,
+        byte_tokenizer(),
+        prompts,
+        2,
+        SamplingConfig(max_new_tokens=10, temperature=0.0),
+        seeds_N=[0] * 2 * len(prompts),
+        eos_token_ids=[257],
+    )
+    return [row[mask].tolist() for row, mask in zip(completions.tokens_NT, completions.mask_NT, strict=True)]
+
+
+def greedy(rank: int, folder: Path) -> dict[str, Any]:
+    """Both ways to gather; the ranks have unlike prompts."""
+    model, found = sharded(folder), {}
+    for how in ("full", "layer"):
+        with gathered(model, how):  # type: ignore[arg-type]
+            found[how] = greedy_tokens(model, prompt_batch((5, 9, 1)[rank : 2 * rank + 2]))
+    return found
+
+
 # --- what they show ---------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +223,15 @@ def test_the_reward_model_counts(results: Path) -> None:
     """Else its placement would be no test."""
     metrics = read(results, "kl")[0]["steps"][0]["metrics"]
     assert metrics["reward/reward_model/std"] > 0.1
+
+
+@pytest.mark.parametrize("how", ["full", "layer"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_greedy_tokens_are_those_of_one_process(how: str, rank: int, results: Path, tiny_policy: Path) -> None:
+    model = load_policy(PolicyConfig(str(tiny_policy)))
+    expected = greedy_tokens(model, prompt_batch((5, 9, 1)[rank : 2 * rank + 2]))
+    assert len({tuple(row) for row in expected}) > 1 and all(expected)
+    assert torch.load(results / f"greedy.{rank}.pt")[how] == expected
 
 
 @pytest.mark.parametrize("rank", [0, 1])

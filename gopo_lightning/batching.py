@@ -1,4 +1,6 @@
-"""Which groups go through the model together: whole groups, of like length, within a budget of tokens."""
+"""What is computed together: whole groups within a budget of tokens, and rows of logits that fit a cache."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -62,3 +64,14 @@ def forwarded_tokens(experience: Experience, shared: bool) -> tuple[int, int]:
     completion = int(experience.completions.lengths_N.sum())
     copies = 1 if shared else N // P
     return copies * prompt + completion, copies * P * L + N * T
+
+
+_BLOCK = 2**19
+"""Logits of a block on CPU: 2 MiB in float32. Other devices take all rows at once."""
+
+
+def row_blocks(logits_NV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of the arguments, block by block, small enough that several passes over one read a CPU core's cache."""
+    N, V = logits_NV.shape
+    rows = max(_BLOCK // V, 1) if logits_NV.device.type == "cpu" else max(N, 1)
+    return zip(logits_NV.split(rows), *(other.split(rows) for other in others), strict=True)

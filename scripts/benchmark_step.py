@@ -24,7 +24,12 @@ from typing import Any
 
 SIDES = ["ours", "trl", "compiled"]
 """`compiled` is ours with `policy.compile: true`."""
-SHAPES = ["4x64x48x8", "4x256x48x8", "1x1024x48x8", "4x256x128x8", "2x256x48x16"]
+SHAPES = [
+    *("4x64x48x8", "4x64x128x8", "2x64x48x16", "2x64x128x16"),
+    *("4x256x48x8", "2x256x128x8", "2x256x48x16", "1x256x128x16"),
+    *("1x1024x48x8", "1x1024x128x8"),
+]
+"""Prompts of 64, 256 and 1024 tokens; TRL would need more than 24 GiB at (1024, G = 16)."""
 
 
 def reward(prompts: Any, completions: list[str], **columns: Any) -> list[float]:

@@ -255,6 +255,16 @@ def test_samples_follow_the_distribution(options: dict[str, Any]) -> None:
     assert chi2 < 33  # 11 degrees of freedom: by chance once in 2,000
 
 
+def test_rows_are_drawn_in_blocks_as_they_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gopo_lightning.batching._BLOCK", 3 * 12)  # three rows
+    logits_NV, uniforms_N = torch.randn(10, 12), torch.rand(10, dtype=torch.float64)
+    config = SamplingConfig(top_p=0.9)
+    tokens_N, logprobs_N = draw(logits_NV, uniforms_N, config, None)
+    alone = [draw(logits_NV[n : n + 1], uniforms_N[n : n + 1], config, None) for n in range(10)]
+    assert torch.equal(tokens_N, torch.cat([tokens for tokens, _ in alone]))
+    assert torch.equal(logprobs_N, torch.cat([logprobs for _, logprobs in alone]))
+
+
 def test_bf16_sampling_reads_copies_and_leaves_the_masters() -> None:
     model, prompts = build("llama"), prompt_batch()
     before = {name: (id(p), p.clone()) for name, p in model.named_parameters(remove_duplicate=False)}

@@ -30,7 +30,7 @@ def completion_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = False,
     shared_prefix: bool = False,
-    chunk_tokens: int = 512,
+    chunk_tokens: int = 1024,
 ) -> TokenLogprobs:
     """Log-probabilities of ``completions`` given ``prompts`` at ``temperature`` (0 counts as 1, as in the sampler).
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gopo_lightning.batching import row_blocks
 from gopo_lightning.layers import replaced_forward
 
 
@@ -55,7 +56,7 @@ def token_statistics(
     In float32, by blocks of rows that stay in a CPU core's cache: no float32 copy of the logits as a whole.
     """
     blocks = []
-    for logits_BV, targets_B in _blocks(logits_CV, targets_C):
+    for logits_BV, targets_B in row_blocks(logits_CV, targets_C):
         logits_BV = logits_BV.to(torch.float32, copy=True).div_(temperature)
         peak_B1 = logits_BV.amax(-1, keepdim=True)
         target_B = logits_BV.gather(-1, targets_B[:, None])[:, 0]
@@ -86,21 +87,10 @@ class TokenLogprob(torch.autograd.Function):
         logits_CV, targets_C, normaliser_C = ctx.saved_tensors
         grad_CV = torch.empty_like(logits_CV)
         columns = (targets_C[:, None], normaliser_C[:, None], (grad_C / ctx.temperature)[:, None])
-        for out_BV, logits_BV, targets_B1, normaliser_B1, grad_B1 in _blocks(grad_CV, logits_CV, *columns):
+        for out_BV, logits_BV, targets_B1, normaliser_B1, grad_B1 in row_blocks(grad_CV, logits_CV, *columns):
             weights_BV = logits_BV.to(torch.float32, copy=True).div_(ctx.temperature).sub_(normaliser_B1).exp_()
             out_BV.copy_(weights_BV.mul_(-grad_B1).scatter_add_(-1, targets_B1, grad_B1))
         return grad_CV, None, None, None, None
-
-
-_BLOCK = 2**19
-"""Logits of a block on CPU: 2 MiB in float32. Other devices take all rows at once."""
-
-
-def _blocks(logits_CV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of the arguments, block by block."""
-    C, V = logits_CV.shape
-    rows = max(_BLOCK // V, 1) if logits_CV.device.type == "cpu" else max(C, 1)
-    return zip(logits_CV.split(rows), *(other.split(rows) for other in others), strict=True)
 
 
 @dataclass(frozen=True)

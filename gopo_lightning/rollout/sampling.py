@@ -6,6 +6,7 @@ Suffixes: N rows, V vocabulary, C candidates (the vocabulary, or its most likely
 import torch
 from torch import Tensor
 
+from gopo_lightning.batching import row_blocks
 from gopo_lightning.rollout.engine import SamplingConfig
 
 _BLOCK = 256
@@ -18,6 +19,15 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor, config: SamplingConfig, banned: 
     The log-probability is the policy's own: at the temperature (at 1 if that is 0), before ``banned`` token ids and
     filters cut anything away.
     """
+    blocks = row_blocks(logits_NV, uniforms_N)
+    drawn = [_draw_block(block_NV, block_N, config, banned) for block_NV, block_N in blocks]
+    tokens, logprobs = zip(*drawn, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _draw_block(
+    logits_NV: Tensor, uniforms_N: Tensor, config: SamplingConfig, banned: Tensor | None
+) -> tuple[Tensor, Tensor]:
     logits_NV = logits_NV.to(torch.float32, copy=True).div_(config.temperature or 1.0)
     peak_N1 = logits_NV.amax(-1, keepdim=True)
     weights_NV = (logits_NV - peak_N1).exp_()
@@ -65,8 +75,9 @@ def inverse_cdf(weights_NC: Tensor, uniforms_N: Tensor) -> Tensor:
     float64: first the block of columns, then the column. In float32 over a large vocabulary it would lose unlikely
     tokens. The blocks themselves are short, so float32 sums them.
     """
-    pad = -weights_NC.shape[-1] % _BLOCK
-    blocks_NBC = torch.nn.functional.pad(weights_NC, (0, pad)).unflatten(-1, (-1, _BLOCK))
+    if pad := -weights_NC.shape[-1] % _BLOCK:
+        weights_NC = torch.nn.functional.pad(weights_NC, (0, pad))
+    blocks_NBC = weights_NC.unflatten(-1, (-1, _BLOCK))
     block_N, rest_N = _locate(blocks_NBC.sum(-1).double(), uniforms_N)
     inside_NC = blocks_NBC.take_along_dim(block_N[:, None, None], 1)[:, 0].double()
     column_N, _ = _locate(inside_NC, rest_N)

@@ -275,15 +275,13 @@ class GOPOModule(TrainableState, LightningModule):
 
     def _update(self, experience: Experience) -> dict[str, Tensor]:
         """One optimiser step; the denominator is that of the whole minibatch over all ranks."""
-        config, completions = self.loss_config, experience.completions
-        valid_N = advantages.valid(experience.rewards_PG).flatten()
-        mask_NT = loss_mask(completions.mask_NT, valid_N, completions.truncated_N, config)
+        config = self.loss_config
         total = all_reduce_sum(
             denominator(
-                mask_NT,
+                self._loss_mask(experience),
                 aggregation=config.aggregation,
                 max_new_tokens=self.sampling.max_new_tokens,
-                num_completions=len(completions),
+                num_completions=len(experience.completions),
             )
         )
         micro_batches = self._micro_batches(experience, skip_zero=config.kl_coef == 0)
@@ -293,11 +291,13 @@ class GOPOModule(TrainableState, LightningModule):
                 self._accumulate(experience.select(index_P), total, sums)
         return self._step(experience, sums)
 
+    def _loss_mask(self, experience: Experience) -> Tensor:
+        completions, valid_N = experience.completions, advantages.valid(experience.rewards_PG).flatten()
+        return loss_mask(completions.mask_NT, valid_N, completions.truncated_N, self.loss_config)
+
     def _accumulate(self, experience: Experience, total: Tensor, sums: dict[str, Tensor]) -> None:
         """Forward and backward of one micro-batch; adds its metrics to ``sums``."""
-        config, completions = self.loss_config, experience.completions
-        valid_N = advantages.valid(experience.rewards_PG).flatten()
-        mask_NT = loss_mask(completions.mask_NT, valid_N, completions.truncated_N, config)
+        completions, mask_NT = experience.completions, self._loss_mask(experience)
         current = self._logprobs(self.policy, experience, with_entropy=self.log_entropy)
         loss, metrics = policy_loss(
             current.logprobs_NT,
@@ -305,7 +305,7 @@ class GOPOModule(TrainableState, LightningModule):
             experience.reference_logprobs_NT,
             experience.advantages_PG.flatten(),
             mask_NT,
-            config=config,
+            config=self.loss_config,
             denominator=total,
             sampler_logprobs_NT=completions.sampler_logprobs_NT,
         )

@@ -54,6 +54,14 @@ class PolicyConfig:
         """``dtype`` as torch knows it; None for that of the files."""
         return None if self.dtype == "auto" else getattr(torch, self.dtype)
 
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """How transformers is to build the model, whichever way its weights come."""
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        return options
+
 
 def load_policy(config: PolicyConfig, base: PreTrainedModel | None = None) -> Policy:
     """The trainable policy: master weights in ``config.dtype``, dropout off, LoRA and the like as configured.
@@ -145,14 +153,12 @@ def float32_default() -> Iterator[None]:
 
 
 def _load_base(config: PolicyConfig) -> PreTrainedModel:
-    kwargs = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     model = load_weights(
         AutoModelForCausalLM,
         assets.resolve(config.name),
         revision=config.revision,
         dtype=config.torch_dtype or "auto",
-        trust_remote_code=config.trust_remote_code,
-        **kwargs,
+        **config.model_options,
     )
     return cast(PreTrainedModel, model)
 

@@ -46,11 +46,9 @@ def policy_without_weights(config: PolicyConfig) -> Policy:
 def _without_weights(config: PolicyConfig) -> PreTrainedModel:
     folder = weights_folder(config)
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    options = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            settings, dtype=config.torch_dtype or settings.dtype, trust_remote_code=config.trust_remote_code, **options
-        )
+        dtype = config.torch_dtype or settings.dtype
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, **config.model_options)
     model.tie_weights()  # each parameter has become another one
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)

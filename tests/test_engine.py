@@ -49,11 +49,12 @@ def generate(
     eos: Sequence[int] = (1,),
     tokenizer: Any = None,
     seed: int = 0,
+    max_rows: int | None = None,
     **options: Any,
 ) -> Completions:
     seeds_N = stream_seeds(seed, 0, [p.index for p in prompts.prompts], num_completions)
     sampling = SamplingConfig(**({"max_new_tokens": 12} | options))
-    engine = TransformersEngine(sharing)  # type: ignore[arg-type]
+    engine = TransformersEngine(sharing, max_rows=max_rows)  # type: ignore[arg-type]
     return engine.generate(
         model, tokenizer or Tokenizer(), prompts, num_completions, sampling, seeds_N=seeds_N, eos_token_ids=eos
     )
@@ -112,6 +113,29 @@ def test_text_does_not_depend_on_batch_order_or_dropped_rows(sharing: str) -> No
         fewer = generate(model, prompts.select(torch.tensor([i])), sharing, 2, eos=range(1, 6))
         assert fewer.texts == together.texts[4 * i : 4 * i + 2]
     assert generate(model, prompts, sharing, 4, eos=range(1, 6), seed=1).texts != together.texts
+
+
+@pytest.mark.parametrize("sharing", SHARING)
+def test_decoding_fewer_rows_at_once_does_not_change_the_text(sharing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = build("llama"), prompt_batch((5, 9, 1, 4, 7))
+    together = generate(model, prompts, sharing, 4, eos=range(1, 6), stop_strings=("7 ",))
+    rows = []
+
+    def counted(logits_NV: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(logits_NV))
+        return draw(logits_NV, *args, **kwargs)
+
+    monkeypatch.setattr("gopo_lightning.rollout.transformers_engine.draw", counted)
+    for max_rows, most in ((1, 4), (9, 8), (100, 20)):  # whole groups: at least one
+        rows.clear()
+        completions = generate(model, prompts, sharing, 4, eos=range(1, 6), stop_strings=("7 ",), max_rows=max_rows)
+        assert max(rows) == most
+        assert completions.texts == together.texts
+        assert torch.equal(completions.mask_NT, together.mask_NT)
+        assert torch.equal(completions.truncated_N, together.truncated_N)
+        torch.testing.assert_close(completions.sampler_logprobs_NT, together.sampler_logprobs_NT)
+    with pytest.raises(ValueError, match="max_rows is 0, but it must be >= 1"):
+        TransformersEngine(max_rows=0)
 
 
 def test_sharing_does_not_change_the_text() -> None:

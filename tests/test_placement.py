@@ -187,9 +187,9 @@ def counts(rank: int, folder: Path) -> dict[str, Any]:
     return {"layer": in_step(own, model, spare=-1), "whole": whole}
 
 
-def greedy_tokens(model: nn.Module, prompts: PromptBatch) -> list[list[int]]:
+def greedy_tokens(model: nn.Module, prompts: PromptBatch, max_rows: int | None = None) -> list[list[int]]:
     """Two equal completions of each prompt, without what is drawn."""
-    completions = TransformersEngine("always").generate(
+    completions = TransformersEngine("always", max_rows=max_rows).generate(
         model,
         byte_tokenizer(),
         prompts,
@@ -202,11 +202,13 @@ def greedy_tokens(model: nn.Module, prompts: PromptBatch) -> list[list[int]]:
 
 
 def greedy(rank: int, folder: Path) -> dict[str, Any]:
-    """Both ways to gather; the ranks have unlike prompts."""
+    """Both ways to gather; the ranks have unlike prompts, and in passes of a prompt one has more of them."""
     model, found = sharded(folder), {}
     for how in ("full", "layer"):
         with gathered(model, how):  # type: ignore[arg-type]
             found[how] = greedy_tokens(model, prompt_batch((5, 9, 1)[rank : 2 * rank + 2]))
+    with gathered(model, "layer"):
+        found["layer, in passes"] = greedy_tokens(model, prompt_batch((5, 9, 1)[rank:]), max_rows=2)
     return found
 
 
@@ -225,11 +227,12 @@ def test_the_reward_model_counts(results: Path) -> None:
     assert metrics["reward/reward_model/std"] > 0.1
 
 
-@pytest.mark.parametrize("how", ["full", "layer"])
+@pytest.mark.parametrize("how", ["full", "layer", "layer, in passes"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_greedy_tokens_are_those_of_one_process(how: str, rank: int, results: Path, tiny_policy: Path) -> None:
     model = load_policy(PolicyConfig(str(tiny_policy)))
-    expected = greedy_tokens(model, prompt_batch((5, 9, 1)[rank : 2 * rank + 2]))
+    last = 3 if "passes" in how else 2 * rank + 2
+    expected = greedy_tokens(model, prompt_batch((5, 9, 1)[rank:last]))
     assert len({tuple(row) for row in expected}) > 1 and all(expected)
     assert torch.load(results / f"greedy.{rank}.pt")[how] == expected
 

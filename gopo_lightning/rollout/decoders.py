@@ -1,8 +1,8 @@
 """How the rollout runs a model: where keys and values live, how a step is made, in which precision."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,10 @@ class Decoder(Protocol):
     def attention(self) -> AbstractContextManager[None]:
         """The model's forward must run inside this."""
         ...
+
+
+DecoderType: TypeAlias = Callable[[nn.Module, PromptBatch, int, int], Decoder]
+"""Of a model, prompts, completions of each (G) and the most new tokens (T)."""
 
 
 class ExpandedDecoder:
@@ -127,8 +131,9 @@ def decoders_agree(model: nn.Module, prompts: PromptBatch) -> bool:
     prompts = prompts.select(torch.zeros(1, dtype=torch.int64))
     tokens_3A = prompts.tokens_PL[0, -1:].expand(3, 2)
     results = []
-    for kind in (SharedDecoder, ExpandedDecoder):
-        decoder: Decoder = kind(model, prompts, 2, 3)
+    kinds: tuple[DecoderType, ...] = (SharedDecoder, ExpandedDecoder)
+    for kind in kinds:
+        decoder = kind(model, prompts, 2, 3)
         with decoder.attention(), torch.autocast(prompts.tokens_PL.device.type, enabled=False):
             logits = [decoder.prefill(), *(decoder.step(tokens_A) for tokens_A in tokens_3A)]
         results.append(torch.cat(logits).float())

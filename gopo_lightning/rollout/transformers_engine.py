@@ -19,6 +19,7 @@ from gopo_lightning.layers import uncompiled
 from gopo_lightning.policy import evaluating
 from gopo_lightning.rollout.decoders import (
     Decoder,
+    DecoderType,
     ExpandedDecoder,
     SharedDecoder,
     decoders_agree,
@@ -42,18 +43,23 @@ class TransformersEngine:
             completion. ``auto`` shares where the model can, after comparing both on the first call, and else warns.
         dtype: precision of sampling. ``auto`` is that of the autocast around it (the Trainer's ``precision``), or else
             that of the weights. Linear weights of another type are copied once per rollout.
+        max_rows: most completions decoded at once on a device, which bounds the memory of their keys and values; whole
+            groups, so at least one. None decodes the whole batch together, which is fastest where it fits.
     """
 
     def __init__(
         self,
         prefix_sharing: Literal["auto", "always", "never"] = "auto",
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        max_rows: int | None = None,
     ) -> None:
         if prefix_sharing not in ("auto", "always", "never"):
             raise ValueError(f"prefix_sharing is {prefix_sharing!r}, but it must be auto, always or never.")
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype is {dtype!r}, but it must be auto, float32, bfloat16 or float16.")
-        self.prefix_sharing, self.dtype = prefix_sharing, dtype
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"max_rows is {max_rows}, but it must be >= 1; leave it out for no limit.")
+        self.prefix_sharing, self.dtype, self.max_rows = prefix_sharing, dtype, max_rows
         self._shares: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
     @torch.no_grad()
@@ -73,19 +79,23 @@ class TransformersEngine:
         prompts = prompts.to(device)
         writer = CompletionWriter(tokenizer, sampling, seeds_N, eos_token_ids, len(prompts), device)
         with evaluating(model), uncompiled():
-            decoder = self._decoder(model, prompts, num_completions, sampling.max_new_tokens)
-            with sampling_precision(model, self._dtype(model, device)), decoder.attention():
-                logits_AV = decoder.prefill().repeat_interleave(num_completions, 0)
-                while (tokens_A := writer.write(logits_AV)) is not None:
-                    if together:
-                        any_rank(True, device)
-                    if (kept := writer.compact()) is not None:
-                        decoder.keep(*kept)
-                        tokens_A = tokens_A[kept[1]]
-                    logits_AV = decoder.step(tokens_A)
-                while together and any_rank(False, device):  # others have still to write
-                    decoder.step(logits_AV.argmax(-1))
+            decoder_type = self._decoder_type(model, prompts, sampling.max_new_tokens)
+            with sampling_precision(model, self._dtype(model, device)):
+                for index_P in self._passes(len(prompts), num_completions, together):
+                    writer.begin(index_P)
+                    decoder = decoder_type(model, prompts.select(index_P), num_completions, sampling.max_new_tokens)
+                    with decoder.attention():
+                        _decode(decoder, writer, num_completions, device if together else None)
         return writer.completions()
+
+    def _passes(self, num_prompts: int, num_completions: int, together: bool) -> Sequence[Tensor]:
+        """Prompts to decode at a time, in order. Ranks that go ``together`` make equally many passes."""
+        at_once = num_prompts if self.max_rows is None else max(self.max_rows // num_completions, 1)
+        count = -(-num_prompts // at_once)
+        if together:
+            counts, prompts = zip(*gather_objects((count, num_prompts)), strict=True)
+            count = min(max(counts), *prompts)
+        return torch.arange(num_prompts).tensor_split(count)
 
     def _dtype(self, model: nn.Module, device: torch.device) -> torch.dtype:
         if self.dtype != "auto":
@@ -93,27 +103,44 @@ class TransformersEngine:
         autocast = torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if autocast else next(model.parameters()).dtype
 
-    def _decoder(self, model: nn.Module, prompts: PromptBatch, num_completions: int, max_new_tokens: int) -> Decoder:
-        if self.prefix_sharing != "never":
-            longest = prompts.tokens_PL.shape[1]
-            if forward_is_collective(model):
-                longest = max(gather_objects(longest))  # ranks must decide alike
-            shares, reason = supports_shared_prefix(model, longest + max_new_tokens)
-            if shares and self.prefix_sharing == "auto":
-                if model not in self._shares:
-                    self._shares[model] = decoders_agree(model, prompts)
-                shares, reason = self._shares[model], "its logits differ from those without sharing"
-            if shares:
-                return SharedDecoder(model, prompts, num_completions, max_new_tokens)
-            if self.prefix_sharing == "always":
-                name = type(model).__name__
-                raise ValueError(f"prefix_sharing is always, but {name} cannot: {reason}. Use auto or never.")
-            warnings.warn(f"each completion gets its own copy of the prompt's keys and values: {reason}", stacklevel=3)
-        return ExpandedDecoder(model, prompts, num_completions, max_new_tokens)
+    def _decoder_type(self, model: nn.Module, prompts: PromptBatch, max_new_tokens: int) -> DecoderType:
+        if self.prefix_sharing == "never":
+            return ExpandedDecoder
+        longest = prompts.tokens_PL.shape[1]
+        if forward_is_collective(model):
+            longest = max(gather_objects(longest))  # ranks must decide alike
+        shares, reason = supports_shared_prefix(model, longest + max_new_tokens)
+        if shares and self.prefix_sharing == "auto":
+            if model not in self._shares:
+                self._shares[model] = decoders_agree(model, prompts)
+            shares, reason = self._shares[model], "its logits differ from those without sharing"
+        if shares:
+            return SharedDecoder
+        if self.prefix_sharing == "always":
+            name = type(model).__name__
+            raise ValueError(f"prefix_sharing is always, but {name} cannot: {reason}. Use auto or never.")
+        warnings.warn(f"each completion gets its own copy of the prompt's keys and values: {reason}", stacklevel=3)
+        return ExpandedDecoder
+
+
+def _decode(
+    decoder: Decoder, writer: "CompletionWriter", num_completions: int, together_on: torch.device | None
+) -> None:
+    """One pass, to the end of its completions; if forwards are collectives on a device, of those of all ranks."""
+    logits_AV = decoder.prefill().repeat_interleave(num_completions, 0)
+    while (tokens_A := writer.write(logits_AV)) is not None:
+        if together_on:
+            any_rank(True, together_on)
+        if (kept := writer.compact()) is not None:
+            decoder.keep(*kept)
+            tokens_A = tokens_A[kept[1]]
+        logits_AV = decoder.step(tokens_A)
+    while together_on and any_rank(False, together_on):  # others have still to write
+        decoder.step(logits_AV.argmax(-1))
 
 
 class CompletionWriter:
-    """The completions as they grow: N rows, of which A (the rectangle ``rows_PG``) are still being decoded."""
+    """The completions as they grow: N rows, of which A (the rectangle ``rows_PG``) are being decoded."""
 
     def __init__(
         self,
@@ -125,7 +152,7 @@ class CompletionWriter:
         device: torch.device,
     ) -> None:
         N, T = len(seeds_N), sampling.max_new_tokens
-        self.tokenizer, self.sampling, self.length = tokenizer, sampling, 0
+        self.tokenizer, self.sampling = tokenizer, sampling
         self.eos = torch.tensor(sorted(set(eos_token_ids)), device=device)
         pad = tokenizer.pad_token_id
         self.tokens_NT = torch.full((N, T), int(eos_token_ids[0]) if pad is None else int(pad), device=device)
@@ -133,7 +160,12 @@ class CompletionWriter:
         self.logprobs_NT = torch.zeros(N, T, device=device)
         self.finished_N = torch.zeros(N, dtype=torch.bool, device=device)
         self.uniforms_NT = uniforms(seeds_N, T, device)
-        self.rows_PG = torch.arange(N, device=device).view(num_prompts, -1)
+        self.all_rows_PG = torch.arange(N, device=device).view(num_prompts, -1)
+        self.begin(torch.arange(num_prompts))
+
+    def begin(self, index_P: Tensor) -> None:
+        """Write the completions of these prompts next, from their first token."""
+        self.rows_PG, self.length = self.all_rows_PG[index_P.to(self.all_rows_PG.device)], 0
 
     def write(self, logits_AV: Tensor) -> Tensor | None:
         """Draw and record one token a row; None when all have ended."""
@@ -151,7 +183,7 @@ class CompletionWriter:
         self.finished_N[rows] = torch.isin(tokens_A[live_A], self.eos)
         if self.sampling.stop_strings and self.length >= self.sampling.min_new_tokens:
             self._match_stop_strings()
-        done = self.length == self.sampling.max_new_tokens or bool(self.finished_N.all())
+        done = self.length == self.sampling.max_new_tokens or bool(self.finished_N[self.rows_PG].all())
         return None if done else tokens_A
 
     def compact(self) -> tuple[Tensor, Tensor] | None:
@@ -169,7 +201,7 @@ class CompletionWriter:
 
     def completions(self) -> Completions:
         """What was written, without the columns that nobody reached."""
-        width = self.length
+        width = int(self.mask_NT.sum(-1).max())
         tokens_NT, mask_NT = self.tokens_NT[:, :width], self.mask_NT[:, :width]
         rows = [row[kept].tolist() for row, kept in zip(tokens_NT.cpu(), mask_NT.cpu(), strict=True)]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -179,7 +211,8 @@ class CompletionWriter:
         """Mark the live rows whose text now holds a stop string; only their last tokens are decoded."""
         stops = self.sampling.stop_strings
         window = max(len(stop.encode()) for stop in stops) + 8  # a token is a byte or more, a special one none
-        live_N = (~self.finished_N).nonzero()[:, 0]
+        rows_A = self.rows_PG.flatten()
+        live_N = rows_A[~self.finished_N[rows_A]]
         tails = self.tokens_NT[live_N, max(0, self.length - window) : self.length].tolist()
         texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
         hits = [any(stop in text for stop in stops) for text in texts]

@@ -281,33 +281,62 @@ def ratios(rows: list[dict[str, Any]], shape: str, side: str) -> list[float]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of the median seconds of each phase, here and in TRL, and every round's step as a dot."""
+    """Bars of the median seconds of each phase and side, and every round's step as a dot."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    names = {"trl": "TRL", "ours": "here", "compiled": "here, policy.compile"}
+    colours = {"trl": ("#c4c4c4", "#808080"), "ours": ("#8fc1ee", "#2a6fb0"), "compiled": ("#a5d6b0", "#3b8f52")}
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    figure, axes = plt.subplots(figsize=(1.5 + 2 * len(shapes), 4), layout="constrained")
-    for side, offset, colours in (("trl", -0.2, ("#b0b0b0", "#808080")), ("ours", 0.2, ("#7fb3e6", "#2a6fb0"))):
-        for x, shape in enumerate(shapes):
-            measured = [row[side] for row in rows if row["shape"] == shape]
-            rollout, train = (statistics.median(m[phase] for m in measured) for phase in ("rollout", "train"))
-            name = "TRL" if side == "trl" else "here"
-            labels = (f"{name}: rollout", f"{name}: training") if x == 0 else (None, None)
-            axes.bar(x + offset, rollout, 0.36, color=colours[0], label=labels[0])
-            axes.bar(x + offset, train, 0.36, bottom=rollout, color=colours[1], label=labels[1])
-            axes.plot([x + offset] * len(measured), [m["step"] for m in measured], "k.", markersize=4)
-    names = []
+    figure, axes = plt.subplots(figsize=(1.5 + 1.25 * len(shapes), 4.5), layout="constrained")
+    for x, shape in enumerate(shapes):
+        measured = [row for row in rows if row["shape"] == shape]
+        sides = [side for side in names if side in measured[0]]
+        for i, side in enumerate(sides):
+            rollout, train = (statistics.median(row[side][phase] for row in measured) for phase in ("rollout", "train"))
+            at, width = x + (i - (len(sides) - 1) / 2) * 0.28, 0.26
+            axes.bar(at, rollout, width, color=colours[side][0], label=f"{names[side]}: rollout")
+            axes.bar(at, train, width, bottom=rollout, color=colours[side][1], label=f"{names[side]}: training")
+            axes.plot([at] * len(measured), [row[side]["step"] for row in measured], "k.", markersize=4)
+    labels = []
     for shape in shapes:
         P, L, T, G = shape.split("x")
-        ratio = statistics.median(ratios(rows, shape, "ours"))
-        names.append(f"L = {L}, T = {T}\n{P} prompts × {G}\n{ratio:.1f} times faster")
-    axes.set_xticks(range(len(shapes)), names)
+        labels.append(f"L = {L}\nT = {T}\n{P} × {G}\n{statistics.median(ratios(rows, shape, 'ours')):.1f}×")
+    axes.set_xticks(range(len(shapes)), labels)
     axes.set_ylabel("seconds a step")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    unique = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=3, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Medians over the rounds as a table of markdown; ratios round by round."""
+    lines = [
+        "| P × L × T × G | useful TFLOP | side | step s (rollout + train) | TRL's / this, by round | peak RSS GiB "
+        "| share of peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        measured = [row for row in rows if row["shape"] == shape]
+        for side in measured[0]:
+            if side not in SIDES:
+                continue
+            seen = [row[side] for row in measured]
+            s = {key: statistics.median(m[key] for m in seen) for key in seen[0]}
+            flops = share = ratio = ""
+            if side != "trl":
+                m, phases = seen[0], ("rollout", "train")
+                flops = " + ".join(f"{m[f'{p}_share'] * m[p] * m['matmul_peak_gflops'] / 1e3:.2f}" for p in phases)
+                share = " + ".join(f"{s[f'{p}_share']:.0%}" for p in phases)
+                if "trl" in measured[0]:
+                    ratio = ", ".join(f"{ratio:.1f}" for ratio in ratios(rows, shape, side))
+            seconds = f"{s['step']:.1f} ({s['rollout']:.1f} + {s['train']:.1f})"
+            name = shape.replace("x", " × ")
+            lines.append(f"| {name} | {flops} | {side} | {seconds} | {ratio} | {s['peak_rss_gib']:.1f} | {share} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -323,13 +352,19 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare the gradients of both losses and stop")
     parser.add_argument("--output", type=Path, help="JSON file of every measurement")
     parser.add_argument(
-        "--chart", nargs="+", type=Path, metavar="FILE", help="draw a.png b.json …: JSON of --output; then stop"
+        "--chart",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="draw a.png b.json …: JSON of --output; print its table; then stop",
     )
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.chart:
         picture, *files = options.chart
-        draw([row for file in files for row in json.loads(file.read_text())["measurements"]], picture)
+        rows = [row for file in files for row in json.loads(file.read_text())["measurements"]]
+        draw(rows, picture)
+        print(table(rows))
         return
     if options.model is None:
         from gopo_lightning import assets

@@ -37,8 +37,8 @@ class PolicyConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     compile: bool = False
-    """`torch.compile` the decoder layers for training: less memory and time, for half a minute at the first step. Sampling
-    stays as it is."""
+    """`torch.compile` the decoder layers for training: less memory and time, for half a minute at the first step.
+    Sampling stays as it is."""
     chat_template: str | None = None
     """Jinja chat template that replaces the tokenizer's."""
 

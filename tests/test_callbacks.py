@@ -198,6 +198,11 @@ def test_hostile_text_reaches_the_page_as_text() -> None:
     assert "<td><em>(empty)</em></td>" in seen
 
 
+def test_long_lines_are_broken_between_words() -> None:
+    lines = escape(f"{'word ' * 30}\n\nend", max_chars=1000).split("<br>")
+    assert lines == [" ".join(["word"] * 16), " ".join(["word"] * 14), "", "end"]
+
+
 def test_long_text_is_cut_visibly() -> None:
     assert escape("x" * 50, max_chars=10) == "x" * 10 + " *(40 more characters)*"
 

@@ -1,6 +1,7 @@
 """Sampled groups as tables in TensorBoard: what the policy wrote, how it was ranked, what it was taught."""
 
 import re
+import textwrap
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,8 @@ from gopo_lightning.callbacks.schedule import Every
 from gopo_lightning.structs import Experience
 
 _MARKUP = re.compile(r"[&<>|\\`*_\[\]{}#~!+-]")
+_WIDTH = 80
+"""Characters of a line in a cell. Without breaks, TensorBoard gives long cells the room of the others' numbers."""
 
 
 def ranks(rewards_G: Tensor) -> Tensor:
@@ -26,10 +29,12 @@ def ranks(rewards_G: Tensor) -> Tensor:
 
 
 def escape(text: str, max_chars: int) -> str:
-    """``text`` for a cell of a Markdown table: shown as it is, at most ``max_chars`` of it."""
-    shown = _MARKUP.sub(lambda match: f"&#{ord(match[0])};", text[:max_chars].strip())
+    """``text`` for a cell of a Markdown table: shown as it is, at most ``max_chars`` of it, in lines."""
+    lines = re.split(r"\r\n|\r|\n", text[:max_chars].strip())
+    wrapped = [part for line in lines for part in textwrap.wrap(line, _WIDTH) or [""]]
+    shown = "<br>".join(_MARKUP.sub(lambda match: f"&#{ord(match[0])};", line) for line in wrapped)
     rest = f" *({len(text) - max_chars} more characters)*" if len(text) > max_chars else ""
-    return (re.sub(r"\r\n|\r|\n", "<br>", shown) or "*(empty)*") + rest
+    return (shown or "*(empty)*") + rest
 
 
 def number(value: float, form: str = "+.3f") -> str:

@@ -118,7 +118,11 @@ def test_text_does_not_depend_on_batch_order_or_dropped_rows(sharing: str) -> No
 @pytest.mark.parametrize("sharing", SHARING)
 def test_decoding_fewer_rows_at_once_does_not_change_the_text(sharing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = build("llama"), prompt_batch((5, 9, 1, 4, 7))
-    together = generate(model, prompts, sharing, 4, eos=range(1, 6), stop_strings=("7 ",))
+    options: dict[str, Any] = {"eos": range(1, 20), "stop_strings": ("30 ",)}
+    longest_P = generate(model, prompts, sharing, 4, **options).lengths_N.view(5, 4).amax(-1)
+    prompts = prompts.select(longest_P.argsort(descending=True))
+    assert longest_P.min() < longest_P.max()  # the last pass is a short one
+    together = generate(model, prompts, sharing, 4, **options)
     rows = []
 
     def counted(logits_NV: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -126,14 +130,15 @@ def test_decoding_fewer_rows_at_once_does_not_change_the_text(sharing: str, monk
         return draw(logits_NV, *args, **kwargs)
 
     monkeypatch.setattr("gopo_lightning.rollout.transformers_engine.draw", counted)
-    for max_rows, most in ((1, 4), (9, 8), (100, 20)):  # whole groups: at least one
+    for max_rows, most in ((100, 20), (9, 8), (1, 4)):  # whole groups: at least one
         rows.clear()
-        completions = generate(model, prompts, sharing, 4, eos=range(1, 6), stop_strings=("7 ",), max_rows=max_rows)
+        completions = generate(model, prompts, sharing, 4, max_rows=max_rows, **options)
         assert max(rows) == most
         assert completions.texts == together.texts
         assert torch.equal(completions.mask_NT, together.mask_NT)
         assert torch.equal(completions.truncated_N, together.truncated_N)
         torch.testing.assert_close(completions.sampler_logprobs_NT, together.sampler_logprobs_NT)
+    assert len(rows) == longest_P.sum()  # a pass ends with its own completions
     with pytest.raises(ValueError, match="max_rows is 0, but it must be >= 1"):
         TransformersEngine(max_rows=0)
 
@@ -190,6 +195,12 @@ def test_stop_string_ends_with_the_token_that_completes_it(stop: str) -> None:
         assert stopped.lengths_N[n] == (ends[0] if ends else 40)
         assert bool(stopped.truncated_N[n]) == (not ends)
         assert stopped.texts == tuple(Tokenizer().batch_decode(kept_tokens(stopped), True))
+
+
+def test_stop_strings_where_every_row_has_ended_by_eos() -> None:
+    completions = generate(build("llama"), prompt_batch(), "always", 2, eos=range(VOCAB), stop_strings=["none"])
+    assert completions.lengths_N.tolist() == [1] * len(completions)
+    assert not completions.truncated_N.any()
 
 
 def test_stop_string_across_byte_tokens_and_not_before_min_new_tokens() -> None:

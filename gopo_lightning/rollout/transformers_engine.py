@@ -216,4 +216,4 @@ class CompletionWriter:
         tails = self.tokens_NT[live_N, max(0, self.length - window) : self.length].tolist()
         texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
         hits = [any(stop in text for stop in stops) for text in texts]
-        self.finished_N[live_N] = torch.tensor(hits, device=live_N.device)
+        self.finished_N[live_N] = torch.tensor(hits, dtype=torch.bool, device=live_N.device)  # there may be none

@@ -37,7 +37,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 quickstart quickstart-smoke test test-fast test-faults: export HF_HUB_OFFLINE := 1
 
-quickstart: $(INSTALLED) ## Train a reward model on human ratings, then a policy on its ranks (12 minutes, 2 cores).
+quickstart: $(INSTALLED) ## Train a reward model on human ratings, then a policy on its ranks (8 to 12 minutes, 2 cores).
 	@$(BIN)/python scripts/quickstart.py
 
 quickstart-smoke: $(INSTALLED) ## The quickstart cut to 3 steps.

@@ -29,7 +29,7 @@ SHAPES = [
     *("4x256x48x8", "2x256x128x8", "2x256x48x16", "1x256x128x16"),
     *("1x1024x48x8", "1x1024x128x8"),
 ]
-"""Prompts of 64, 256 and 1024 tokens; TRL would need more than 24 GiB at (1024, G = 16)."""
+"""Prompts of 64, 256 and 1024 tokens; by its memory at G = 8, TRL would need more than 24 GiB at (1024, G = 16)."""
 
 
 def reward(prompts: Any, completions: list[str], **columns: Any) -> list[float]:

@@ -26,15 +26,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **options: Any) -> Path:
-    """A random two-layer Llama over the bytes of ``tokenizer``, saved with it as a Hugging Face folder."""
+def save_llama(folder: Path, **options: Any) -> Path:
+    """A random two-layer Llama over bytes, saved with its tokenizer as a Hugging Face folder."""
     torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
         **options,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -45,16 +48,12 @@ def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **options: Any)
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama over bytes, saved as a Hugging Face folder."""
-    tokenizer = byte_tokenizer()
     return save_llama(
         tmp_path_factory.mktemp("tiny_policy"),
-        tokenizer,
         num_key_value_heads=2,
         max_position_embeddings=256,
         initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=byte_tokenizer().pad_token_id,
     )
 
 

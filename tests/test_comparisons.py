@@ -21,7 +21,7 @@ from gopo_lightning.reward_model import (
     plackett_luce,
 )
 from gopo_lightning.reward_model.metrics import agreement, calibration_error
-from tests.conftest import byte_tokenizer, save_llama
+from tests.conftest import save_llama
 from tests.test_rewards import save_bert
 
 NAN = math.nan
@@ -273,7 +273,7 @@ def test_variants_learn(options: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_causal_lm_becomes_a_reward_model(tmp_path: Path) -> None:
     """Its head is new, and its score is read off the last token, whatever stands beside it in the batch."""
-    save_llama(tmp_path / "model", byte_tokenizer(), max_position_embeddings=64)
+    save_llama(tmp_path / "model", max_position_embeddings=64)
     source = write(tmp_path, [ultrafeedback(i) for i in range(40)])
     module, logged = train(source, tmp_path / "model", lora={"r": 8, "target_modules": ["q_proj", "v_proj"]})
     assert logged["val/pair_accuracy_all"] == 1.0

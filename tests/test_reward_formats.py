@@ -12,7 +12,7 @@ from gopo_lightning.cli import run
 from gopo_lightning.data import comparisons
 from gopo_lightning.reward_model import scoring
 from gopo_lightning.rewards import SequenceClassifierReward
-from tests.conftest import byte_tokenizer, save_llama
+from tests.conftest import save_llama
 from tests.test_comparisons import BAD, FORMATS, GOOD
 from tests.test_rewards import prompt
 
@@ -22,14 +22,7 @@ CONFIG = "configs/quickstart/reward_model_pairs.yaml"
 @pytest.fixture(scope="module")
 def causal_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama over bytes, as a base model would be given; its head does not exist yet."""
-    tokenizer = byte_tokenizer()
-    return save_llama(
-        tmp_path_factory.mktemp("causal_lm"),
-        tokenizer,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    return save_llama(tmp_path_factory.mktemp("causal_lm"), max_position_embeddings=128)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -161,7 +161,6 @@ class CompletionWriter:
         self.finished_N = torch.zeros(N, dtype=torch.bool, device=device)
         self.uniforms_NT = uniforms(seeds_N, T, device)
         self.all_rows_PG = torch.arange(N, device=device).view(num_prompts, -1)
-        self.begin(torch.arange(num_prompts))
 
     def begin(self, index_P: Tensor) -> None:
         """Write the completions of these prompts next, from their first token."""

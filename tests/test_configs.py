@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule
 from gopo_lightning.cli import run
 
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
-POLICIES = [path for path in CONFIGS if path.parent.name != "strategy" and not path.stem.startswith("reward_model")]
+OVERLAYS = ("strategy", "engine")
+POLICIES = [p for p in CONFIGS if p.parent.name not in OVERLAYS and not p.stem.startswith("reward_model")]
 
 
 @pytest.mark.parametrize("path", POLICIES, ids=str)

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from gopo_lightning.gathering import compute_device
 from gopo_lightning.structs import Completions, PromptBatch
+
+SamplingDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,17 @@ class RolloutEngine(Protocol):
         The model's mode (train or eval) is as before when this returns, and its weights are untouched.
         """
         ...
+
+
+def sampling_dtype(option: SamplingDtype, model: nn.Module) -> torch.dtype:
+    """``auto`` is the type of the autocast around, or else that of the weights."""
+    if option != "auto":
+        return getattr(torch, option)
+    device = compute_device(model).type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else next(model.parameters()).dtype
+
+
+def check_dtype(option: str) -> None:
+    """ValueError for a type that no engine samples in."""
+    if option not in get_args(SamplingDtype):
+        raise ValueError(f"dtype is {option!r}, but it must be auto, float32, bfloat16 or float16.")

@@ -25,7 +25,7 @@ from gopo_lightning.rollout.decoders import (
     decoders_agree,
     sampling_precision,
 )
-from gopo_lightning.rollout.engine import SamplingConfig
+from gopo_lightning.rollout.engine import SamplingConfig, SamplingDtype, check_dtype, sampling_dtype
 from gopo_lightning.rollout.sampling import draw
 from gopo_lightning.rollout.streams import uniforms
 from gopo_lightning.shared_prefix import supports_shared_prefix
@@ -50,13 +50,12 @@ class TransformersEngine:
     def __init__(
         self,
         prefix_sharing: Literal["auto", "always", "never"] = "auto",
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        dtype: SamplingDtype = "auto",
         max_rows: int | None = None,
     ) -> None:
         if prefix_sharing not in ("auto", "always", "never"):
             raise ValueError(f"prefix_sharing is {prefix_sharing!r}, but it must be auto, always or never.")
-        if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype is {dtype!r}, but it must be auto, float32, bfloat16 or float16.")
+        check_dtype(dtype)
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}, but it must be >= 1; leave it out for no limit.")
         self.prefix_sharing, self.dtype, self.max_rows = prefix_sharing, dtype, max_rows
@@ -80,7 +79,7 @@ class TransformersEngine:
         writer = CompletionWriter(tokenizer, sampling, seeds_N, eos_token_ids, len(prompts), device)
         with evaluating(model), uncompiled():
             decoder_type = self._decoder_type(model, prompts, sampling.max_new_tokens)
-            with sampling_precision(model, self._dtype(model, device)):
+            with sampling_precision(model, sampling_dtype(self.dtype, model)):
                 for index_P in self._passes(len(prompts), num_completions, together):
                     writer.begin(index_P)
                     decoder = decoder_type(model, prompts.select(index_P), num_completions, sampling.max_new_tokens)
@@ -96,12 +95,6 @@ class TransformersEngine:
             counts, prompts = zip(*gather_objects((count, num_prompts)), strict=True)
             count = min(max(counts), *prompts)
         return torch.arange(num_prompts).tensor_split(count)
-
-    def _dtype(self, model: nn.Module, device: torch.device) -> torch.dtype:
-        if self.dtype != "auto":
-            return getattr(torch, self.dtype)
-        autocast = torch.is_autocast_enabled(device.type)
-        return torch.get_autocast_dtype(device.type) if autocast else next(model.parameters()).dtype
 
     def _decoder_type(self, model: nn.Module, prompts: PromptBatch, max_new_tokens: int) -> DecoderType:
         if self.prefix_sharing == "never":

@@ -1,0 +1,101 @@
+"""The weights that an engine with a copy of the policy gets: all, whole, merged, under the names of the checkpoint."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from gopo_lightning.gathering import gathered
+from gopo_lightning.policy import PolicyConfig, load_policy
+from gopo_lightning.rollout.weights import merged_weights
+from gopo_lightning.sharding import shard_fsdp1, shard_fsdp2
+from tests.architectures import BUILDERS, build
+from tests.ranks import Case, launch
+
+LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    names = [name for name, _ in merged_weights(model)]
+    assert len(set(names)) == len(names)
+    return {name: value.clone() for name, value in merged_weights(model)}
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_names_and_values_are_those_of_the_checkpoint(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    model.save_pretrained(tmp_path)  # leaves tied weights out
+    tied = {key: value for key, value in model.state_dict().items() if key == "lm_head.weight"}
+    assert_equal(copied(model), tied | load_file(tmp_path / "model.safetensors"))
+
+
+def test_an_adapter_is_added_where_it_is_on_and_stays_apart() -> None:
+    torch.manual_seed(0)
+    base = build("qwen2")  # its linear layers have biases
+    plain = {name: value.clone() for name, value in base.state_dict().items()}
+    model = get_peft_model(base, LoraConfig(**LORA))
+    before = copy.deepcopy(model.state_dict())
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    assert not torch.equal(
+        expected["model.layers.0.mlp.down_proj.weight"], plain["model.layers.0.mlp.down_proj.weight"]
+    )
+    assert_equal(copied(model), expected)
+    with model.disable_adapter():
+        assert_equal(copied(model), plain)
+    assert_equal(copied(model), expected)
+    assert_equal(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_that_is_no_product_is_refused(option: dict[str, Any]) -> None:
+    model = get_peft_model(build("qwen3"), LoraConfig(**LORA | option))
+    with pytest.raises(ValueError, match="use LoRA on linear layers without use_dora and modules_to_save"):
+        copied(model)
+
+
+def sharded_weights(rank: int, folder: Path) -> dict[str, Any]:
+    """Of each way to shard and gather, with and without LoRA."""
+    found = {}
+    for lora in (None, LORA):
+        for kind in ("fsdp2", "fsdp1"):
+            torch.manual_seed(0)
+            model: nn.Module = load_policy(PolicyConfig(str(folder), lora=lora))
+            if kind == "fsdp2":
+                shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
+            else:
+                model = shard_fsdp1(model, {"device_id": torch.device("cpu")})
+            for how in ("full", "layer"):
+                with gathered(model, how):  # type: ignore[arg-type]
+                    found[f"{kind} {how} {lora is not None}"] = copied(model)
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tiny_policy: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    launch([Case("first", "ddp", max_steps=1), sharded_weights], tiny_policy, prompts_file, folder, 2)
+    return folder
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", ["full", "layer"])
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_sharded_weights_come_whole(
+    lora: bool, kind: str, how: str, rank: int, results: Path, tiny_policy: Path
+) -> None:
+    torch.manual_seed(0)
+    expected = copied(load_policy(PolicyConfig(str(tiny_policy), lora=LORA if lora else None)))
+    assert_equal(torch.load(results / f"sharded_weights.{rank}.pt")[f"{kind} {how} {lora}"], expected)

@@ -44,7 +44,8 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 257,
     "pad_token_id": 258,
 }
-OPTIONS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 2**26}
+# blocks so short that prompts are found in the cache again
+OPTIONS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 2**26, "block_size": 32}
 MODELS: dict[str, Any] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
@@ -99,7 +100,7 @@ def assert_same(actual: Completions, expected: Completions) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_is_that_of_the_other_engine(name: str, policies: dict[str, Path], engines: dict[str, Any]) -> None:
     """With everything that ends a completion; then with other weights, on the prompts that vLLM has in its cache."""
-    model, prompts = load_policy(PolicyConfig(str(policies[name]))).train(), prompt_batch((20, 33, 17))
+    model, prompts = load_policy(PolicyConfig(str(policies[name]))).train(), prompt_batch((40, 70, 36))
     state, settings = torch.get_rng_state(), (torch.get_num_threads(), torch.set_num_threads)
     before = copy.deepcopy(model.state_dict())
     variants: list[dict[str, Any]] = [

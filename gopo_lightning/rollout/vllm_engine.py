@@ -188,7 +188,6 @@ class VLLMEngine:
                     max_tokens=sampling.max_new_tokens,
                     min_tokens=sampling.min_new_tokens,
                     stop=list(sampling.stop_strings),
-                    include_stop_str_in_output=True,
                     stop_token_ids=list(eos_token_ids),
                     ignore_eos=True,  # those above are all
                     detokenize=bool(sampling.stop_strings),

@@ -10,7 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from quickstart import scalars
 
 
 def main() -> None:
@@ -22,11 +22,8 @@ def main() -> None:
     options = parser.parse_args()
     figure, axes = plt.subplots(1, len(options.tags), figsize=(4.5 * len(options.tags), 3.2), squeeze=False)
     for run in options.runs:
-        events = EventAccumulator(str(run))
-        events.Reload()
         for axis, tag in zip(axes[0], options.tags, strict=True):
-            points = events.Scalars(tag)
-            axis.plot([p.step for p in points], [p.value for p in points], marker="o", markersize=3, label=run.name)
+            axis.plot(*zip(*scalars(run, tag), strict=True), marker="o", markersize=3, label=run.name)
             axis.set(title=tag, xlabel="optimiser step")
             axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize=8)

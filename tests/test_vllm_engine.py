@@ -67,7 +67,8 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def engines() -> dict[str, VLLMEngine]:
     """All of them until the end: vLLM's engines of a process share what goes with the first that is freed."""
-    return {name: VLLMEngine(options=OPTIONS) for name in (*MODELS, "at a temperature", "without some weights")}
+    kinds = (*MODELS, "at a temperature", "without some weights", "float32")
+    return {kind: VLLMEngine("float32" if kind == "float32" else "auto", options=OPTIONS) for kind in kinds}
 
 
 def generate(
@@ -161,6 +162,14 @@ def test_log_probs_at_a_temperature(policies: dict[str, Path], engines: dict[str
     torch.testing.assert_close(completions.sampler_logprobs_NT, expected, atol=1e-3, rtol=1e-3)
 
 
+def test_its_precision_is_its_own(policies: dict[str, Path], engines: dict[str, Any]) -> None:
+    model, prompts = load_policy(PolicyConfig(str(policies["llama"]))), prompt_batch((20, 33))
+    with torch.autocast("cpu", torch.bfloat16):
+        completions = generate(engines["float32"], model, prompts, 3)
+    expected = completion_logprobs(model, prompts, completions).logprobs_NT.detach()
+    torch.testing.assert_close(completions.sampler_logprobs_NT, expected, atol=1e-3, rtol=1e-3)
+
+
 def test_an_adapter_is_sampled_from(policies: dict[str, Path], engines: dict[str, Any]) -> None:
     base: PreTrainedModel = load_policy(PolicyConfig(str(policies["qwen2"])))  # type: ignore[assignment]
     prompts, plain = prompt_batch((20, 33)), generate(TransformersEngine(), base, prompt_batch((20, 33)), temperature=0)
@@ -228,6 +237,7 @@ def greedy_on_ranks(rank: int, folder: Path) -> dict[str, Any]:
     found, engine, prompts = {}, VLLMEngine(options=OPTIONS), prompt_batch((20, 33, 17)[rank : 2 * rank + 1])
     config = PolicyConfig(str(folder))
     found["plain"] = generate(engine, load_policy(config), prompts, temperature=0.0).texts
+    assert engine._llm.collective_rpc(lambda worker: (worker.local_rank, worker.rank)) == [(rank, rank)]  # its device
     for kind in ("fsdp2", "fsdp1"):
         model: nn.Module = load_policy(config)
         if kind == "fsdp2":

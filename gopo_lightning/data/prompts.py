@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from gopo_lightning.data.fingerprint import Digest, FingerprintedDataModule, OnDataChange
 from gopo_lightning.data.rendering import PromptRenderer, Template
@@ -74,7 +75,9 @@ class PromptDataset(Dataset[tuple[Prompt, bool]]):
         self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
         self.num_overlong = 0
         self._rows_digest, self._tokens_digest = Digest(), Digest()
-        self._kept = [index for index in range(len(rows)) if self._keeps(index)]
+        silent = None if rank_zero_only.rank == 0 else True  # type: ignore[attr-defined]  # None: off a terminal
+        indices = tqdm(range(len(rows)), f"prompts of {render.source.path}", delay=2, leave=False, disable=silent)
+        self._kept = [index for index in indices if self._keeps(index)]
         if not self._kept:
             raise ValueError(
                 f"all {len(rows)} prompts of {render.source.path} are longer than max_prompt_tokens="

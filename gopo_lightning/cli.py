@@ -58,6 +58,16 @@ class GOPOCommandLine(LightningCLI):
         """A secret in the config would be saved with the run."""
         refuse_secrets(self.config.as_dict())
 
+    def instantiate_classes(self) -> None:
+        """What a class says of its arguments comes last, not the configuration that jsonargparse puts around it."""
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise cause from None
+
     def before_fit(self) -> None:
         if isinstance(self.model, GOPOModule):
             options = self.config["fit"]

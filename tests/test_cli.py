@@ -86,6 +86,25 @@ def test_help_of_a_command_names_the_commands_that_show_every_field(capsys: pyte
     assert "\n  python -m gopo_lightning fit --data.help PromptDataModule  " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["num_completions=1"], "num_completions=1: ranking needs at least 2 completions; use 8"),
+        (["sampling.top_p=7"], "top_p is 7.0, but it must be in (0, 1]; 1 keeps every token."),
+        (
+            ["engine=gopo_lightning.rollout.TransformersEngine", "engine.max_rows=0"],
+            "max_rows is 0, but it must be >= 1; leave it out for no limit.",
+        ),
+    ],
+)
+def test_what_a_class_says_of_its_arguments_is_the_last_word(options: list[str], message: str, config: Path) -> None:
+    flags = [f"--model.init_args.{option}" for option in options]
+    with pytest.raises(ValueError, match="must be|at least") as error:
+        run(["--config", str(config), *flags], instantiate_only=True)
+    assert str(error.value) == message
+    assert error.value.__cause__ is None
+
+
 @pytest.mark.parametrize(("option", "name"), [("--model.help", "GOPOModule"), ("--data.help", "PromptDataModule")])
 def test_every_field_is_documented(option: str, name: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):

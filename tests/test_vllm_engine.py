@@ -29,7 +29,12 @@ from tests.ranks import Case, launch
 from tests.runs import make_data, make_trainer
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # inside vLLM
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.distributed.reduce_op. is deprecated:FutureWarning"),
+]
 
 SIZES: dict[str, Any] = {
     "vocab_size": 259,

@@ -14,14 +14,17 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from lightning.pytorch import Callback
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from gopo_lightning.callbacks.export import export
 from gopo_lightning.checkpoints import last_of
 from gopo_lightning.distributed import gather_objects
 from gopo_lightning.losses import LossConfig
-from gopo_lightning.policy import PolicyConfig
+from gopo_lightning.policy import PolicyConfig, load_policy
 from gopo_lightning.rewards import FunctionReward, SequenceClassifierReward
 from gopo_lightning.rollout import SamplingConfig
+from gopo_lightning.sharding import shard_fsdp1, shard_fsdp2
 from gopo_lightning.strategies import FSDP2Strategy
 from tests.runs import make_data, make_module, make_trainer
 
@@ -145,6 +148,15 @@ def run_case(case: Case, tiny_policy: Path, prompts_file: Path, folder: Path, wo
     if trainer.is_global_zero:
         validation = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
         torch.save({"steps": record.steps, "validation": validation}, folder / f"{case.name}.pt")
+
+
+def sharded_policy(kind: str, config: PolicyConfig) -> nn.Module:
+    """The policy over two ranks, ``kind`` fsdp1 or fsdp2; to be called by both."""
+    model: nn.Module = load_policy(config)
+    if kind == "fsdp1":
+        return shard_fsdp1(model, {"device_id": torch.device("cpu")})
+    shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
+    return model
 
 
 Check = Callable[[int, Path], dict[str, Any]]

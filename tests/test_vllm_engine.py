@@ -11,7 +11,6 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from gopo_lightning.cli import run
@@ -21,11 +20,10 @@ from gopo_lightning.policy import PolicyConfig, load_policy
 from gopo_lightning.rollout import SamplingConfig, TransformersEngine, VLLMEngine
 from gopo_lightning.rollout.engine import RolloutEngine
 from gopo_lightning.rollout.streams import stream_seeds
-from gopo_lightning.sharding import shard_fsdp1, shard_fsdp2
 from gopo_lightning.structs import Completions, PromptBatch
 from tests.architectures import prompt_batch
 from tests.conftest import byte_tokenizer
-from tests.ranks import Case, launch
+from tests.ranks import Case, launch, sharded_policy
 from tests.runs import make_data, make_trainer
 
 pytest.importorskip("vllm")
@@ -244,11 +242,7 @@ def greedy_on_ranks(rank: int, folder: Path) -> dict[str, Any]:
     found["plain"] = generate(engine, load_policy(config), prompts, temperature=0.0).texts
     assert engine._llm.collective_rpc(lambda worker: (worker.local_rank, worker.rank)) == [(rank, rank)]  # its device
     for kind in ("fsdp2", "fsdp1"):
-        model: nn.Module = load_policy(config)
-        if kind == "fsdp2":
-            shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
-        else:
-            model = shard_fsdp1(model, {"device_id": torch.device("cpu")})
+        model = sharded_policy(kind, config)
         for how in ("full", "layer"):
             with gathered(model, how):  # type: ignore[arg-type]
                 found[f"{kind} {how}"] = generate(engine, model, prompts, temperature=0.0).texts

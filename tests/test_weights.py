@@ -9,14 +9,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from gopo_lightning.gathering import gathered
 from gopo_lightning.policy import PolicyConfig, load_policy
 from gopo_lightning.rollout.weights import merged_weights
-from gopo_lightning.sharding import shard_fsdp1, shard_fsdp2
 from tests.architectures import BUILDERS, build
-from tests.ranks import Case, launch
+from tests.ranks import Case, launch, sharded_policy
 
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
 
@@ -71,11 +69,7 @@ def sharded_weights(rank: int, folder: Path) -> dict[str, Any]:
     for lora in (None, LORA):
         for kind in ("fsdp2", "fsdp1"):
             torch.manual_seed(0)
-            model: nn.Module = load_policy(PolicyConfig(str(folder), lora=lora))
-            if kind == "fsdp2":
-                shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
-            else:
-                model = shard_fsdp1(model, {"device_id": torch.device("cpu")})
+            model = sharded_policy(kind, PolicyConfig(str(folder), lora=lora))
             for how in ("full", "layer"):
                 with gathered(model, how):  # type: ignore[arg-type]
                     found[f"{kind} {how} {lora is not None}"] = copied(model)

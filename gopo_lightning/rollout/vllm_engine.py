@@ -112,7 +112,7 @@ class VLLMEngine:
         """An engine without weights for models like ``model``."""
         if self.sleep and device.type == "cpu":
             raise ValueError("sleep=True of VLLMEngine needs a GPU, but the policy is on CPUs; leave it out.")
-        options: dict[str, Any] = {"enable_sleep_mode": self.sleep}
+        options: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "enable_sleep_mode": self.sleep}
         if world_size() > 1:
             options["distributed_executor_backend"] = "external_launcher"  # it joins the process group that there is
             os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
@@ -130,7 +130,6 @@ class VLLMEngine:
             tokenizer.save_pretrained(folder)
             return LLM(
                 folder,
-                dtype=str(dtype).removeprefix("torch."),
                 load_format="dummy",
                 logprobs_mode="processed_logprobs" if _processed(sampling) else "raw_logprobs",
                 generation_config="vllm",  # no defaults from a file

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,10 @@ class GOPOCommandLine(LightningCLI):
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            raise cause from None
+            own: BaseException = error
+            while own.__cause__ is not None and _raised_by(own) == "jsonargparse":
+                own = own.__cause__
+            raise own from own.__cause__
 
     def before_fit(self) -> None:
         if isinstance(self.model, GOPOModule):
@@ -96,6 +97,12 @@ class GOPOCommandLine(LightningCLI):
         if path is None and subcommand != "fit":
             raise ValueError("--ckpt_path last, but this run has no whole checkpoint yet; name a file")
         rank_zero_info(f"--ckpt_path last: {path or 'no checkpoint yet, so the run starts at step 0'}")
+
+
+def _raised_by(error: BaseException) -> str:
+    """The package whose code raised ``error``."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
 
 
 def run(args: list[str] | None = None, *, instantiate_only: bool = False) -> GOPOCommandLine:

@@ -105,6 +105,13 @@ def test_what_a_class_says_of_its_arguments_is_the_last_word(options: list[str],
     assert error.value.__cause__ is None
 
 
+def test_the_remedy_is_not_lost_behind_its_cause(config: Path) -> None:
+    reward = {"class_path": "gopo_lightning.rewards.FunctionReward", "init_args": {"function": "no.such.thing"}}
+    with pytest.raises(ValueError, match=r"^cannot load 'no.such.thing': No module named 'no'\. ") as error:
+        run(["--config", str(config), f"--model.init_args.rewards={json.dumps([reward])}"], instantiate_only=True)
+    assert isinstance(error.value.__cause__, ImportError)
+
+
 @pytest.mark.parametrize(("option", "name"), [("--model.help", "GOPOModule"), ("--data.help", "PromptDataModule")])
 def test_every_field_is_documented(option: str, name: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):

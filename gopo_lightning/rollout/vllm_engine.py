@@ -17,7 +17,7 @@ from gopo_lightning.distributed import world_size
 from gopo_lightning.gathering import compute_device
 from gopo_lightning.layers import base_of
 from gopo_lightning.logprobs import completion_logprobs
-from gopo_lightning.rollout.engine import SamplingConfig, SamplingDtype, check_dtype, sampling_dtype
+from gopo_lightning.rollout.engine import SamplingConfig, SamplingDtype, check_dtype, padding_token, sampling_dtype
 from gopo_lightning.rollout.weights import merged_weights
 from gopo_lightning.structs import Completions, PromptBatch
 
@@ -94,8 +94,7 @@ class VLLMEngine:
             self._load(model, dtype)
             outputs = self._sample(prompts, num_completions, sampling, seeds_N, eos_token_ids)
             self._sleep()
-        pad = tokenizer.pad_token_id
-        completions = _completions(outputs, tokenizer, int(eos_token_ids[0]) if pad is None else int(pad), sampling)
+        completions = _completions(outputs, tokenizer, padding_token(tokenizer, eos_token_ids), sampling)
         completions = completions.to(device)
         if first:
             _check_logprobs(model, prompts, completions, outputs, sampling)

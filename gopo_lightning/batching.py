@@ -30,7 +30,7 @@ def split_groups(
     """
     G = experience.group_size
     prompt_P = experience.prompts.mask_PL.sum(-1).cpu()
-    completion_P = experience.completions.lengths_N.view(-1, G).amax(-1).cpu()
+    completion_P = experience.completions.lengths_N.reshape(-1, G).amax(-1).cpu()
     order = sorted(range(len(experience)), key=lambda p: (-int(completion_P[p]), -int(prompt_P[p]), p))
     chosen = [p for p in order if active_P is None or bool(active_P[p])]
     idle = [p for p in order if p not in set(chosen)]

@@ -94,8 +94,8 @@ class PromptBatch(TensorStruct):
         """The prompts of ``index_P``, without the columns that are padding for all of them."""
         mask_PL = _index(self.mask_PL, index_P)
         first = int(mask_PL.any(0).int().argmax())
-        tokens_PL = _index(self.tokens_PL, index_P)[:, first:]
-        return PromptBatch(_index(self.prompts, index_P), tokens_PL, mask_PL[:, first:])
+        tokens_PL = _index(self.tokens_PL, index_P)[:, first:].contiguous()
+        return PromptBatch(_index(self.prompts, index_P), tokens_PL, mask_PL[:, first:].contiguous())
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Completions(TensorStruct):
         picked = {f.name: _index(getattr(self, f.name), index_N) for f in dataclasses.fields(self)}
         for name in ("tokens_NT", "mask_NT", "sampler_logprobs_NT"):
             if picked[name] is not None:
-                picked[name] = picked[name][:, :width]
+                picked[name] = picked[name][:, :width].contiguous()
         return Completions(**picked)
 
 
@@ -175,7 +175,7 @@ class Experience(TensorStruct):
         width = completions.tokens_NT.shape[1]
 
         def rows(logprobs_NT: Tensor | None) -> Tensor | None:
-            return None if logprobs_NT is None else _index(logprobs_NT, index_N)[:, :width]
+            return None if logprobs_NT is None else _index(logprobs_NT, index_N)[:, :width].contiguous()
 
         return Experience(
             prompts=self.prompts.select(index_P),

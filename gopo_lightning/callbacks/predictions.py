@@ -16,8 +16,8 @@ from gopo_lightning.structs import Experience
 def prediction_records(experience: Experience, is_padding_P: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     """A record per prompt: its completions, rewards by source, token counts, finish reasons (`stop` or `length`)."""
     G, completions = experience.group_size, experience.completions
-    lengths_PG = completions.lengths_N.view(-1, G).tolist()
-    truncated_PG = completions.truncated_N.view(-1, G).tolist()
+    lengths_PG = completions.lengths_N.reshape(-1, G).tolist()
+    truncated_PG = completions.truncated_N.reshape(-1, G).tolist()
     return [
         {
             "index": prompt.index,

@@ -77,10 +77,10 @@ def _pack_shared(prompts: PromptBatch, completions: Completions) -> tuple[dict[s
     """The same for one row per prompt, of whose positions the last 1 + G*T predict."""
     (N, T), P = completions.tokens_NT.shape, len(prompts)
     G = N // P
-    mask_PGT = completions.mask_NT.view(P, G, T)
+    mask_PGT = completions.mask_NT.reshape(P, G, T)
     suffix_positions_PGT = prompts.mask_PL.sum(-1)[:, None, None] + positions(mask_PGT)
     inputs = {
-        "input_ids": torch.cat([prompts.tokens_PL, completions.tokens_NT.view(P, G * T)], 1),
+        "input_ids": torch.cat([prompts.tokens_PL, completions.tokens_NT.reshape(P, G * T)], 1),
         # read by nobody but transformers' warning about padding: the layout is the mask
         "attention_mask": torch.cat([prompts.mask_PL, mask_PGT.flatten(1)], 1).long(),
         "position_ids": torch.cat([positions(prompts.mask_PL), suffix_positions_PGT.flatten(1)], 1),

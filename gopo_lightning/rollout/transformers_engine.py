@@ -193,10 +193,10 @@ class CompletionWriter:
     def completions(self) -> Completions:
         """What was written, without the columns that nobody reached."""
         width = int(self.mask_NT.sum(-1).max())
-        tokens_NT, mask_NT = self.tokens_NT[:, :width], self.mask_NT[:, :width]
+        tokens_NT, mask_NT = self.tokens_NT[:, :width].contiguous(), self.mask_NT[:, :width].contiguous()
         rows = [row[kept].tolist() for row, kept in zip(tokens_NT.cpu(), mask_NT.cpu(), strict=True)]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return Completions(tokens_NT, mask_NT, ~self.finished_N, tuple(texts), self.logprobs_NT[:, :width])
+        return Completions(tokens_NT, mask_NT, ~self.finished_N, tuple(texts), self.logprobs_NT[:, :width].contiguous())
 
     def _match_stop_strings(self) -> None:
         """Mark the live rows whose text now holds a stop string; only their last tokens are decoded."""

@@ -14,6 +14,7 @@ LARGER = {"module.py": 400}  # a third of it documents the options that users se
 
 ROOMS = [
     "structs",
+    "json_lines",
     "distributed",
     "security",
     "advantages",

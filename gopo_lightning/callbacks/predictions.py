@@ -1,7 +1,5 @@
 """``predict`` writes JSONL: one line a prompt, in the order of the dataset, on any number of ranks."""
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from gopo_lightning.json_lines import dumps, read_jsonl, write_jsonl
 from gopo_lightning.structs import Experience
 
 
 def prediction_records(experience: Experience, is_padding_P: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """A record per prompt: its completions, rewards by source, token counts, finish reasons (`stop` or `length`)."""
+    """A record per prompt: completions, rewards by source, token counts, finish reasons (`stop` or `length`)."""
     G, completions = experience.group_size, experience.completions
     lengths_PG = completions.lengths_N.reshape(-1, G).tolist()
     truncated_PG = completions.truncated_N.reshape(-1, G).tolist()
@@ -24,7 +23,7 @@ def prediction_records(experience: Experience, is_padding_P: Tensor, names: Sequ
             "prompt": prompt.text,
             "messages": None if prompt.messages is None else [dict(message) for message in prompt.messages],
             "completions": list(completions.texts[p * G : (p + 1) * G]),
-            "rewards": {name: _numbers(experience.rewards_PGK[p, :, k]) for k, name in enumerate(names)},
+            "rewards": {name: experience.rewards_PGK[p, :, k].tolist() for k, name in enumerate(names)},
             "num_tokens": lengths_PG[p],
             "finish_reasons": ["length" if truncated else "stop" for truncated in truncated_PG[p]],
         }
@@ -55,24 +54,19 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         with self._shard(trainer.global_rank).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in prediction)
+            file.writelines(dumps(record) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
         shards = [self._shard(rank) for rank in range(trainer.world_size)]
-        lines = [line for shard in shards for line in shard.read_text(encoding="utf-8").splitlines()]
-        lines.sort(key=lambda line: json.loads(line)["index"])
+        rows = sorted((row for shard in shards for row in read_jsonl(shard)), key=lambda row: row["index"])
         path = self._folder / "predictions.jsonl"
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        write_jsonl(path, rows)
         for shard in shards:
             shard.unlink()
-        print(f"{len(lines)} predictions in {path}")
+        print(f"{len(rows)} predictions in {path}")
 
     def _shard(self, rank: int) -> Path:
         return self._folder / f"predictions.rank{rank}.jsonl"
-
-
-def _numbers(rewards_G: Tensor) -> list[float | None]:
-    return [None if math.isnan(reward) else reward for reward in rewards_G.tolist()]

@@ -40,6 +40,7 @@ from gopo_lightning.metrics import completion_metrics, reward_metrics
 from gopo_lightning.placement import PlacementConfig, Reference, load_placed_policy
 from gopo_lightning.policy import Policy, PolicyConfig, eos_token_ids, evaluating, float32_default, load_tokenizer
 from gopo_lightning.prefix_sharing import PrefixSharing, decide_prefix_sharing
+from gopo_lightning.resume import KEY, OnSettingChange, check_setting_changes, plain
 from gopo_lightning.rewards import PairwiseSource, RewardSource, comparison_metrics, reads_wins
 from gopo_lightning.rewards.combine import get as combination
 from gopo_lightning.rollout import RolloutCallback, RolloutEngine, SamplingConfig, TransformersEngine
@@ -82,6 +83,8 @@ class GOPOModule(TrainableState, LightningModule):
         reward_timeout_seconds: longest time of one reward source for one batch; beyond it the run ends with an error on
             all ranks. Null waits for ever.
         seed: of the completions' random streams; the value of seed_everything when null.
+        on_setting_change: what happens when a run is resumed with another seed, num_completions, advantage, optimiser
+            class or policy: `refuse`, or `warn` and go on. Any other setting may change, and acts from the resume on.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class GOPOModule(TrainableState, LightningModule):
         log_reference_kl: bool = False,
         reward_timeout_seconds: float | None = 1200.0,
         seed: int | None = None,
+        on_setting_change: OnSettingChange = "refuse",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -132,6 +136,8 @@ class GOPOModule(TrainableState, LightningModule):
         self.log_entropy, self.log_reference_kl = log_entropy, log_reference_kl
         self.reward_names = [source.name for source in rewards]
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.on_setting_change: OnSettingChange = on_setting_change
+        self._settings = {"advantage": advantage, "advantage_options": advantage_options or {}}
         self.phase = "start"
         self.policy_is_initial = False
         from_wins = reads_wins(rewards, advantage, advantage_options)
@@ -186,8 +192,18 @@ class GOPOModule(TrainableState, LightningModule):
             self.policy = load_placed_policy(self.policy_config, self.placement, self._trainer)
             self.policy_is_initial = True
 
+    def run_settings(self) -> dict[str, Any]:
+        """What a checkpoint says of the run, in plain values; compared with this run's where it is resumed."""
+        return plain({"seed": self.seed, "num_completions": self.rollout.num_completions, **self._settings})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[KEY] = self.run_settings()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.policy_is_initial = False
+        if self.trainer.state.fn == "fit" and KEY in checkpoint:
+            option = "model.init_args.on_setting_change"
+            check_setting_changes(checkpoint[KEY], self.run_settings(), self.on_setting_change, option=option)
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self._reads_reference:

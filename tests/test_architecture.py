@@ -31,6 +31,7 @@ ROOMS = [
     "gathering",
     "shardwise",
     "checkpoints",
+    "resume",
     "strategies",
     "rewards",
     "placement",

@@ -1,0 +1,107 @@
+"""Whether a resumed run goes on as the one that was interrupted: which settings differ, and what follows from that.
+
+Settings are nested dicts of plain values, as a checkpoint keeps them. Some make the run what it is (`FIXED`): with
+another value of these, what was trained and what will be trained do not belong together. The others act from the
+resume on.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+OnSettingChange = Literal["refuse", "warn"]
+
+KEY = "gopo_settings"
+"""Under which a checkpoint keeps them."""
+FIXED = (
+    "seed",
+    "num_completions",
+    "advantage",
+    "advantage_options",
+    "optimizer.class",
+    "policy",
+)
+"""Dotted names of settings, each with all below it."""
+
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")
+_ABSENT = "absent"
+
+
+class Change(NamedTuple):
+    """One setting that differs.
+
+    >>> str(Change("optimizer.lr", 1e-6, 1e-5))
+    'optimizer.lr 1e-06 → 1e-05'
+    """
+
+    name: str
+    before: Any
+    now: Any
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the run would be another one."""
+        return any(self.name == fixed or self.name.startswith(f"{fixed}.") for fixed in FIXED)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.before} → {self.now}"
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` in values that JSON knows; any other counts as its text."""
+    text = json.dumps(settings, default=lambda value: _ADDRESS.sub("", str(value)))
+    return dict(json.loads(text))
+
+
+def describe_setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """What differs, in the order of names; a setting that one side does not have is ``absent`` there.
+
+    >>> [str(change) for change in describe_setting_changes({"seed": 1, "loss": {"kl_coef": 0}}, {"seed": 2})]
+    ['loss.kl_coef 0 → absent', 'seed 1 → 2']
+    """
+    before, now = _flat(old), _flat(new)
+    names = sorted(before.keys() | now.keys())
+    changes = (Change(name, before.get(name, _ABSENT), now.get(name, _ABSENT)) for name in names)
+    return [change for change in changes if change.before != change.now]
+
+
+def check_setting_changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], on_change: OnSettingChange, *, option: str
+) -> list[Change]:
+    """Refuse or tell, in one sentence, and return the changes.
+
+    Args:
+        old: of the checkpoint.
+        new: of the run that resumes.
+        on_change: what happens where a fixed setting differs.
+        option: the option that holds ``on_change``, for the message.
+
+    Raises:
+        ValueError: a fixed setting differs, and ``on_change`` is refuse.
+    """
+    changes = describe_setting_changes(old, new)
+    fixed = "; ".join(str(change) for change in changes if change.is_fixed)
+    if fixed and on_change == "refuse":
+        raise ValueError(
+            f"the run was started with other settings: {fixed}. It would not be the one that was interrupted. Restore "
+            f"them, start a new run, or set {option}: warn to go on with the new ones."
+        )
+    if fixed:
+        rank_zero_warn(f"this run goes on as another one from here: {fixed} ({option}: warn).")
+    if free := "; ".join(str(change) for change in changes if not change.is_fixed):
+        rank_zero_info(f"Settings that changed since the checkpoint, and act from here on: {free}.")
+    return changes
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names; an empty one stays, as a value."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

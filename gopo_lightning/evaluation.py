@@ -16,14 +16,15 @@ class EvaluationMetrics(nn.ModuleDict):
 
     def __init__(self, sources: Sequence[str]) -> None:
         self.sources = tuple(sources)
-        self.names = (*NAMES, *(f"{source}/reward" for source in sources))
+        self.names = (*NAMES, *(f"{source}/{name}" for source in sources for name in ("reward", "win_rate")))
         super().__init__({_key(name): MeanMetric(nan_strategy="ignore") for name in self.names})
 
     def update_batch(self, batch: dict[str, Any]) -> None:
         """Adds a batch; rows that only fill up the last batch of a rank are left out.
 
         Args:
-            batch: ``experience``, ``win_rate_P`` (against the reference) and ``is_padding`` (bool [P]).
+            batch: ``experience``, ``win_rate_P`` and ``win_rate_PK`` (against the reference, of the combined reward and
+                of each source) and ``is_padding`` (bool [P]).
         """
         experience: Experience = batch["experience"]
         keep_P = ~batch["is_padding"].to(experience.rewards_PG.device)
@@ -38,6 +39,7 @@ class EvaluationMetrics(nn.ModuleDict):
         }
         for k, source in enumerate(self.sources):
             values[f"{source}/reward"] = experience.rewards_PGK[keep_P][..., k]
+            values[f"{source}/win_rate"] = batch["win_rate_PK"][keep_P][..., k]
         for name, value in values.items():
             cast(MeanMetric, self[_key(name)]).update(value)
 
@@ -50,5 +52,8 @@ class EvaluationMetrics(nn.ModuleDict):
 
 
 def _key(name: str) -> str:
-    """``name`` as torch allows a submodule to be called: without dots, and not like a method of the dictionary."""
-    return "mean of " + name.replace(".", "_")
+    """``name`` as torch allows a submodule to be called: without dots, and not like a method of the dictionary.
+
+    No two names share a key.
+    """
+    return "mean of " + name.replace("%", "%25").replace(".", "%2E")

@@ -98,6 +98,28 @@ class PromptBatch(TensorStruct):
         return PromptBatch(_index(self.prompts, index_P), tokens_PL, mask_PL[:, first:].contiguous())
 
 
+class Completion(str):
+    """The text of one completion, as reward sources get it: a string that also knows how it ended.
+
+    >>> cut_off = Completion("a b c", truncated=True, num_tokens=3)
+    >>> cut_off == "a b c", cut_off.truncated, cut_off.num_tokens
+    (True, True, 3)
+    """
+
+    truncated: bool
+    """`max_new_tokens` ended it, not EOS or a stop string."""
+    num_tokens: int
+    """Its tokens, EOS included."""
+
+    def __new__(cls, text: str, *, truncated: bool, num_tokens: int) -> "Completion":
+        completion = super().__new__(cls, text)
+        completion.truncated, completion.num_tokens = truncated, num_tokens
+        return completion
+
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, Any]]:
+        return (str(self),), {"truncated": self.truncated, "num_tokens": self.num_tokens}
+
+
 @dataclass(frozen=True)
 class Completions(TensorStruct):
     """N sampled completions.
@@ -127,6 +149,12 @@ class Completions(TensorStruct):
     def lengths_N(self) -> Tensor:
         """Tokens of each completion, EOS included."""
         return self.mask_NT.sum(-1)
+
+    def groups(self, group_size: int) -> list[list[Completion]]:
+        """P groups of ``group_size`` completions, as reward sources get them."""
+        endings = zip(self.texts, self.truncated_N.tolist(), self.lengths_N.tolist(), strict=True)
+        all_N = [Completion(text, truncated=cut, num_tokens=length) for text, cut, length in endings]
+        return [all_N[n : n + group_size] for n in range(0, len(all_N), group_size)]
 
     def select(self, index_N: Tensor) -> "Completions":
         """The completions of ``index_N``, without the columns that are padding for all of them."""

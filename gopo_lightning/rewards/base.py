@@ -43,13 +43,19 @@ class RewardSource(ABC):
 
     name: str
     """In logs and error messages."""
+    reads_endings: bool = False
+    """Whether a score may depend on how a completion ended, not only on its text."""
 
     def setup(self, device: torch.device) -> None:  # noqa: B027 - most sources need none
         """Load what is needed and place it on ``device``. Called once, before the first completion."""
 
     @abstractmethod
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
-        """N scores of N completions; ``prompts[n]`` is the prompt of ``completions[n]``."""
+        """N scores of N completions; ``prompts[n]`` is the prompt of ``completions[n]``.
+
+        In a run each completion is a ``structs.Completion``: its text, with the attributes ``truncated`` and
+        ``num_tokens``. A source that reads these sets ``reads_endings``.
+        """
 
 
 def score(sources: Sequence[RewardSource], prompts_N: Sequence[Prompt], completions_N: Sequence[str]) -> Tensor:

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from gopo_lightning.rewards.base import HoldsModels, RewardSource, Scores, score
-from gopo_lightning.rewards.function import DatasetFunction
-from gopo_lightning.rewards.pairwise import Groups, PairComparator, PairwiseSource
+from gopo_lightning.rewards.function import ENDINGS, DatasetFunction
+from gopo_lightning.rewards.pairwise import Groups, PairComparator, PairwiseSource, content
 from gopo_lightning.structs import Prompt
 
 
 class FunctionComparator(PairComparator):
     """Compares pairs of completions with a Python callable.
 
-    The callable gets keyword arguments, each a list: `prompts` (their text), `first`, `second`, and the dataset's
-    other columns; only those that its signature names. It returns for each pair the probability in [0, 1] that the
-    first beats the second (½ is a tie), None or NaN to abstain:
+    The callable gets keyword arguments, each a list: `prompts` (their text), `first`, `second`, how these ended
+    (`first_truncated`, `second_truncated`: bool, cut off by `max_new_tokens`; `first_num_tokens`,
+    `second_num_tokens`: int, EOS included), and the dataset's other columns; only those that its signature names. It
+    returns for each pair the probability in [0, 1] that the first beats the second (½ is a tie), None or NaN to
+    abstain:
 
         def shorter(first: list[str], second: list[str]) -> list[float]:
             return [0.5 if len(a) == len(b) else float(len(a) < len(b)) for a, b in zip(first, second)]
@@ -42,14 +44,18 @@ class FunctionComparator(PairComparator):
         both_orders: bool = False,
         seed: int = 0,
     ) -> None:
-        self._function = DatasetFunction(function, ("prompts", "first", "second"), options)
+        endings = [prefix + name for prefix in ("first_", "second_") for name in ENDINGS]
+        read = ("first", "second", *endings)
+        self._function = DatasetFunction(function, ("prompts", *read), read, options)
         super().__init__(name or self._function.name, num_opponents, both_orders, seed)
         self._function.name = self.name
+        self.reads_endings = self._function.reads_endings
         self.tolerance = None  # both orders may disagree, that is why they are asked
 
     def compare(self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]) -> Scores:
         """What the callable returns."""
-        return self._function(prompts, first=list(firsts), second=list(seconds))
+        endings = self._function.endings(firsts, "first_") | self._function.endings(seconds, "second_")
+        return self._function(prompts, first=list(map(str, firsts)), second=list(map(str, seconds)), **endings)
 
 
 class RewardModelComparator(PairComparator):
@@ -75,7 +81,7 @@ class RewardModelComparator(PairComparator):
         seed: int = 0,
     ) -> None:
         super().__init__(name or reward.name, num_opponents, False, seed)
-        self.reward, self.hard = reward, hard
+        self.reward, self.hard, self.reads_endings = reward, hard, reward.reads_endings
 
     def setup(self, device: torch.device) -> None:
         """Set up the scalar source."""
@@ -87,8 +93,9 @@ class RewardModelComparator(PairComparator):
 
     def compare(self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]) -> Tensor:
         """float32 [Q]; each text is scored once, however often it is compared."""
-        rows = [(prompt.index, text) for prompt, text in zip([*prompts, *prompts], [*firsts, *seconds], strict=True)]
-        unique = {row: (prompt, row[1]) for row, prompt in zip(rows, [*prompts, *prompts], strict=True)}
+        pairs = list(zip([*prompts, *prompts], [*firsts, *seconds], strict=True))
+        rows = [(prompt.index, content(text, self.reads_endings)) for prompt, text in pairs]
+        unique = dict(zip(rows, pairs, strict=True))
         scores = score([self.reward], *map(list, zip(*unique.values(), strict=True)))[:, 0]
         number = {row: n for n, row in enumerate(unique)}
         scores_2Q = scores[[number[row] for row in rows]]
@@ -107,9 +114,11 @@ class RewardModelComparator(PairComparator):
 class RankingOracle(PairwiseSource):
     """Asks a Python callable to put the completions of a prompt in order, with ties. It never gives a number.
 
-    The callable is called once a group with `prompt` (its text), `completions` (a list of G), and the dataset's other
-    columns (each the value of this prompt); only those that its signature names. It returns the numbers of the
-    completions, the best first; those in an inner list tie; those left out are not ranked and leave the loss:
+    The callable is called once a group with `prompt` (its text), `completions` (a list of G), `truncated` and
+    `num_tokens` (lists of G: whether `max_new_tokens` cut a completion off, and its length, EOS included), and the
+    dataset's other columns (each the value of this prompt); only those that its signature names. It returns the
+    numbers of the completions, the best first; those in an inner list tie; those left out are not ranked and leave the
+    loss:
 
         def oracle(completions: list[str]) -> list[int | list[int]]:
             return [2, [0, 1]]  # number 2 is best, 0 and 1 tie, and any others are not ranked
@@ -123,8 +132,10 @@ class RankingOracle(PairwiseSource):
     def __init__(
         self, function: str | Callable[..., Any], name: str | None = None, options: Mapping[str, Any] | None = None
     ) -> None:
-        self._function = DatasetFunction(function, ("prompt", "completions"), options)
+        read = ("completions", *ENDINGS)
+        self._function = DatasetFunction(function, ("prompt", *read), read, options)
         self.name = self._function.name = name or self._function.name
+        self.reads_endings = self._function.reads_endings
 
     def __call__(self, prompts: Sequence[Prompt], groups: Groups) -> Tensor:
         """wins_PGG of 1, ½ and 0; NaN where either completion was left out.
@@ -135,7 +146,8 @@ class RankingOracle(PairwiseSource):
         return torch.stack([self._wins(prompt, group) for prompt, group in zip(prompts, groups, strict=True)])
 
     def _wins(self, prompt: Prompt, group: Sequence[str]) -> Tensor:
-        order = self._function.once(prompt, prompt=prompt.text, completions=list(group))
+        endings = self._function.endings(group)
+        order = self._function.once(prompt, prompt=prompt.text, completions=list(map(str, group)), **endings)
         places_G = torch.full((len(group),), math.nan)
         for place, tied in enumerate(order):
             for number in tied if isinstance(tied, list | tuple) else [tied]:

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 
 from gopo_lightning.rewards.base import RewardSource, Scores, SourceConfigError
-from gopo_lightning.structs import Prompt
+from gopo_lightning.structs import Completion, Prompt
+
+ENDINGS = ("truncated", "num_tokens")
+"""What a function may ask of how a completion ended."""
 
 
 def load_callable(path: str) -> Callable[..., Any]:
@@ -31,12 +34,17 @@ class DatasetFunction:
 
     Args:
         function: dotted path, or the callable itself.
-        filled: names that the trainer fills; the callable must take the last of them.
+        filled: names that the trainer fills where the signature has them.
+        needed: of these the callable must take at least one.
         options: more keyword arguments, the same in every call; they precede columns of the same name.
     """
 
     def __init__(
-        self, function: str | Callable[..., Any], filled: Sequence[str], options: Mapping[str, Any] | None
+        self,
+        function: str | Callable[..., Any],
+        filled: Sequence[str],
+        needed: Sequence[str],
+        options: Mapping[str, Any] | None,
     ) -> None:
         self.function = load_callable(function) if isinstance(function, str) else function
         self.name = str(getattr(self.function, "__name__", type(self.function).__name__))
@@ -45,21 +53,53 @@ class DatasetFunction:
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self._required = {p.name for p in parameters if p.name in self._accepted and p.default is p.empty}
-        self._check_signature()
+        self._check_signature(needed)
+
+    def endings(self, completions: Sequence[str], prefix: str = "") -> dict[str, list[Any]]:
+        """`truncated` and `num_tokens` of ``completions``, where the signature has these names behind ``prefix``."""
+        names = [name for name in ENDINGS if prefix + name in self._accepted]
+        return {prefix + name: [self._ending(c, name) for c in completions] for name in names}
+
+    def _ending(self, completion: str, name: str) -> Any:
+        if not isinstance(completion, Completion):
+            raise SourceConfigError(
+                f"reward source '{self.name}' asks for `{name}`, but {completion!r} is a plain string. Pass "
+                "structs.Completion(text, truncated=…, num_tokens=…)."
+            )
+        return getattr(completion, name)
+
+    @property
+    def reads_endings(self) -> bool:
+        """Whether the signature asks how completions ended."""
+        return any(name.endswith(ENDINGS) for name in self._accepted & set(self.filled))
 
     def __call__(self, prompts: Sequence[Prompt], /, **filled: Any) -> Any:
         """What the callable returns.
 
         Raises:
-            SourceConfigError: a column that the signature requires is not in the data.
+            SourceConfigError: a column that the signature requires is not in the data, or a column has a name that
+                the trainer fills.
         """
+        self._check_columns(prompts)
         shared = set.intersection(*(set(p.columns) for p in prompts)) if prompts else set()
         columns = {c: [p.columns[c] for p in prompts] for c in shared}
         return self._call(columns, {"prompts": [p.text for p in prompts], **filled})
 
     def once(self, row: Prompt, /, **filled: Any) -> Any:
         """What the callable returns for one prompt, whose columns it gets as they are."""
+        self._check_columns([row])
         return self._call(dict(row.columns), filled)
+
+    def _check_columns(self, prompts: Sequence[Prompt]) -> None:
+        """SourceConfigError for a column that an argument of the same name would hide."""
+        ours = self._accepted & set(self.filled)
+        for prompt in prompts:
+            if taken := sorted(ours & set(prompt.columns)):
+                raise SourceConfigError(
+                    f"reward source '{self.name}' takes {taken}, which the trainer fills, but row {prompt.index} of "
+                    "the dataset has columns of the same names. Rename these columns in the dataset, or take the "
+                    "arguments out of the function's signature."
+                )
 
     def _call(self, columns: dict[str, Any], filled: dict[str, Any]) -> Any:
         if missing := sorted(self._required - {*self.filled, *self.options} - set(columns)):
@@ -71,10 +111,13 @@ class DatasetFunction:
         arguments = columns | filled | self.options
         return self.function(**{k: v for k, v in arguments.items() if self._takes_all or k in self._accepted})
 
-    def _check_signature(self) -> None:
-        needed = self.filled[-1]
-        if not self._takes_all and needed not in self._accepted:
-            raise ValueError(f"reward function '{self.name}' takes no argument `{needed}`; name one in its signature.")
+    def _check_signature(self, needed: Sequence[str]) -> None:
+        if not self._takes_all and not self._accepted & set(needed):
+            raise ValueError(
+                f"reward function '{self.name}' takes no argument `{needed[0]}`; it takes {sorted(self._accepted)}. "
+                f"It is called by keywords: name {' or '.join(f'`{n}`' for n in needed)} in its signature, and as "
+                f"you need them {[n for n in self.filled if n not in needed]}, columns of the dataset and options."
+            )
         if unknown := [] if self._takes_all else sorted(set(self.options) - self._accepted):
             raise ValueError(
                 f"reward function '{self.name}' does not take the options {unknown}; it takes "
@@ -90,8 +133,9 @@ class FunctionReward(RewardSource):
     """Scores completions with a Python callable.
 
     The callable gets keyword arguments, each a list of N: `prompts` (their text), `completions`, and the
-    dataset's other columns; only those that its signature names, or all of them when it takes `**kwargs`. It
-    returns N numbers, None or NaN where a completion has no valid score:
+    dataset's other columns; only those that its signature names, or all of them when it takes `**kwargs`. Where its
+    signature names them, it also gets `truncated` (bool: `max_new_tokens` cut the completion off) and `num_tokens`
+    (int: its length, EOS included). It returns N numbers, None or NaN where a completion has no valid score:
 
         def brevity(completions: list[str], max_words: int = 20, **kwargs: list) -> list[float]:
             return [-float(len(c.split()) > max_words) for c in completions]
@@ -109,8 +153,10 @@ class FunctionReward(RewardSource):
         name: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self._function = DatasetFunction(function, ("prompts", "completions"), options)
+        read = ("completions", *ENDINGS)
+        self._function = DatasetFunction(function, ("prompts", *read), read, options)
         self.name = self._function.name = name or self._function.name
+        self.reads_endings = self._function.reads_endings
 
     def setup(self, device: torch.device) -> None:
         """Nothing to load."""
@@ -119,6 +165,7 @@ class FunctionReward(RewardSource):
         """What the callable returns.
 
         Raises:
-            SourceConfigError: a column that the signature requires is not in the data.
+            SourceConfigError: a column that the signature requires is not in the data, or a column has a name that
+                the trainer fills.
         """
-        return self._function(prompts, completions=list(completions))
+        return self._function(prompts, completions=list(map(str, completions)), **self._function.endings(completions))

@@ -9,13 +9,13 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gopo_lightning.rewards.base import Scores, as_tensor
-from gopo_lightning.structs import Prompt
+from gopo_lightning.structs import Completion, Prompt
 
 Groups: TypeAlias = Sequence[Sequence[str]]
 """P groups of completions, the texts of one prompt each."""
@@ -26,6 +26,8 @@ class PairwiseSource(ABC):
 
     name: str
     """In logs and error messages."""
+    reads_endings: bool = False
+    """Whether an answer may depend on how a completion ended, not only on its text."""
     tolerance: float | None = 1e-3
     """Where both orders are answered, |W_ij + W_ji − 1| must not exceed this. None: answers may depend on the order."""
 
@@ -34,7 +36,7 @@ class PairwiseSource(ABC):
 
     @abstractmethod
     def __call__(self, prompts: Sequence[Prompt], groups: Groups) -> Tensor:
-        """wins_PGG of P groups of G completions."""
+        """wins_PGG of P groups of G completions; in a run each is a ``structs.Completion``."""
 
     def versus(self, prompts: Sequence[Prompt], groups: Groups, references: Groups) -> Tensor:
         """float32 [P, G, R], how surely each completion beats each of R reference completions of its prompt.
@@ -53,7 +55,8 @@ class PairwiseSource(ABC):
 class PairComparator(PairwiseSource):
     """A pairwise source that answers one pair at a time.
 
-    Equal texts tie without being asked. `compare` is called once for all pairs of a batch.
+    Equal texts tie without being asked (if ``reads_endings``, those that also ended alike). `compare` is called once
+    for all pairs of a batch.
 
     Args:
         name: in logs and error messages.
@@ -102,27 +105,29 @@ class PairComparator(PairwiseSource):
 
     def _answers(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[tuple[float, float]]:
         """For each pair (x, y) the answers with x first and with y first; NaN where that was not asked."""
-        questions: dict[tuple[str, str, str], tuple[Prompt, str, str]] = {}
+        questions: dict[tuple[str, Any, Any], tuple[Prompt, str, str]] = {}
         for prompt, x, y in pairs:
             for first, second in self._orders(prompt, x, y):
-                questions.setdefault((_key(prompt), first, second), (prompt, first, second))
+                key = (_key(prompt), content(first, self.reads_endings), content(second, self.reads_endings))
+                questions.setdefault(key, (prompt, first, second))
         scores = self.compare(*map(list, zip(*questions.values(), strict=True))) if questions else []
         known = dict(zip(questions, self._checked(scores, len(questions)), strict=True))
-        return [
-            (0.5, math.nan)
-            if x == y
-            else (known.get((_key(prompt), x, y), math.nan), known.get((_key(prompt), y, x), math.nan))
-            for prompt, x, y in pairs
-        ]
+        answers = []
+        for prompt, x, y in pairs:
+            asked, a, b = _key(prompt), content(x, self.reads_endings), content(y, self.reads_endings)
+            answers.append(
+                (0.5, math.nan) if a == b else (known.get((asked, a, b), math.nan), known.get((asked, b, a), math.nan))
+            )
+        return answers
 
     def _orders(self, prompt: Prompt, x: str, y: str) -> list[tuple[str, str]]:
         """The orders in which to ask a pair."""
-        if x == y:
+        (a, low), (b, high) = sorted((content(text, self.reads_endings), text) for text in (x, y))
+        if a == b:
             return []
         if self.both_orders:
             return [(x, y), (y, x)]
-        low, high = sorted((x, y))
-        digest = hashlib.sha256(repr((self.seed, _key(prompt), low, high)).encode("utf-8", "surrogatepass")).digest()
+        digest = hashlib.sha256(repr((self.seed, _key(prompt), a, b)).encode("utf-8", "surrogatepass")).digest()
         return [(low, high) if digest[0] % 2 else (high, low)]
 
     def _checked(self, scores: Scores, count: int) -> list[float]:
@@ -181,6 +186,13 @@ def check_wins(wins_PGG: Tensor, num_prompts: int, num_completions: int, toleran
 def _joined(first: Tensor, second: Tensor) -> Tensor:
     """Mean of W_xy and 1 − W_yx, or the one of them that is known."""
     return torch.stack([first, 1 - second]).nanmean(0)
+
+
+def content(completion: str, with_ending: bool) -> Any:
+    """What tells completions of a prompt apart: the text, and with its ending whether it was cut off and its length."""
+    if not with_ending or not isinstance(completion, Completion):
+        return str(completion)
+    return str(completion), completion.truncated, completion.num_tokens
 
 
 def _key(prompt: Prompt) -> str:

@@ -84,6 +84,8 @@ class Standing:
     """Combined over completions and references as one group, for some combinations rank within the group."""
     win_rate_P: Tensor
     """Share of (completion, reference) pairs that the completion wins, ties half; NaN where none can be compared."""
+    win_rate_PK: Tensor
+    """The same by each source alone."""
 
 
 def against_reference(
@@ -111,17 +113,19 @@ def against_reference(
         timeout_seconds: longest time for one source; None waits for ever.
     """
     columns = list(torch.cat([rewards_PGK, references_PRK], dim=1).unbind(-1))
-    direct_P = None
+    G = rewards_PGK.shape[1]
+    win_rates = [win_rate(column[:, :G], column[:, G:]) for column in columns]
     for k, source in enumerate(sources):
         if isinstance(source, PairwiseSource):
             with _asking(source, timeout_seconds):
                 wins_PGR = _versus(source, prompts, groups, references).to(rewards_PGK.device)
             columns[k] = torch.cat([wins_PGR.nanmean(2), 1 - wins_PGR.nanmean(1)], dim=1)
-            direct_P = wins_PGR.nanmean((1, 2))
-    joint_PGK, G = torch.stack(columns, -1), rewards_PGK.shape[1]
+            win_rates[k] = wins_PGR.nanmean((1, 2))
+    joint_PGK = torch.stack(columns, -1)
     joint_PG = combine(joint_PGK)
-    win_rate_P = direct_P if direct_P is not None and len(sources) == 1 else win_rate(joint_PG[:, :G], joint_PG[:, G:])
-    return Standing(joint_PGK[:, :G], joint_PG[:, :G], win_rate_P)
+    direct = len(sources) == 1 and isinstance(sources[0], PairwiseSource)
+    win_rate_P = win_rates[0] if direct else win_rate(joint_PG[:, :G], joint_PG[:, G:])
+    return Standing(joint_PGK[:, :G], joint_PG[:, :G], win_rate_P, torch.stack(win_rates, -1))
 
 
 @contextmanager

@@ -159,7 +159,7 @@ class RolloutCallback(Callback):
             scores = score_groups(
                 self.reward_sources,
                 prompts.prompts,
-                _groups(completions.texts, num_completions),
+                completions.groups(num_completions),
                 compare=compare,
                 timeout_seconds=self.reward_timeout_seconds,
             )
@@ -193,22 +193,22 @@ class RolloutCallback(Callback):
         if not all(gather_objects(self.reference.knows(prompts))):
             initial = module.policy_is_initial
             self.reference.add(experience if initial else self._sample_reference(module, prompts))
-        texts, rewards_PRK = self.reference.of(prompts)
+        references, rewards_PRK = self.reference.of(prompts)
         start = perf_counter()
         with self._scoring(module):
             standing = against_reference(
                 self.reward_sources,
                 self.combine,
                 prompts.prompts,
-                _groups(experience.completions.texts, self.eval_num_completions),
+                experience.completions.groups(self.eval_num_completions),
                 experience.rewards_PGK,
-                texts,
+                references,
                 rewards_PRK.to(experience.rewards_PGK.device),
                 timeout_seconds=self.reward_timeout_seconds,
             )
         batch["seconds"]["reward"] += perf_counter() - start
         batch["experience"] = replace(experience, rewards_PGK=standing.rewards_PGK, rewards_PG=standing.rewards_PG)
-        batch["win_rate_P"] = standing.win_rate_P
+        batch["win_rate_P"], batch["win_rate_PK"] = standing.win_rate_P, standing.win_rate_PK
 
     def _sample_reference(self, module: "GOPOModule", prompts: PromptBatch) -> Experience:
         """Completions of the step-0 policy after training has begun: loaded for this validation only."""
@@ -227,11 +227,6 @@ class RolloutCallback(Callback):
         cast("GOPOModule", pl_module).reference.release()
         folder = trainer.log_dir  # a broadcast: on all ranks
         self.reference.share(Path(folder) / name if folder and trainer.is_global_zero else None)
-
-
-def _groups(texts_N: Sequence[str], G: int) -> list[Sequence[str]]:
-    """P groups of G texts."""
-    return [texts_N[n : n + G] for n in range(0, len(texts_N), G)]
 
 
 @contextmanager

@@ -427,3 +427,69 @@ def test_the_decoders_are_compared_outside_autocast() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert decoders_agree(model, prompts)
     assert seen and not any(seen)
+
+
+# --- distributions at the edge ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lead", "temperature"), [(6.0, 0.05), (12.0, 0.1), (40.0, 0.3), (110.0, 1.0), (3.0, 1.0)])
+@pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.9}, {"min_p": 0.01}])
+def test_a_banned_peak_leaves_the_others_their_distribution(
+    lead: float, temperature: float, options: dict[str, Any]
+) -> None:
+    """Beside an EOS that has nearly all probability, all others would round to 0 in float32."""
+    torch.manual_seed(0)
+    config, N = SamplingConfig(temperature=temperature, **options), 20_000
+    logits_V = torch.randn(12) * temperature
+    logits_V[5] = logits_V.max() + lead
+    uniforms_N = uniforms(stream_seeds(0, 0, range(N), 1), 1)[:, 0]
+    tokens_N, logprobs_N = draw(logits_V.expand(N, 12), uniforms_N, config, torch.tensor([5]))
+    expected_V = (logits_V.index_fill(0, torch.tensor([5]), -torch.inf) / temperature).softmax(-1)
+    kept_1C, ids_1C = candidates(expected_V[None], config)
+    expected_V = kept_1C[0] if ids_1C is None else torch.zeros(12).scatter(0, ids_1C[0], kept_1C[0])
+    expected_V /= expected_V.sum()
+    assert (torch.bincount(tokens_N, minlength=12) / N - expected_V).abs().sum() < 0.05
+    torch.testing.assert_close(logprobs_N, (logits_V / temperature).log_softmax(-1)[tokens_N], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("values", [[torch.nan, 0.0, 1.0], [-torch.inf] * 3, [0.0, torch.inf, 1.0]])
+def test_what_is_no_distribution_has_no_log_prob(values: list[float], temperature: float) -> None:
+    logits_NV = torch.tensor([[0.0, 1.0, 2.0], values])
+    uniforms_N = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    _, logprobs_N = draw(logits_NV, uniforms_N, SamplingConfig(temperature=temperature), None)
+    assert logprobs_N.isfinite().tolist() == [True, False]
+    only_eos_NV = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+    _, logprobs_N = draw(only_eos_NV, uniforms_N[:1], SamplingConfig(temperature=temperature), torch.tensor([0]))
+    assert not logprobs_N.isfinite().any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("sharing", SHARING)
+def test_logits_that_are_no_distribution_end_the_rollout_with_row_and_token(sharing: str, value: float) -> None:
+    """One prompt at its third token; the others are decoded to their ends, as ranks in step must do."""
+    model, calls = build("llama"), []
+
+    def spoil(_: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        calls.append(len(logits))
+        if len(calls) == 3:  # the prompts, then a token a call
+            logits = logits.clone()
+            logits[3] = value
+        return logits
+
+    model.lm_head.register_forward_hook(spoil)
+    with pytest.raises(RuntimeError, match=r"token 3 of a completion of the prompt in row 1 cannot be drawn"):
+        generate(model, prompt_batch(), sharing, 2, eos=())
+    assert len(calls) == 12
+
+
+def test_an_eos_alone_before_min_new_tokens_is_an_error() -> None:
+    model = build("llama")
+
+    def certain(_: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, -torch.inf).index_fill(-1, torch.tensor([1]), 0.0)
+
+    model.lm_head.register_forward_hook(certain)
+    assert set(generate(model, prompt_batch()).lengths_N.tolist()) == {1}
+    with pytest.raises(RuntimeError, match=r"token 1 .* row 0 .* min_new_tokens"):
+        generate(model, prompt_batch(), min_new_tokens=2)

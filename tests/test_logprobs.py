@@ -185,3 +185,14 @@ def test_check_agrees_on_a_sound_model_and_not_on_a_broken_one(monkeypatch: pyte
     assert check_shared_prefix(build("gpt2").bfloat16(), prompts, completions).tolerance == 5e-2
     monkeypatch.setattr(PackedGroups, "attend", lambda self, layer, query, *rest: query.cumsum(2))
     assert not check_shared_prefix(model, prompts, completions).ok
+
+
+def test_entropy_of_tokens_that_are_impossible_is_that_of_the_others() -> None:
+    """0 · (-inf) is 0; and logits that are no distribution stay NaN."""
+    logits_CV = torch.tensor([[0.3, -1.0, 2.0, 0.1], [5.0, 0.0, 0.0, 0.0], [torch.nan, 0.0, 0.0, 0.0]])
+    targets_C = torch.tensor([2, 0, 1])
+    expected = head.token_statistics(logits_CV, targets_C, 0.7, True)
+    wider_CV = torch.cat([logits_CV, torch.full((3, 1), -torch.inf)], -1)
+    for actual, plain in zip(head.token_statistics(wider_CV, targets_C, 0.7, True), expected, strict=True):
+        torch.testing.assert_close(actual, plain, equal_nan=True)
+        assert actual.isnan().tolist() == [False, False, True]

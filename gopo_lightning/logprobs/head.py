@@ -65,6 +65,7 @@ def token_statistics(
         normaliser_B = peak_B1[:, 0] + total_B.log()
         block = [normaliser_B, target_B - normaliser_B]
         if with_entropy:
+            logits_BV.clamp_(min=torch.finfo(torch.float32).min)  # 0 · (-inf) is 0
             block.append(total_B.log() - torch.linalg.vecdot(weights_BV, logits_BV) / total_B)
         blocks.append(torch.stack(block))
     return tuple(torch.cat(blocks, -1))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gopo_lightning.gathering import compute_device
@@ -89,6 +89,20 @@ def check_dtype(option: str) -> None:
     """ValueError for a type that no engine samples in."""
     if option not in get_args(SamplingDtype):
         raise ValueError(f"dtype is {option!r}, but it must be auto, float32, bfloat16 or float16.")
+
+
+def check_drawn(logprobs_NT: Tensor, prompts: PromptBatch) -> None:
+    """RuntimeError where a token (0 beyond a completion's end) was drawn from what is no distribution."""
+    broken = (~logprobs_NT.isfinite()).nonzero()
+    if len(broken):
+        n, t = broken[0].tolist()
+        index = prompts.prompts[n * len(prompts) // len(logprobs_NT)].index
+        raise RuntimeError(
+            f"token {t + 1} of a completion of the prompt in row {index} cannot be drawn: the policy's logits are NaN or "
+            "infinite there, or leave no token but an EOS before min_new_tokens. Weights that have diverged want an "
+            "earlier checkpoint and a lower learning rate; if only half precision overflows, sample in float32 (the "
+            "engine's dtype)."
+        )
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]) -> int:

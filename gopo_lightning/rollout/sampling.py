@@ -17,7 +17,8 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor, config: SamplingConfig, banned: 
     """One token per row, int64 [N], and its log-probability, float32 [N].
 
     The log-probability is the policy's own: at the temperature (at 1 if that is 0), before ``banned`` token ids and
-    filters cut anything away.
+    filters cut anything away. It is not finite where the logits are no distribution (NaN, +inf, nothing but -inf), or
+    none without ``banned``; the token means nothing then.
     """
     blocks = row_blocks(logits_NV, uniforms_N)
     drawn = [_draw_block(block_NV, block_N, config, banned) for block_NV, block_N in blocks]
@@ -29,18 +30,24 @@ def _draw_block(
     logits_NV: Tensor, uniforms_N: Tensor, config: SamplingConfig, banned: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     logits_NV = logits_NV.to(torch.float32, copy=True).div_(config.temperature or 1.0)
-    peak_N1 = logits_NV.amax(-1, keepdim=True)
-    weights_NV = (logits_NV - peak_N1).exp_()
+    peak_N1, weights_NV = _weights(logits_NV)
+    normaliser_N1 = peak_N1 + weights_NV.sum(-1, keepdim=True).log()
+    allowed_NV = logits_NV if banned is None else logits_NV.index_fill(-1, banned, -torch.inf)
     if config.temperature == 0:
-        allowed_NV = logits_NV if banned is None else logits_NV.index_fill(-1, banned, -torch.inf)
         tokens_N1 = allowed_NV.argmax(-1, keepdim=True)
     else:
-        allowed_NV = weights_NV if banned is None else weights_NV.index_fill(-1, banned, 0.0)
-        kept_NC, ids_NC = candidates(allowed_NV, config)
+        if banned is not None:  # under the peak of a banned token all others may round to 0
+            _, weights_NV = _weights(allowed_NV)
+        kept_NC, ids_NC = candidates(weights_NV, config)
         tokens_N1 = inverse_cdf(kept_NC, uniforms_N)[:, None]
         tokens_N1 = tokens_N1 if ids_NC is None else ids_NC.gather(-1, tokens_N1)
-    normaliser_N1 = peak_N1 + weights_NV.sum(-1, keepdim=True).log()
-    return tokens_N1[:, 0], (logits_NV.gather(-1, tokens_N1) - normaliser_N1)[:, 0]
+    return tokens_N1[:, 0], (allowed_NV.gather(-1, tokens_N1) - normaliser_N1)[:, 0]
+
+
+def _weights(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit [N, 1], and unnormalised probabilities [N, V] that are 1 there."""
+    peak_N1 = logits_NV.amax(-1, keepdim=True)
+    return peak_N1, (logits_NV - peak_N1).exp_()
 
 
 def candidates(weights_NV: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:

@@ -25,7 +25,14 @@ from gopo_lightning.rollout.decoders import (
     decoders_agree,
     sampling_precision,
 )
-from gopo_lightning.rollout.engine import SamplingConfig, SamplingDtype, check_dtype, padding_token, sampling_dtype
+from gopo_lightning.rollout.engine import (
+    SamplingConfig,
+    SamplingDtype,
+    check_drawn,
+    check_dtype,
+    padding_token,
+    sampling_dtype,
+)
 from gopo_lightning.rollout.sampling import draw
 from gopo_lightning.rollout.streams import uniforms
 from gopo_lightning.shared_prefix import supports_shared_prefix
@@ -85,6 +92,7 @@ class TransformersEngine:
                     decoder = decoder_type(model, prompts.select(index_P), num_completions, sampling.max_new_tokens)
                     with decoder.attention():
                         _decode(decoder, writer, num_completions, device if together else None)
+        check_drawn(writer.logprobs_NT, prompts)  # at the end, where ranks that decode together have all done so
         return writer.completions()
 
     def _passes(self, num_prompts: int, num_completions: int, together: bool) -> Sequence[Tensor]:
@@ -171,7 +179,8 @@ class CompletionWriter:
         self.logprobs_NT[rows, t] = logprobs_A[live_A]
         self.mask_NT[rows, t] = True
         self.length = t + 1
-        self.finished_N[rows] = torch.isin(tokens_A[live_A], self.eos)
+        # a row that is no distribution goes no further; whoever called is told by its log-prob
+        self.finished_N[rows] = torch.isin(tokens_A[live_A], self.eos) | ~logprobs_A[live_A].isfinite()
         if self.sampling.stop_strings and self.length >= self.sampling.min_new_tokens:
             self._match_stop_strings()
         done = self.length == self.sampling.max_new_tokens or bool(self.finished_N[self.rows_PG].all())

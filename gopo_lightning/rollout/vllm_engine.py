@@ -17,7 +17,14 @@ from gopo_lightning.distributed import world_size
 from gopo_lightning.gathering import compute_device
 from gopo_lightning.layers import base_of
 from gopo_lightning.logprobs import completion_logprobs
-from gopo_lightning.rollout.engine import SamplingConfig, SamplingDtype, check_dtype, padding_token, sampling_dtype
+from gopo_lightning.rollout.engine import (
+    SamplingConfig,
+    SamplingDtype,
+    check_drawn,
+    check_dtype,
+    padding_token,
+    sampling_dtype,
+)
 from gopo_lightning.rollout.weights import merged_weights
 from gopo_lightning.structs import Completions, PromptBatch
 

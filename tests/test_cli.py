@@ -195,3 +195,12 @@ def test_every_tag_is_defined_in_the_docs(config: Path, tmp_path: Path) -> None:
     pairwise = {f"reward/<source>/{name}" for name in comparisons | counters}
     missing = {tag for tag in defined if not tag.startswith(elsewhere)} - names - pairwise
     assert not missing, sorted(missing)
+
+
+@pytest.mark.parametrize("given", ["</a>", '["</a>"]', '["</a>", "5"]'])
+def test_a_stop_string_is_given_as_text_or_as_a_list(given: str) -> None:
+    cli = run(
+        ["--config=configs/quickstart/gopo.yaml", f"--model.init_args.sampling.stop_strings={given}"],
+        instantiate_only=True,
+    )
+    assert cli.model.rollout.sampling.stop_strings == (("</a>", "5") if "5" in given else ("</a>",))

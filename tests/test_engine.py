@@ -182,16 +182,19 @@ def test_min_new_tokens(minimum: int) -> None:
     assert eos.any(-1).equal(~completions.truncated_N)
 
 
+@pytest.mark.parametrize("minimum", [0, 1, 5, 17])
 @pytest.mark.parametrize("stop", ["21 ", "1 3", "5 2"])
-def test_stop_string_ends_with_the_token_that_completes_it(stop: str) -> None:
+def test_stop_string_ends_with_the_token_that_completes_it(stop: str, minimum: int) -> None:
+    """If that comes after min_new_tokens others, wherever the string begins."""
     model, prompts = build("llama"), prompt_batch()
     free = generate(model, prompts, "always", 8, eos=(), max_new_tokens=40)
-    stopped = generate(model, prompts, "always", 8, eos=(), max_new_tokens=40, stop_strings=["no such text", stop])
+    options: dict[str, Any] = {"stop_strings": ["no such text", stop], "min_new_tokens": minimum}
+    stopped = generate(model, prompts, "always", 8, eos=(), max_new_tokens=40, **options)
     assert 0 < int(stopped.truncated_N.sum()) < 24 or stop == "21 "
     for n in range(24):
         tokens = free.tokens_NT[n].tolist()
-        texts = Tokenizer().batch_decode([tokens[: t + 1] for t in range(40)], True)
-        ends = [t + 1 for t in range(40) if stop in texts[t]]
+        texts = ["", *Tokenizer().batch_decode([tokens[: t + 1] for t in range(40)], True)]
+        ends = [t for t in range(minimum + 1, 41) if texts[t].count(stop) > texts[minimum].count(stop)]
         assert stopped.lengths_N[n] == (ends[0] if ends else 40)
         assert bool(stopped.truncated_N[n]) == (not ends)
         assert stopped.texts == tuple(Tokenizer().batch_decode(kept_tokens(stopped), True))
@@ -222,11 +225,12 @@ def test_stop_string_across_byte_tokens_and_not_before_min_new_tokens() -> None:
             return type("Output", (), {"logits": logits, "past_key_values": past_key_values})
 
     prompts = PromptBatch.collate([Prompt(0, (65, 66, 67), "ABC")], 256)
-    for minimum, text in {0: "naï", 4: "naï", 5: "naïv"}.items():
+    # "naïve " has 7 tokens, and its ï is complete with the fourth; at 4 it is so too early, at 3 the fifth byte comes after
+    for minimum, text in {0: "naï", 3: "naï", 4: "naïve naï", 9: "naïve naï", 10: "naïve naï", 11: "naïve naïve naï"}.items():
         options = {"stop_strings": ("ï",), "min_new_tokens": minimum, "max_new_tokens": 30}
         completions = generate(Spelling(), prompts, "never", 2, (257,), tokenizer, **options)
         assert completions.texts == (text, text)
-        assert completions.lengths_N.tolist() == [max(4, minimum)] * 2
+        assert completions.lengths_N.tolist() == [len(text.encode())] * 2
         assert not completions.truncated_N.any()
 
 
@@ -401,6 +405,9 @@ def test_engine_is_the_protocol() -> None:
         {"max_new_tokens": 0},
         {"min_new_tokens": 200},
         {"stop_strings": ["a", ""]},
+        {"stop_strings": [5]},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
     ],
 )
 def test_bad_sampling_options_name_value_and_rule(options: dict[str, Any]) -> None:
@@ -493,3 +500,8 @@ def test_an_eos_alone_before_min_new_tokens_is_an_error() -> None:
     assert set(generate(model, prompt_batch()).lengths_N.tolist()) == {1}
     with pytest.raises(RuntimeError, match=r"token 1 .* row 0 .* min_new_tokens"):
         generate(model, prompt_batch(), min_new_tokens=2)
+
+
+@pytest.mark.parametrize("given", ["</a>", ["</a>"], ("</a>",)])
+def test_a_text_alone_is_one_stop_string(given: Any) -> None:
+    assert SamplingConfig(stop_strings=given).stop_strings == ("</a>",)

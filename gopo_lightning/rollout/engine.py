@@ -1,5 +1,6 @@
 """What a rollout engine is: it turns prompts into completions, each from its own random stream."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
@@ -29,21 +30,25 @@ class SamplingConfig:
     max_new_tokens: int = 128
     """Most tokens of a completion, its EOS included."""
     min_new_tokens: int = 0
-    """So many tokens come before an EOS, and at least so many before a stop string ends a completion."""
-    stop_strings: tuple[str, ...] = ()
-    """A completion ends with the token that completes any of these; they stay in its text."""
+    """So many tokens come before an EOS, and before a token that completes a stop string and so ends a completion."""
+    stop_strings: tuple[str, ...] | str = ()
+    """A completion ends with the token that completes any of these; they stay in its text. What is complete within the
+    first min_new_tokens ends nothing. A text alone is one stop string."""
 
     def __post_init__(self) -> None:
-        # YAML and the command line give lists
-        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        stops = self.stop_strings  # YAML and the command line give lists
+        object.__setattr__(self, "stop_strings", (stops,) if isinstance(stops, str) else tuple(stops))
         rules = {
-            "temperature": (self.temperature >= 0, ">= 0; 0 is greedy, 1 samples from the model as it is"),
+            "temperature": (0 <= self.temperature < math.inf, ">= 0; 0 is greedy, 1 samples from the model as it is"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]; 1 keeps every token"),
             "top_k": (self.top_k >= 0, ">= 0; 0 keeps every token"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]; 0 keeps every token"),
             "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
             "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, "in [0, max_new_tokens]"),
-            "stop_strings": (all(self.stop_strings), "non-empty strings; leave the list empty for none"),
+            "stop_strings": (
+                all(isinstance(stop, str) and stop for stop in self.stop_strings),
+                "non-empty strings; leave the list empty for none",
+            ),
         }
         for name, (ok, rule) in rules.items():
             if not ok:

@@ -6,6 +6,7 @@ A prompt is prefilled once, whatever the number of its completions. The loop kno
 
 import warnings
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -154,7 +155,7 @@ class CompletionWriter:
     ) -> None:
         N, T = len(seeds_N), sampling.max_new_tokens
         self.tokenizer, self.sampling = tokenizer, sampling
-        self.eos = torch.tensor(sorted(set(eos_token_ids)), device=device)
+        self.eos = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.int64, device=device)
         self.tokens_NT = torch.full((N, T), padding_token(tokenizer, eos_token_ids), device=device)
         self.mask_NT = torch.zeros(N, T, dtype=torch.bool, device=device)
         self.logprobs_NT = torch.zeros(N, T, device=device)
@@ -181,7 +182,7 @@ class CompletionWriter:
         self.length = t + 1
         # a row that is no distribution goes no further; whoever called is told by its log-prob
         self.finished_N[rows] = torch.isin(tokens_A[live_A], self.eos) | ~logprobs_A[live_A].isfinite()
-        if self.sampling.stop_strings and self.length >= self.sampling.min_new_tokens:
+        if self.sampling.stop_strings and self.length > self.sampling.min_new_tokens:
             self._match_stop_strings()
         done = self.length == self.sampling.max_new_tokens or bool(self.finished_N[self.rows_PG].all())
         return None if done else tokens_A
@@ -208,12 +209,28 @@ class CompletionWriter:
         return Completions(tokens_NT, mask_NT, ~self.finished_N, tuple(texts), self.logprobs_NT[:, :width].contiguous())
 
     def _match_stop_strings(self) -> None:
-        """Mark the live rows whose text now holds a stop string; only their last tokens are decoded."""
-        stops = self.sampling.stop_strings
+        """Mark the live rows whose text now holds a stop string that was not yet complete at ``min_new_tokens``.
+
+        Only their last tokens are decoded.
+        """
+        stops, minimum = self.sampling.stop_strings, self.sampling.min_new_tokens
         window = max(len(stop.encode()) for stop in stops) + 8  # a token is a byte or more, a special one none
         rows_A = self.rows_PG.flatten()
         live_N = rows_A[~self.finished_N[rows_A]]
-        tails = self.tokens_NT[live_N, max(0, self.length - window) : self.length].tolist()
-        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
-        hits = [any(stop in text for stop in stops) for text in texts]
+        start = max(0, self.length - window)
+        before, texts = (
+            self.tokenizer.batch_decode(self.tokens_NT[live_N, start:end].tolist(), skip_special_tokens=True)
+            for end in (max(start, minimum), self.length)
+        )
+        hits = [_completes(old, new, stops) for old, new in zip(before, texts, strict=True)]
         self.finished_N[live_N] = torch.tensor(hits, dtype=torch.bool, device=live_N.device)  # there may be none
+
+
+def _completes(before: str, text: str, stops: Sequence[str]) -> bool:
+    """Whether ``text`` holds a stop string that reaches beyond what it shares with ``before``.
+
+    >>> _completes("x#", "x# y", ["#"]), _completes("x#", "x# #", ["#"])
+    (False, True)
+    """
+    shared = len(commonprefix([before, text]))
+    return any(text.find(stop, max(0, shared - len(stop) + 1)) >= 0 for stop in stops)

@@ -226,7 +226,14 @@ def test_stop_string_across_byte_tokens_and_not_before_min_new_tokens() -> None:
 
     prompts = PromptBatch.collate([Prompt(0, (65, 66, 67), "ABC")], 256)
     # "naïve " has 7 tokens, and its ï is complete with the fourth; at 4 it is so too early, at 3 the fifth byte comes after
-    for minimum, text in {0: "naï", 3: "naï", 4: "naïve naï", 9: "naïve naï", 10: "naïve naï", 11: "naïve naïve naï"}.items():
+    for minimum, text in {
+        0: "naï",
+        3: "naï",
+        4: "naïve naï",
+        9: "naïve naï",
+        10: "naïve naï",
+        11: "naïve naïve naï",
+    }.items():
         options = {"stop_strings": ("ï",), "min_new_tokens": minimum, "max_new_tokens": 30}
         completions = generate(Spelling(), prompts, "never", 2, (257,), tokenizer, **options)
         assert completions.texts == (text, text)

@@ -225,7 +225,7 @@ def test_stop_string_across_byte_tokens_and_not_before_min_new_tokens() -> None:
             return type("Output", (), {"logits": logits, "past_key_values": past_key_values})
 
     prompts = PromptBatch.collate([Prompt(0, (65, 66, 67), "ABC")], 256)
-    # "naïve " has 7 tokens, and its ï is complete with the fourth; at 4 it is so too early, at 3 the fifth byte comes after
+    # "naïve " has 7 tokens, the fourth of which completes an ï
     for minimum, text in {
         0: "naï",
         3: "naï",

@@ -103,10 +103,10 @@ def check_drawn(logprobs_NT: Tensor, prompts: PromptBatch) -> None:
         n, t = broken[0].tolist()
         index = prompts.prompts[n * len(prompts) // len(logprobs_NT)].index
         raise RuntimeError(
-            f"token {t + 1} of a completion of the prompt in row {index} cannot be drawn: the policy's logits are NaN or "
-            "infinite there, or leave no token but an EOS before min_new_tokens. Weights that have diverged want an "
-            "earlier checkpoint and a lower learning rate; if only half precision overflows, sample in float32 (the "
-            "engine's dtype)."
+            f"token {t + 1} of a completion of the prompt in row {index} cannot be drawn: the policy's logits are NaN "
+            "or infinite there, or leave no token but an EOS before min_new_tokens. Weights that have diverged want "
+            "an earlier checkpoint and a lower learning rate; if only half precision overflows, sample in float32 "
+            "(the engine's dtype)."
         )
 
 

@@ -6,7 +6,6 @@ A prompt is prefilled once, whatever the number of its completions. The loop kno
 
 import warnings
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -232,5 +231,7 @@ def _completes(before: str, text: str, stops: Sequence[str]) -> bool:
     >>> _completes("x#", "x# y", ["#"]), _completes("x#", "x# #", ["#"])
     (False, True)
     """
-    shared = len(commonprefix([before, text]))
+    shared = next(
+        (n for n, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), min(len(before), len(text))
+    )
     return any(text.find(stop, max(0, shared - len(stop) + 1)) >= 0 for stop in stops)

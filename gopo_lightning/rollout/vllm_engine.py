@@ -101,6 +101,7 @@ class VLLMEngine:
             self._load(model, dtype)
             outputs = self._sample(prompts, num_completions, sampling, seeds_N, eos_token_ids)
             self._sleep()
+        check_drawn(pad_sequence([_logprobs(output) for output in outputs], batch_first=True), prompts)
         completions = _completions(outputs, tokenizer, padding_token(tokenizer, eos_token_ids), sampling)
         completions = completions.to(device)
         if first:

@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there: written aside, synced to disk, renamed; and which one is the newest."""
 
-import glob
 import os
 import pickle
 import zipfile
@@ -14,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-_ASIDE = ".writing"
+from gopo_lightning.aside import writing_aside
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -41,19 +40,12 @@ def install_atomic_saving(trainer: Trainer) -> None:
 
 def atomic_save(checkpoint: Mapping[str, Any], path: Path) -> None:
     """``torch.save`` aside, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for torn in path.parent.glob(f"{glob.escape(path.name)}{_ASIDE}-*"):  # a killed run left it
-        torn.unlink(missing_ok=True)
-    aside = path.with_name(f"{path.name}{_ASIDE}-{os.getpid()}")
-    try:
+    with writing_aside(path) as aside:
         with aside.open("wb") as file:
             torch.save(dict(checkpoint), file)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 

@@ -1,7 +1,6 @@
 """Refuses, before anything is loaded, what the module would otherwise have to ignore."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from gopo_lightning.rewards import Source
 from gopo_lightning.rollout.engine import SamplingConfig
+from gopo_lightning.run_folder import run_folder
 from gopo_lightning.security import check_stays_inside
 from gopo_lightning.structs import Experience
 
@@ -94,7 +94,7 @@ def check_finite(trainer: Trainer, experience: Experience, loss: Tensor, grad_no
     """ValueError unless loss and gradient norm, the same on all ranks, are finite; the batch is left on disk."""
     if loss.isfinite() and grad_norm.isfinite():
         return
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder = run_folder(trainer)
     path = folder / f"nonfinite_step{trainer.global_step}_rank{trainer.global_rank}.pt"
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(experience.to("cpu"), path)

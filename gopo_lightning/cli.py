@@ -10,14 +10,15 @@ from typing import Any
 
 import transformers
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gopo_lightning import data, module, reward_model  # noqa: F401  (registers the short class names)
 from gopo_lightning.callbacks import ExportHF
 from gopo_lightning.checkpoints import last_of, load
 from gopo_lightning.module import GOPOModule
+from gopo_lightning.run_folder import run_folder
 from gopo_lightning.security import refuse_secrets
 from gopo_lightning.usage import FIELDS
 
@@ -38,6 +39,19 @@ class _Parser(LightningArgumentParser):
         return f"{super().format_help(*args, **kwargs)}\n{FIELDS}"
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Puts `config.yaml` into the run's own folder. (Lightning's goes where runs meet: W&B's `save_dir`, the cwd.)"""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save once, by rank 0."""
+        folder = run_folder(trainer)
+        if trainer.is_global_zero and not self.already_saved:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / self.config_filename
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+        self.already_saved = True
+
+
 class GOPOCommandLine(LightningCLI):
     """The command line of ``python -m gopo_lightning``."""
 
@@ -46,7 +60,8 @@ class GOPOCommandLine(LightningCLI):
             "--export_dir",
             type=str | None,
             default=None,
-            help="where fit writes the trained Hugging Face model or adapter at its end; <run folder>/policy when null",
+            help="where fit writes the trained Hugging Face model or adapter at its end; <run folder>/policy when "
+            "null. An earlier export there is replaced; a folder that holds anything else is refused before training",
         )
         parser.add_argument(
             "--export_every_n_steps", type=int | None, default=None, help="also export every n optimiser steps"
@@ -117,7 +132,7 @@ def run(args: list[str] | None = None, *, instantiate_only: bool = False) -> GOP
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=_SaveConfig,
         trainer_defaults=TRAINER_DEFAULTS,
         parser_class=_Parser,
         seed_everything_default=0,

@@ -263,10 +263,10 @@ def test_an_adapter_is_exported_without_its_base(tmp_path: Path) -> None:
 
 
 def test_an_export_replaces_the_one_before(tmp_path: Path) -> None:
-    (tmp_path / "policy").mkdir()
-    (tmp_path / "policy" / "stale").touch()
+    adapter: Any = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    export(adapter, tiny_tokenizer(), tmp_path / "policy")
     export(tiny_model(), tiny_tokenizer(), tmp_path / "policy")
-    assert not (tmp_path / "policy" / "stale").exists()
+    assert not (tmp_path / "policy" / "adapter_config.json").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["policy"]
 
 
@@ -294,6 +294,29 @@ def test_export_hf_writes_during_the_run_and_at_its_end(tmp_path: Path) -> None:
 def test_export_hf_goes_to_the_log_folder_unless_told(tmp_path: Path) -> None:
     trainer(tmp_path, [ExportHF()], max_steps=1).fit(Module(), loader())
     assert (tmp_path / "log" / "policy" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["policy", "policy-step-4"])
+def test_a_folder_of_someone_else_is_refused_before_training(name: str, tmp_path: Path) -> None:
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / name / "thesis.txt").touch()
+    (tmp_path / "out" / "policy-step-first").mkdir()  # no name of ours
+    (tmp_path / "out" / "policy-step-first" / "thesis.txt").touch()
+    module = Module()
+    with pytest.raises(ValueError, match=f"--export_dir.*{name}: it holds thesis.txt"):
+        trainer(tmp_path, [ExportHF(str(tmp_path / "out" / "policy"), every_n_steps=2)]).fit(module, loader())
+    assert module.phase == "start" and (tmp_path / "out" / name / "thesis.txt").exists()
+
+
+def test_what_comes_into_the_folder_during_the_run_stays(tmp_path: Path) -> None:
+    class Write(L.Callback):
+        def on_train_end(self, *_: Any) -> None:
+            (tmp_path / "policy").mkdir()
+            (tmp_path / "policy" / "thesis.txt").touch()
+
+    trainer(tmp_path, [Write(), ExportHF(str(tmp_path / "policy"))], max_steps=1).fit(Module(), loader())
+    assert (tmp_path / "policy" / "thesis.txt").exists()
+    assert (tmp_path / "policy-2" / "model.safetensors").exists()
 
 
 def _export_shards(rank: int, folder: str, port: int) -> None:

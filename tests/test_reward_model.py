@@ -222,6 +222,15 @@ def trained(data: PreferenceDataModule, tmp_path: Path) -> Trainer:
     return trainer
 
 
+def test_a_base_model_is_not_overwritten_by_its_fine_tuned_copy(data: PreferenceDataModule, tmp_path: Path) -> None:
+    base = save_bert(tmp_path / "base")
+    module = RewardModelModule(str(base), export_dir=str(base))
+    before = (base / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"model.init_args.export_dir=.*base: it holds config.json"):
+        Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(module, data)
+    assert (base / "model.safetensors").read_bytes() == before
+
+
 def test_a_short_run_learns_logs_and_exports_what_the_reward_loads(
     trained: Trainer, data: PreferenceDataModule, tmp_path: Path
 ) -> None:

@@ -1,7 +1,6 @@
 """The policy as a Hugging Face folder, for any other program to load."""
 
-import os
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,9 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gopo_lightning.callbacks.schedule import Every
+from gopo_lightning.distributed import all_or_none
+from gopo_lightning.export_folder import check_export_folder, write_export
+from gopo_lightning.run_folder import run_folder
 from gopo_lightning.sharding import plain_names, whole_state_dict
 
 
@@ -19,15 +21,31 @@ class ExportHF(L.Callback):
     installed. A folder is written under another name and then renamed, so that a reader never meets half of
     one. Works with sharded policies: every rank takes part in gathering the weights, rank 0 writes.
 
+    An earlier export that nobody has changed is replaced. A folder that holds anything else is refused before
+    training; should it come to hold something during the run, it stays, and the export goes to ``<dirpath>-2``.
+
     Args:
         dirpath: The folder of the final policy; None puts it into the run's log folder, as ``policy``. An export
-            during the run goes beside it, to ``<dirpath>-step-<n>``. A folder that is already there is replaced.
+            during the run goes beside it, to ``<dirpath>-step-<n>``.
         every_n_steps: Optimiser steps between exports during the run; None exports only at the end.
     """
 
     def __init__(self, dirpath: str | None = None, every_n_steps: int | None = None) -> None:
         self.dirpath = dirpath
         self._every = None if every_n_steps is None else Every(every_n_steps)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse, on all ranks, folders that could not be replaced without losing something."""
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.dirpath = self.dirpath or str(run_folder(trainer) / "policy")
+        with all_or_none("the check of the export folder"):
+            if trainer.is_global_zero:
+                folder = Path(self.dirpath)
+                check_export_folder(folder, "dirpath (--export_dir)")
+                for earlier in folder.parent.glob("*") if self._every is not None else ():
+                    if re.fullmatch(rf"{re.escape(folder.name)}-step-\d+", earlier.name):
+                        check_export_folder(earlier, "dirpath (--export_dir) with every_n_steps")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start counting, and refuse a module that has nothing to export."""
@@ -37,8 +55,6 @@ class ExportHF(L.Callback):
                 f"ExportHF found no {' and no '.join(missing)} in {type(pl_module).__name__}; it writes "
                 "module.policy and module.tokenizer. Remove it from trainer.callbacks."
             )
-        log_dir = trainer.log_dir  # a broadcast: on all ranks
-        self.dirpath = self.dirpath or str(Path(log_dir or trainer.default_root_dir) / "policy")
         if self._every is not None:
             self._every.start(trainer.global_step)
 
@@ -56,32 +72,24 @@ class ExportHF(L.Callback):
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # Lightning's promise: such a run leaves nothing behind
-        export(pl_module.policy, pl_module.tokenizer, folder, is_writer=trainer.is_global_zero)
+        written = export(pl_module.policy, pl_module.tokenizer, folder, is_writer=trainer.is_global_zero)
         trainer.strategy.barrier("ExportHF")
-        rank_zero_info(f"Exported the policy to {folder}")
+        rank_zero_info(f"Exported the policy to {written}")
 
 
-def export(model: Any, tokenizer: Any, folder: Path, *, is_writer: bool = True) -> None:
-    """Write ``model`` (transformers or peft, sharded or not) and ``tokenizer`` to ``folder``.
+def export(model: Any, tokenizer: Any, folder: Path, *, is_writer: bool = True) -> Path | None:
+    """Write ``model`` (transformers or peft, sharded or not) and ``tokenizer`` to ``folder``; where it is now.
 
-    A collective if the model is distributed: all ranks call it, the one with ``is_writer`` writes.
+    A collective if the model is distributed: all ranks call it, the one with ``is_writer`` writes. A folder that is no
+    unchanged export stays, and the new one goes beside it (``write_export``).
     """
     weights = whole_state_dict(model)
     if not is_writer:
-        return
-    aside = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with plain_names(model):
-        model.save_pretrained(aside, state_dict=weights)
-    tokenizer.save_pretrained(aside)
-    _replace(aside, folder)
+        return None
 
+    def fill(empty: Path) -> None:
+        with plain_names(model):
+            model.save_pretrained(empty, state_dict=weights)
+        tokenizer.save_pretrained(empty)
 
-def _replace(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; a folder already there makes room first."""
-    old = target.with_name(f"{target.name}.old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    source.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    return write_export(folder, fill)

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from gopo_lightning.json_lines import dumps, read_jsonl, write_jsonl
+from gopo_lightning.run_folder import run_folder
 from gopo_lightning.structs import Experience
 
 
@@ -39,7 +40,7 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self._folder = run_folder(trainer)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._shard(trainer.global_rank).write_text("", encoding="utf-8")
 

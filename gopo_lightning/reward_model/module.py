@@ -18,7 +18,8 @@ from gopo_lightning.checkpoints import install_atomic_saving
 from gopo_lightning.checks import check_outputs
 from gopo_lightning.data.comparisons import Text
 from gopo_lightning.data.preferences import Comparisons
-from gopo_lightning.distributed import all_reduce_sum, world_size
+from gopo_lightning.distributed import all_or_none, all_reduce_sum, world_size
+from gopo_lightning.export_folder import check_export_folder, write_export
 from gopo_lightning.prefix_sharing import PrefixSharing
 from gopo_lightning.reward_model.losses import bradley_terry, centring, plackett_luce
 from gopo_lightning.reward_model.metrics import ComparisonMetrics
@@ -44,7 +45,8 @@ class RewardModelModule(LightningModule):
     Args:
         model: hub name, local folder or `packaged:NAME` of an encoder or a causal LM; a new head is put on
             it.
-        export_dir: folder for model and tokenizer at the end of training; null saves nothing.
+        export_dir: folder for model and tokenizer at the end of training; null saves nothing. An earlier export there
+            is replaced; a folder that holds anything else is refused before training.
         revision: branch, tag or commit on the hub.
         tokenizer: hub name or folder of the tokenizer; the model's own when null.
         max_length: most tokens of a text; the model's own limit when null.
@@ -115,8 +117,11 @@ class RewardModelModule(LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """Checkpoints are written whole or not at all, and loaded without running code."""
+        """Checkpoints are written whole or not at all; an export that would overwrite something is refused."""
         install_atomic_saving(self.trainer)
+        with all_or_none("the check of the export folder"):
+            if stage == "fit" and self.export_dir is not None and self.trainer.is_global_zero:
+                check_export_folder(self.export_dir, "model.init_args.export_dir")
 
     def forward(self, texts: tuple[Text, ...], group_sizes: tuple[int, ...] | None = None) -> Tensor:
         """scores_N of N texts, which belong together as ``group_sizes`` says (None: each stands alone)."""
@@ -183,9 +188,12 @@ class RewardModelModule(LightningModule):
         """Export, by rank 0. A `fast_dev_run` writes nothing, as everywhere in Lightning."""
         if self.export_dir is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             merged = self.model.merge_and_unload() if isinstance(self.model, PeftModel) else self.model
-            cast(PreTrainedModel, merged).save_pretrained(self.export_dir)
-            self.tokenizer.save_pretrained(self.export_dir)
-            print(f"reward model saved in {self.export_dir}", flush=True)
+
+            def fill(empty: Path) -> None:
+                cast(PreTrainedModel, merged).save_pretrained(empty)
+                self.tokenizer.save_pretrained(empty)
+
+            print(f"reward model saved in {write_export(self.export_dir, fill)}", flush=True)
 
 
 def _with_lora(model: PreTrainedModel, lora: dict[str, Any] | None) -> PreTrainedModel | PeftModel:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +18,7 @@ from gopo_lightning.rewards import HoldsModels, Source, against_reference, score
 from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.reference import ReferenceCompletions
 from gopo_lightning.rollout.streams import stream_seeds
+from gopo_lightning.run_folder import run_folder
 from gopo_lightning.structs import Experience, PromptBatch
 
 if TYPE_CHECKING:
@@ -225,8 +225,9 @@ class RolloutCallback(Callback):
 
     def _share_reference(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         cast("GOPOModule", pl_module).reference.release()
-        folder = trainer.log_dir  # a broadcast: on all ranks
-        self.reference.share(Path(folder) / name if folder and trainer.is_global_zero else None)
+        folder = run_folder(trainer)  # a broadcast: on all ranks
+        writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self.reference.share(folder / name if writes else None)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from gopo_lightning.metrics import completion_metrics, reward_metrics
 from gopo_lightning.placement import PlacementConfig, Reference, load_placed_policy
 from gopo_lightning.policy import Policy, PolicyConfig, eos_token_ids, evaluating, float32_default, load_tokenizer
 from gopo_lightning.prefix_sharing import PrefixSharing, decide_prefix_sharing
-from gopo_lightning.resume import KEY, OnSettingChange, check_setting_changes, plain
+from gopo_lightning.resume import KEY, OnSettingChange, check_checkpoint, plain
 from gopo_lightning.rewards import PairwiseSource, RewardSource, comparison_metrics, reads_wins
 from gopo_lightning.rewards.combine import get as combination
 from gopo_lightning.rollout import RolloutCallback, RolloutEngine, SamplingConfig, TransformersEngine
@@ -138,8 +138,7 @@ class GOPOModule(TrainableState, LightningModule):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.on_setting_change: OnSettingChange = on_setting_change
         self._settings = {"advantage": advantage, "advantage_options": advantage_options or {}}
-        self.phase = "start"
-        self.policy_is_initial = False
+        self.phase, self.policy_is_initial = "start", False
         from_wins = reads_wins(rewards, advantage, advantage_options)
         self.rollout = RolloutCallback(
             engine or TransformersEngine(),
@@ -190,6 +189,8 @@ class GOPOModule(TrainableState, LightningModule):
     def configure_model(self) -> None:
         if cast(Policy | None, self.policy) is None:
             self.policy = load_placed_policy(self.policy_config, self.placement, self._trainer)
+            self.reference.remember(self.policy)
+            self._settings["policy"] = self.policy_config.describe()  # now: files may change in a run
             self.policy_is_initial = True
 
     def run_settings(self) -> dict[str, Any]:
@@ -201,9 +202,8 @@ class GOPOModule(TrainableState, LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.policy_is_initial = False
-        if self.trainer.state.fn == "fit" and KEY in checkpoint:
-            option = "model.init_args.on_setting_change"
-            check_setting_changes(checkpoint[KEY], self.run_settings(), self.on_setting_change, option=option)
+        training = self.trainer.state.fn == "fit"
+        check_checkpoint(checkpoint, self.run_settings(), self.on_setting_change, training=training)
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self._reads_reference:

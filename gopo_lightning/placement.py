@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from gopo_lightning.adapters import InitialWeights
 from gopo_lightning.gathering import Gather
 from gopo_lightning.policy import Policy, PolicyConfig, load_policy, load_reference, reference_of
 from gopo_lightning.rewards import HoldsModels, Source
+from gopo_lightning.sharding import reshard
 from gopo_lightning.shardwise import fill, policy_without_weights
 from gopo_lightning.strategies import FSDP2Strategy, is_sharding, shard
 
@@ -108,23 +110,33 @@ def _copy(data: Tensor, device: torch.device) -> Tensor:
 
 
 class Reference:
-    """The frozen policy of step 0: of a LoRA policy its own base, else a copy that is loaded when it is needed."""
+    """The frozen policy of step 0: of an adapter its own base or the weights it began with, else a copy that is loaded
+    when it is needed.
+    """
 
     def __init__(self, config: PolicyConfig, placement: PlacementConfig) -> None:
         self.config, self.placement = config, placement
         self.copy: PreTrainedModel | None = None
+        self.initial: InitialWeights | None = None
         self._kept, self._device = False, CPU
+
+    def remember(self, policy: Policy) -> None:
+        """Keep what ``policy``, as it was loaded, begins with, if its base alone does not say."""
+        if self.config.trains_adapter and not self.config.begins_as_base:
+            self.initial = InitialWeights(policy)
 
     def load(self, trainer: Trainer, *, keep: bool) -> None:
         """Load and place the copy, if there is to be one; ``release`` lets it go unless it was once to be kept."""
         self._kept, self._device = self._kept or keep, trainer.strategy.root_device
-        if self.config.lora is not None or self.copy is not None:
+        if self.config.trains_adapter or self.copy is not None:
             return
         if self.placement.load == "shards" and self.placement.frozen_models == "shard":
             policy = load_placed_policy(self.config, self.placement, trainer)
             self.copy = cast(PreTrainedModel, policy.requires_grad_(False).eval())
+            trainer.precision_plugin.convert_module(self.copy)
         else:
             self.copy = load_reference(self.config)
+            trainer.precision_plugin.convert_module(self.copy)  # as the policy is: `bf16-true` rounds the weights
             place(self.copy, self.placement, trainer, exact=False)
 
     def release(self) -> None:
@@ -136,5 +148,7 @@ class Reference:
     def of(self, policy: Policy) -> Iterator[nn.Module]:
         """The reference model of ``policy``, ready to compute."""
         models = [] if self.copy is None else [self.copy]
-        with on_device(models, self._device), reference_of(policy, self.copy) as model:
+        reshard(policy)
+        with on_device(models, self._device), reference_of(policy, self.copy or self.initial) as model:
             yield model
+            reshard(model)

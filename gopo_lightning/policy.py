@@ -1,17 +1,29 @@
 """The policy: any Hugging Face causal LM, optionally with LoRA; its tokenizer; its frozen reference."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gopo_lightning import assets
+from gopo_lightning.adapters import (
+    InitialWeights,
+    add_lora,
+    base_of_adapter,
+    check_policy_lora,
+    check_saved,
+    described_lora,
+    load_adapter,
+    saved_adapter,
+)
 from gopo_lightning.layers import compile_layers
+from gopo_lightning.pretrained import finding, fingerprint, folder_of, locate
 from gopo_lightning.security import load_weights
 
 Policy: TypeAlias = PreTrainedModel | PeftModel
@@ -22,7 +34,7 @@ class PolicyConfig:
     """Which causal LM to train, and how it is loaded."""
 
     name: str
-    """Hub name, local folder, or `packaged:smollm2-135m-instruct`."""
+    """Hub name, local folder, or `packaged:smollm2-135m-instruct`; of a model, or of a LoRA adapter to train on."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
@@ -33,21 +45,19 @@ class PolicyConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources you trust."""
     lora: dict[str, Any] | None = None
-    """Arguments of `peft.LoraConfig` (r, lora_alpha, target_modules, …); null trains all weights."""
+    """Arguments of `peft.LoraConfig` (r, lora_alpha, target_modules, …) for a new adapter; null trains all weights, or
+    the adapter that `name` is."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     compile: bool = False
     """`torch.compile` the decoder layers for training: less memory and time, for half a minute at the first step.
     Sampling stays as it is."""
     chat_template: str | None = None
-    """Jinja chat template that replaces the tokenizer's."""
+    """Jinja chat template that replaces the tokenizer's: a file, or the template itself."""
 
     def __post_init__(self) -> None:
-        if self.lora is not None and self.lora.get("lora_dropout", 0) != 0:
-            raise ValueError(
-                f"policy.lora.lora_dropout={self.lora['lora_dropout']}: dropout makes the trained policy differ from "
-                "the one that sampled, so the policy ratio would be noise. Set it to 0."
-            )
+        if self.lora is not None:
+            check_policy_lora(self.lora)
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -62,19 +72,67 @@ class PolicyConfig:
             options["attn_implementation"] = self.attn_implementation
         return options
 
+    @cached_property
+    def adapter(self) -> Path | None:
+        """The folder of the adapter that ``name`` is; None if it is a whole model.
+
+        Raises:
+            ValueError: `lora` beside it, or an adapter that cannot be trained here.
+        """
+        folder = saved_adapter(self.name, self.revision)
+        if folder is not None and self.lora is not None:
+            raise ValueError(
+                f"policy.name={self.name} is an adapter, and policy.lora would put a new one in its place. Leave lora "
+                "out to train that adapter on; or merge it into its base (peft: merge_and_unload, save_pretrained) and "
+                "name that folder."
+            )
+        if folder is not None:
+            check_saved(folder, "CAUSAL_LM")
+        return folder
+
+    @property
+    def base(self) -> tuple[str, str | None]:
+        """Name (or folder) and revision of the whole model, without an adapter."""
+        return (locate(self.name), self.revision) if self.adapter is None else base_of_adapter(self.adapter)
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained, not the model."""
+        return self.lora is not None or self.adapter is not None
+
+    @property
+    def begins_as_base(self) -> bool:
+        """Whether the policy of step 0 is what it trains on, with the adapter off: a new adapter alone is trained."""
+        return self.lora is not None and self.lora.get("bias") in (None, "none")
+
+    def describe(self) -> dict[str, Any]:
+        """What the weights in a checkpoint belong to, in plain values: models by folder and hash, LoRA's options.
+
+        A model may move to another folder, and another one may come to lie in its place: the hash tells.
+        """
+        described: dict[str, Any] = {"base": _described(*self.base)}
+        if self.adapter is not None:
+            described["adapter"] = _described(str(self.adapter), None)
+        if self.lora is not None:
+            described["lora"] = described_lora(self.lora)
+        return described
+
 
 def load_policy(config: PolicyConfig, base: PreTrainedModel | None = None) -> Policy:
     """The trainable policy: master weights in ``config.dtype``, dropout off, LoRA and the like as configured.
 
     ``base`` is the model to train if it is there already.
     """
+    adapter = config.adapter
     model = _load_base(config) if base is None else base
-    _disable_dropout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy: Policy = model
-    if config.lora is not None:
-        policy = cast(Policy, get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.lora)))
+    if adapter is not None:
+        policy = load_adapter(model, adapter, trained=True)
+    elif config.lora is not None:
+        policy = add_lora(model, config.lora, task_type="CAUSAL_LM", option="policy.lora")
+    _disable_dropout(policy)
     if config.compile:
         compile_layers(policy)
     return policy
@@ -86,25 +144,40 @@ def load_reference(config: PolicyConfig) -> PreTrainedModel:
 
 
 @contextmanager
-def reference_of(policy: Policy, frozen: PreTrainedModel | None) -> Iterator[nn.Module]:
-    """The reference model of ``policy``: under LoRA its own base with the adapter off, else ``frozen``.
+def reference_of(policy: Policy, frozen: PreTrainedModel | InitialWeights | None) -> Iterator[nn.Module]:
+    """The reference model of ``policy``, which is the policy of step 0.
+
+    Args:
+        frozen: a copy of it; or the weights that the policy began with, which take the place of the trained ones
+            inside; None under an adapter that began as a product of 0: the base with the adapter off.
 
     Raises:
         ValueError: full-weight training without a frozen copy.
     """
-    if frozen is None and not isinstance(policy, PeftModel):
+    if isinstance(frozen, PreTrainedModel):
+        yield frozen
+        return
+    if not isinstance(policy, PeftModel):
         raise ValueError("a fully trained policy has no reference in itself; load a frozen copy with load_reference")
-    with policy.disable_adapter() if frozen is None else nullcontext():  # type: ignore[operator]
-        yield frozen if frozen is not None else policy
+    with policy.disable_adapter() if frozen is None else frozen.inside(policy):
+        yield policy
+
+
+def _described(name: str, revision: str | None) -> str:
+    return f"{Path(name).name} ({fingerprint(folder_of(name, revision, fetch=False))})"
 
 
 def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
     """The policy's tokenizer. Without a pad token it pads with EOS: masks never look at token ids, so that is safe."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        assets.resolve(config.name), revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
+    name, revision = config.name, config.revision
+    if config.adapter is not None and not (config.adapter / "tokenizer_config.json").exists():
+        name, revision = config.base
+    with finding(name, revision):
+        tokenizer = AutoTokenizer.from_pretrained(
+            locate(name), revision=revision, trust_remote_code=config.trust_remote_code
+        )
     if config.chat_template is not None:
-        tokenizer.chat_template = config.chat_template
+        tokenizer.chat_template = _chat_template(config.chat_template)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -152,14 +225,29 @@ def float32_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def _chat_template(given: str) -> str:
+    """The template in the file ``given``, or ``given`` if that is one."""
+    is_template = "{{" in given or "{%" in given
+    if not is_template and Path(given).expanduser().is_file():
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    if not is_template:
+        raise ValueError(
+            f"policy.chat_template={given!r} is no file, and no template: that has {{{{ }}}} or {{% %}}. Correct the "
+            f"path (relative ones begin at {Path.cwd()})."
+        )
+    return given
+
+
 def _load_base(config: PolicyConfig) -> PreTrainedModel:
-    model = load_weights(
-        AutoModelForCausalLM,
-        assets.resolve(config.name),
-        revision=config.revision,
-        dtype=config.torch_dtype or "auto",
-        **config.model_options,
-    )
+    name, revision = config.base
+    with finding(name, revision):
+        model = load_weights(
+            AutoModelForCausalLM,
+            name,
+            revision=revision,
+            dtype=config.torch_dtype or "auto",
+            **config.model_options,
+        )
     return cast(PreTrainedModel, model)
 
 

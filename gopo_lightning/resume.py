@@ -96,6 +96,20 @@ def check_setting_changes(
     return changes
 
 
+def check_checkpoint(
+    checkpoint: Mapping[str, Any], settings: Mapping[str, Any], on_change: OnSettingChange, *, training: bool
+) -> None:
+    """`check_setting_changes` of what ``checkpoint`` keeps; an evaluation takes any settings, but of its policy.
+
+    Raises:
+        ValueError: a fixed setting differs, and ``on_change`` is refuse.
+    """
+    if KEY not in checkpoint:
+        return
+    now = settings if training else {**checkpoint[KEY], "policy": settings.get("policy")}
+    check_setting_changes(checkpoint[KEY], now, on_change, option="model.init_args.on_setting_change")
+
+
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted names; an empty one stays, as a value."""
     flat: dict[str, Any] = {}

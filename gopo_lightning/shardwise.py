@@ -1,24 +1,21 @@
 """Policies that no process could hold whole: built without weights, sharded, and read from safetensors by shards."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from gopo_lightning import assets
 from gopo_lightning.layers import base_of
 from gopo_lightning.policy import Policy, PolicyConfig, load_policy
+from gopo_lightning.pretrained import folder_of
 
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 _READ_WEIGHTS = ("use_dora", "modules_to_save", "trainable_token_indices")
-"""Of LoRA: ways to begin that do not look at the weights, and options that do."""
+"""Options of LoRA that look at the weights when the adapter is made."""
 
 
 def policy_without_weights(config: PolicyConfig) -> Policy:
@@ -28,12 +25,16 @@ def policy_without_weights(config: PolicyConfig) -> Policy:
         ValueError: an adapter that is made from the weights.
     """
     lora = config.lora or {}
-    reads = [option for option in _READ_WEIGHTS if lora.get(option)]
-    if reads or lora.get("init_lora_weights", True) not in _INITIALISATIONS:
+    if config.adapter is not None:
         raise ValueError(
-            f"policy.lora={lora} makes the adapter from the weights, which placement.load=shards reads after it; set "
-            f"init_lora_weights to one of {_INITIALISATIONS} without {', '.join(_READ_WEIGHTS)}, or placement.load: "
-            "whole"
+            f"policy.name={config.name} is an adapter, which placement.load=shards cannot read; set placement.load: "
+            "whole, or merge it into its base and name that folder"
+        )
+    reads = [option for option in _READ_WEIGHTS if lora.get(option)]
+    if reads:
+        raise ValueError(
+            f"policy.lora={lora} makes the adapter from the weights, which placement.load=shards reads after it; leave "
+            f"out {', '.join(_READ_WEIGHTS)}, or set placement.load: whole"
         )
     base = _without_weights(config)
     # peft puts the adapter where the base is, so that must not look like the meta device
@@ -44,7 +45,7 @@ def policy_without_weights(config: PolicyConfig) -> Policy:
 
 
 def _without_weights(config: PolicyConfig) -> PreTrainedModel:
-    folder = weights_folder(config)
+    folder = folder_of(config.name, config.revision, fetch=True)
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     with init_empty_weights(include_buffers=False):
         dtype = config.torch_dtype or settings.dtype
@@ -63,7 +64,7 @@ def fill(model: nn.Module, config: PolicyConfig, device: torch.device) -> None:
     Raises:
         ValueError: a weight of the model is not in the files under its own name.
     """
-    folder, base = weights_folder(config), base_of(model)
+    folder, base = folder_of(config.name, config.revision, fetch=True), base_of(model)
     reader = HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata
     names: dict[nn.Parameter, list[str]] = {}  # several names of one that is tied
@@ -84,14 +85,6 @@ def fill(model: nn.Module, config: PolicyConfig, device: torch.device) -> None:
         filled |= dict.fromkeys(aliases, nn.Parameter(shards[found], requires_grad=parameter.requires_grad))
     dcp.load(shards, storage_reader=reader)
     base.load_state_dict(filled, strict=False, assign=True)
-
-
-def weights_folder(config: PolicyConfig) -> Path:
-    """The local folder with the safetensors of ``config``, fetched from the hub if need be."""
-    name = str(assets.resolve(config.name))
-    if Path(name).is_dir():
-        return Path(name)
-    return Path(snapshot_download(name, revision=config.revision, allow_patterns=["*.safetensors", "*.json", "*.py"]))
 
 
 def _replace(model: nn.Module, new: Mapping[nn.Parameter, Tensor]) -> list[nn.Parameter]:

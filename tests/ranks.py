@@ -28,7 +28,7 @@ from gopo_lightning.sharding import shard_fsdp1, shard_fsdp2
 from gopo_lightning.strategies import FSDP2Strategy
 from tests.runs import make_data, make_module, make_trainer
 
-LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": "orthogonal"}
 
 
 def mixed(prompts: list[str], completions: list[str]) -> list[float | None]:

@@ -24,6 +24,8 @@ ROOMS = [
     "losses",
     "metrics",
     "assets",
+    "pretrained",
+    "adapters",
     "shared_prefix",
     "layers",
     "batching",

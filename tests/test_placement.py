@@ -307,7 +307,7 @@ def test_what_the_strategy_cannot_do_is_refused(
 
 
 @pytest.mark.parametrize(
-    "option", [{"init_lora_weights": "pissa_niter_1"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}]
+    "option", [{"use_dora": True}, {"trainable_token_indices": [1]}, {"modules_to_save": ["lm_head"]}]
 )
 def test_an_adapter_made_from_the_weights_is_refused_by_shards(option: dict[str, Any], tiny_policy: Path) -> None:
     config = PolicyConfig(str(tiny_policy), lora=LORA | option)

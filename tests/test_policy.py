@@ -1,11 +1,14 @@
 """Loading policies: dropout, LoRA, the reference, special tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants, errors
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gopo_lightning import pretrained
 from gopo_lightning.policy import (
     PolicyConfig,
     eos_token_ids,
@@ -15,6 +18,7 @@ from gopo_lightning.policy import (
     load_tokenizer,
     reference_of,
 )
+from gopo_lightning.pretrained import finding
 from gopo_lightning.sharding import clip_grad_norm
 from tests.conftest import byte_tokenizer
 
@@ -33,8 +37,11 @@ def test_lora_dropout_is_refused() -> None:
 
 
 def test_lora_trains_the_adapter_alone_and_is_its_own_reference(tiny_policy: Path) -> None:
-    config = PolicyConfig(str(tiny_policy), lora={"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False})
+    config = PolicyConfig(str(tiny_policy), lora={"r": 2, "target_modules": ["q_proj"]})
     policy = load_policy(config)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:  # begins with 0
+            torch.nn.init.normal_(parameter)
     assert all(("lora_" in name) == p.requires_grad for name, p in policy.named_parameters())
     tokens = torch.arange(10)[None]
     base = load_reference(PolicyConfig(str(tiny_policy)))
@@ -66,6 +73,60 @@ def test_pad_falls_back_to_eos_and_without_either_it_is_an_error(tmp_path: Path)
 def test_chat_template_of_the_config_replaces_the_tokenizers(tiny_policy: Path) -> None:
     tokenizer = load_tokenizer(PolicyConfig(str(tiny_policy), chat_template="{{ messages[0]['content'] }}!"))
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+
+
+def test_a_chat_template_is_text_or_a_file(tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.jinja").write_text("{{ messages[0]['content'] }} from ü", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name in ("t.jinja", str(tmp_path / "t.jinja")):
+        tokenizer = load_tokenizer(PolicyConfig(str(tiny_policy), chat_template=name))
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi from ü"
+    for name in ("gone.jinja", "templates/gone.txt", "chatml", ""):
+        with pytest.raises(ValueError, match=f"policy.chat_template='{name}' is no file, and no template"):
+            load_tokenizer(PolicyConfig(str(tiny_policy), chat_template=name))
+
+
+@pytest.mark.parametrize("load", [load_policy, load_reference, load_tokenizer])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nomodel", "there is no folder './nomodel' in .*Check the path, or run first what writes"),
+        ("runs/quickstart/policy", "there is no folder 'runs/quickstart/policy' in"),
+        ("~/nomodel", "there is no folder '~/nomodel'"),
+        ("", "there is no folder ''"),
+        ("a.gguf", "a.gguf is a file, but a model is a folder"),
+        ("nomodel", "there is no folder 'nomodel', and HF_HUB_OFFLINE is set .*hf download nomodel"),
+        ("org/nomodel", "there is no folder 'org/nomodel', and HF_HUB_OFFLINE is set"),
+        ("packaged:nomodel", "no packaged asset 'nomodel'"),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_sentence(
+    name: str, message: str, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    Path("a.gguf").touch()
+    with pytest.raises(ValueError, match=message) as caught:
+        load(PolicyConfig(name))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (errors.GatedRepoError, "its owner has to grant access"),
+        (errors.RepositoryNotFoundError, "no model of that name on the hub"),
+        (errors.RevisionNotFoundError, "the hub has no revision 'v2' of it"),
+        (errors.LocalEntryNotFoundError, "the hub cannot be reached"),
+    ],
+)
+def test_what_the_hub_says_is_one_sentence(cause: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match=message), finding("org/model", "v2"):
+        raise OSError("long") from cause.__new__(cause)
+    with pytest.raises(OSError, match="disk"), finding("org/model"):
+        raise OSError("disk")
 
 
 def test_all_eos_ids_end_a_completion(tiny_policy: Path) -> None:

@@ -95,7 +95,7 @@ def assert_identical(actual: Any, expected: Any) -> None:
 
 def test_another_policy_is_refused(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
     train(tmp_path, tiny_policy, prompts_file, policy=PolicyConfig(str(tiny_policy), lora=LORA))
-    with pytest.raises(ValueError, match="checkpoint is of another policy"):
+    with pytest.raises(ValueError, match="policy.lora.r 4 → absent"):
         train(tmp_path, tiny_policy, prompts_file)
 
 

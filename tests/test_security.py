@@ -262,7 +262,7 @@ def load_by(load: str, folder: Path) -> None:
 
 
 def test_a_wrong_name_is_not_blamed_on_the_format() -> None:
-    with pytest.raises(OSError, match="find them in the cached files"):
+    with pytest.raises(ValueError, match="there is no folder 'no-such-model', and"):
         load_policy(PolicyConfig("no-such-model"))
 
 

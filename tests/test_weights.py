@@ -1,6 +1,7 @@
 """The weights that an engine with a copy of the policy gets: all, whole, merged, under the names of the checkpoint."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from gopo_lightning.gathering import gathered
 from gopo_lightning.policy import PolicyConfig, load_policy
@@ -64,22 +66,25 @@ def test_an_adapter_that_is_no_product_is_refused(option: dict[str, Any]) -> Non
 
 
 def sharded_weights(rank: int, folder: Path) -> dict[str, Any]:
-    """Of each way to shard and gather, with and without LoRA."""
+    """Of each way to shard and gather, with and without a trained adapter."""
     found = {}
-    for lora in (None, LORA):
+    for lora in (False, True):
         for kind in ("fsdp2", "fsdp1"):
-            torch.manual_seed(0)
-            model = sharded_policy(kind, PolicyConfig(str(folder), lora=lora))
+            model = sharded_policy(kind, PolicyConfig(str(folder / "adapter" if lora else folder)))
             for how in ("full", "layer"):
                 with gathered(model, how):  # type: ignore[arg-type]
-                    found[f"{kind} {how} {lora is not None}"] = copied(model)
+                    found[f"{kind} {how} {lora}"] = copied(model)
     return found
 
 
 @pytest.fixture(scope="module")
 def results(tiny_policy: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
-    launch([Case("first", "ddp", max_steps=1), sharded_weights], tiny_policy, prompts_file, folder, 2)
+    model = folder / "model"
+    shutil.copytree(tiny_policy, model)
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(task_type="CAUSAL_LM", **LORA))
+    peft.save_pretrained(str(model / "adapter"))
+    launch([Case("first", "ddp", max_steps=1), sharded_weights], model, prompts_file, folder, 2)
     return folder
 
 
@@ -87,9 +92,6 @@ def results(tiny_policy: Path, prompts_file: Path, tmp_path_factory: pytest.Temp
 @pytest.mark.parametrize("how", ["full", "layer"])
 @pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_sharded_weights_come_whole(
-    lora: bool, kind: str, how: str, rank: int, results: Path, tiny_policy: Path
-) -> None:
-    torch.manual_seed(0)
-    expected = copied(load_policy(PolicyConfig(str(tiny_policy), lora=LORA if lora else None)))
+def test_sharded_weights_come_whole(lora: bool, kind: str, how: str, rank: int, results: Path) -> None:
+    expected = copied(load_policy(PolicyConfig(str(results / "model" / "adapter" if lora else results / "model"))))
     assert_equal(torch.load(results / f"sharded_weights.{rank}.pt")[f"{kind} {how} {lora}"], expected)

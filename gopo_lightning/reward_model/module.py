@@ -10,10 +10,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, get_scheduler
 
+from gopo_lightning.adapters import add_lora, lora_config
 from gopo_lightning.checkpoints import install_atomic_saving
 from gopo_lightning.checks import check_outputs
 from gopo_lightning.data.comparisons import Text
@@ -95,6 +96,8 @@ class RewardModelModule(LightningModule):
                 f"margin_scale={margin_scale}, centring_coef={centring_coef}: neither may be negative, and margins "
                 "belong to pairs. Use 0, or objective: bradley_terry."
             )
+        if lora is not None:
+            lora_config(lora, task_type="SEQ_CLS", option="model.lora")  # before anything is loaded
         self.objective, self.margin_scale, self.centring_coef = objective, margin_scale, centring_coef
         self.export_dir = None if export_dir is None else Path(export_dir)
         self.truncation, self.optimizer_callable = truncation, optimizer
@@ -198,4 +201,4 @@ class RewardModelModule(LightningModule):
 
 def _with_lora(model: PreTrainedModel, lora: dict[str, Any] | None) -> PreTrainedModel | PeftModel:
     """The adapters are trained, and the head, which is new."""
-    return model if lora is None else get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **lora))
+    return model if lora is None else add_lora(model, lora, task_type="SEQ_CLS", option="model.lora")

@@ -5,6 +5,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BatchEncoding,
@@ -12,7 +13,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gopo_lightning import assets
+from gopo_lightning.adapters import TaskType, base_of_adapter, check_saved, head_of_adapter, load_adapter, saved_adapter
+from gopo_lightning.pretrained import finding, locate
 from gopo_lightning.security import load_weights
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16", "auto"]
@@ -25,22 +27,51 @@ _UNLIMITED = 1_000_000
 def load_classifier(
     name: str, revision: str | None, dtype: Dtype, trust_remote_code: bool, **config: Any
 ) -> PreTrainedModel:
-    """The sequence classifier ``name`` (hub, folder or `packaged:NAME`); ``config`` overrides its config."""
-    return load_weights(
-        AutoModelForSequenceClassification,
-        assets.resolve(name),
-        revision=revision,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        trust_remote_code=trust_remote_code,
-        **config,
-    )
+    """The sequence classifier ``name`` (hub, folder or `packaged:NAME`); ``config`` overrides its config.
+
+    An adapter is merged into its base, as in `load_causal_lm`.
+    """
+    return _load(AutoModelForSequenceClassification, "SEQ_CLS", name, revision, dtype, trust_remote_code, config)
+
+
+def load_causal_lm(name: str, revision: str | None, dtype: Dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The causal LM ``name`` (hub, folder or `packaged:NAME`); an adapter is merged, in float32, into its base."""
+    return _load(AutoModelForCausalLM, "CAUSAL_LM", name, revision, dtype, trust_remote_code, {})
+
+
+def _load(
+    auto_class: Any,
+    task_type: TaskType,
+    name: str,
+    revision: str | None,
+    dtype: Dtype,
+    trust_remote_code: bool,
+    config: dict[str, Any],
+) -> PreTrainedModel:
+    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    adapter, loaded = saved_adapter(name, revision), wanted
+    if adapter is not None:
+        check_saved(adapter, task_type)
+        name, revision = base_of_adapter(adapter)
+        loaded = wanted if dtype == "auto" else torch.float32
+        if task_type == "SEQ_CLS":
+            config = {"num_labels": head_of_adapter(adapter)} | config
+    with finding(name, revision):
+        options = {"revision": revision, "dtype": loaded, "trust_remote_code": trust_remote_code}
+        model: PreTrainedModel = load_weights(auto_class, locate(name), **options, **config)
+    if adapter is not None:
+        model = load_adapter(model, adapter, trained=False).merge_and_unload()
+        model = model if dtype == "auto" else model.to(wanted)
+    return model
 
 
 def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer ``name``. It pads on the right: classifiers count positions from the first column."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        assets.resolve(name), revision=revision, trust_remote_code=trust_remote_code
-    )
+    adapter = saved_adapter(name, revision)
+    if adapter is not None and not (adapter / "tokenizer_config.json").exists():
+        name, revision = base_of_adapter(adapter)
+    with finding(name, revision):
+        tokenizer = AutoTokenizer.from_pretrained(locate(name), revision=revision, trust_remote_code=trust_remote_code)
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -5,16 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gopo_lightning import assets
 from gopo_lightning.gathering import compute_device, in_step
 from gopo_lightning.rewards.base import SourceConfigError
 from gopo_lightning.rewards.classifier import Template
 from gopo_lightning.rewards.judge_prompt import CRITERION, fenced
-from gopo_lightning.rewards.loading import Dtype, load_tokenizer
+from gopo_lightning.rewards.loading import Dtype, load_causal_lm, load_tokenizer
 from gopo_lightning.rewards.pairwise import PairComparator
-from gopo_lightning.security import load_weights
 from gopo_lightning.structs import Prompt
 
 
@@ -75,16 +73,11 @@ class LocalJudge(PairComparator):
             SourceConfigError: no chat template under `template: chat`, or "A" and "B" are no single tokens.
         """
         if self.model is None:
-            name = assets.resolve(self.model_name)
-            self.tokenizer = load_tokenizer(self.tokenizer_name or name, self.revision, self.trust_remote_code)
-            self._check_tokenizer(self.tokenizer)
-            model: PreTrainedModel = load_weights(
-                AutoModelForCausalLM,
-                name,
-                revision=self.revision,
-                dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
-                trust_remote_code=self.trust_remote_code,
+            self.tokenizer = load_tokenizer(
+                self.tokenizer_name or self.model_name, self.revision, self.trust_remote_code
             )
+            self._check_tokenizer(self.tokenizer)
+            model = load_causal_lm(self.model_name, self.revision, self.dtype, self.trust_remote_code)
             positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             self.max_length = self.max_length or positions
             self.model = model.eval().requires_grad_(False)

@@ -1,62 +1,104 @@
 """The quickstart: reward model from human ratings, GOPO on SmolLM2-135M, and a before/after table.
 
-Runs the same commands that you would type, then reads what they wrote:
+Runs the same commands that you would type, then compares what they wrote:
 
     python -m gopo_lightning fit --config configs/quickstart/reward_model.yaml
     python -m gopo_lightning fit --config configs/quickstart/gopo.yaml
+    python -m gopo_lightning predict --config configs/quickstart/gopo.yaml
     python -m gopo_lightning predict --config configs/quickstart/gopo.yaml --model.init_args.policy.name EXPORTED
 """
 
 import argparse
-import json
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from time import perf_counter
+from typing import Any, NamedTuple
 
+import yaml
 from rich.console import Console
 from rich.table import Table
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from rich.text import Text
 
 from gopo_lightning import assets
+from gopo_lightning.json_lines import number, read_jsonl
+
+CONFIG_ROOT = "runs/quickstart"
+"""Where the configs write, and find the reward model."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 
+class Outcome(NamedTuple):
+    """What a policy wrote to the held-out prompts, and how one reward model judges it."""
+
+    scores_PG: list[list[float]]
+    truncated_fraction: float
+    mean_tokens: float
+
+
 def gopo(*args: str) -> None:
     """Run ``python -m gopo_lightning`` and show the command."""
-    console.print(f"\n[bold]$ python -m gopo_lightning {' '.join(args)}[/bold]", soft_wrap=True)
+    console.print(Text(f"\n$ python -m gopo_lightning {' '.join(args)}", "bold"), soft_wrap=True)
     subprocess.run([sys.executable, "-m", "gopo_lightning", *args], check=True)
 
 
-def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
-    """``(step, value)`` of a TensorBoard tag."""
-    events = EventAccumulator(str(run))
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
+def outcome(rows: list[dict[str, Any]], source: str) -> Outcome:
+    """Scores by ``source``, share of completions that were cut off, and their length, from lines of `predict`."""
+    reasons = [reason for row in rows for reason in row["finish_reasons"]]
+    return Outcome(
+        [[number(score) for score in row["rewards"][source]] for row in rows],
+        reasons.count("length") / len(reasons),
+        statistics.fmean(tokens for row in rows for tokens in row["num_tokens"]),
+    )
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def win_rate(after_PG: list[list[float]], before_PG: list[list[float]]) -> float:
+    """Share of pairs (after, before) of one prompt that the first wins, ties half, averaged over prompts."""
+    shares = [
+        statistics.fmean((a > b) + 0.5 * (a == b) for a in after_G for b in before_G)
+        for after_G, before_G in zip(after_PG, before_PG, strict=True)
+    ]
+    return statistics.fmean(shares)
 
 
-def print_samples(before: list[dict], after: list[dict], source: str, num_rows: int) -> None:
-    """The first completion of a prompt before and after training, each with the mean reward of its group."""
-    table = Table("prompt", "before", "reward", "after", "reward", title="Held-out prompts", show_lines=True)
+def shown(text: str) -> Text:
+    """What a model wrote, on one line: never read as markup, and without characters that a terminal obeys."""
+    return Text(" ".join(_CONTROL.sub(" ", text).split()))
+
+
+def print_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], source: str, num_rows: int) -> None:
+    """The first completion of a prompt before and after training, each with its score."""
+    table = Table("prompt", "before", source, "after", source, title="Held-out prompts", show_lines=True)
     for old, new in list(zip(before, after, strict=True))[:num_rows]:
         assert old["index"] == new["index"]
-        rewards = [statistics.fmean(old["rewards"]), statistics.fmean(new["rewards"][source])]
-        cells = [
-            old["prompt"],
-            old["completions"][0],
-            f"{rewards[0]:+.2f}",
-            new["completions"][0],
-            f"{rewards[1]:+.2f}",
-        ]
-        table.add_row(*(" ".join(cell.split()) for cell in cells))
+        cells = [shown(old["prompt"])]
+        for row in (old, new):
+            cells += [shown(row["completions"][0]), Text(f"{number(row['rewards'][source][0]):+.2f}")]
+        table.add_row(*cells)
     console.print(table)
+
+
+def print_outcomes(before: Outcome, after: Outcome, source: str) -> None:
+    """The numbers over all completions."""
+    means = [statistics.fmean(score for scores in o.scores_PG for score in scores) for o in (before, after)]
+    table = Table("all held-out completions", "before", "after")
+    table.add_row(f"mean {source}", *(f"{mean:+.2f}" for mean in means))
+    table.add_row(f"win rate by {source}", "0.50", f"{win_rate(after.scores_PG, before.scores_PG):.2f}")
+    table.add_row("cut off by max_new_tokens", *(f"{o.truncated_fraction:.1%}" for o in (before, after)))
+    table.add_row("mean tokens", *(f"{o.mean_tokens:.1f}" for o in (before, after)))
+    console.print(table)
+
+
+def rewards_of(config: str, reward_model: Path) -> str:
+    """The config's rewards, in JSON for the command line, with the reward model that stands at ``reward_model``."""
+    rewards = yaml.safe_load(Path(config).read_text(encoding="utf-8"))["model"]["init_args"]["rewards"]
+    return yaml.safe_dump(rewards, default_flow_style=True, width=10**6).replace(
+        f"{CONFIG_ROOT}/reward_model/export", str(reward_model)
+    )
 
 
 def main() -> None:
@@ -66,16 +108,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--config", default="configs/quickstart/gopo.yaml")
     parser.add_argument("--name", help="run folder below runs/quickstart; the config's name and the seed by default")
+    parser.add_argument("--source", default="sentiment", help="the reward that the tables show")
     options = parser.parse_args()
     config, start = options.config, perf_counter()
-    root = Path("runs/quickstart-smoke" if options.smoke else "runs/quickstart")
+    root = Path("runs/quickstart-smoke" if options.smoke else CONFIG_ROOT)
     name = options.name or f"{Path(config).stem}-seed{options.seed}"
     run, reward_model = root / name, root / "reward_model" / "export"
 
     for asset in ("smollm2-135m-instruct", "minilm-l6-v2", "movie-ratings"):
         assets.path(asset)
     if reward_model.exists():
-        console.print(f"the reward model is there already: {reward_model}")
+        console.print(f"the reward model is there already: {reward_model}", markup=False)
     else:
         smoke = ["--trainer.max_steps=3", "--trainer.limit_val_batches=1"] if options.smoke else []
         gopo(
@@ -83,43 +126,30 @@ def main() -> None:
             *("--model.init_args.export_dir", str(reward_model)),
             *smoke,
         )
-    smoke = []
-    if options.smoke:
-        smoke = [f"--data.init_args.{part}.limit=4" for part in ("validation", "predict")]
-        smoke.append("--model.init_args.sampling.max_new_tokens=8")
     shared = [
         *("--config", config),
         f"--seed_everything={options.seed}",
         "--trainer.logger.init_args.save_dir=runs",
         f"--trainer.logger.init_args.name={root.name}",
-        *smoke,
     ]
-    rewards = json.dumps(
-        [
-            {
-                "class_path": "gopo_lightning.rewards.SequenceClassifierReward",
-                "init_args": {"model": str(reward_model), "name": "sentiment"},
-            }
-        ]
-    )
+    steps = []
     if options.smoke:
-        shared += [f"--model.init_args.rewards={rewards}"]
-    steps = ["--trainer.max_steps=3", "--trainer.val_check_interval=3"] if options.smoke else []
+        shared += [f"--data.init_args.{part}.limit=4" for part in ("validation", "predict")]
+        shared.append(f"--model.init_args.rewards={rewards_of(config, reward_model)}")
+        steps = ["--trainer.max_steps=3", "--trainer.val_check_interval=3"]
     gopo("fit", *shared, f"--trainer.logger.init_args.version={name}", *steps)
-    gopo(
-        *("predict", *shared, f"--trainer.logger.init_args.version={name}-after"),
-        *("--model.init_args.policy.name", str(run / "policy")),
-    )
+    predictions = []
+    for when, policy in (("before", None), ("after", run / "policy")):
+        version = f"{name}-{when}"
+        trained = [] if policy is None else ["--model.init_args.policy.name", str(policy)]
+        gopo("predict", *shared, f"--trainer.logger.init_args.version={version}", *trained)
+        predictions.append(list(read_jsonl(root / version / "predictions.jsonl")))
 
-    after = read_jsonl(root / f"{name}-after" / "predictions.jsonl")
-    print_samples(read_jsonl(run / "reference_completions.jsonl"), after, "sentiment", num_rows=6)
-    reward, win_rate = scalars(run, "val/reward"), scalars(run, "val/win_rate")
-    console.print(
-        f"mean validation reward {reward[0][1]:+.2f} → {reward[-1][1]:+.2f} ({reward[-1][1] - reward[0][1]:+.2f}), "
-        f"win rate against the reference {win_rate[-1][1]:.2f}, after {reward[-1][0]} steps and "
-        f"{(perf_counter() - start) / 60:.1f} minutes"
-    )
-    console.print(f"TensorBoard: tensorboard --logdir {root}\nmodel: {run / 'policy'}")
+    before, after = predictions
+    print_samples(before, after, options.source, num_rows=6)
+    print_outcomes(outcome(before, options.source), outcome(after, options.source), options.source)
+    console.print(f"{(perf_counter() - start) / 60:.1f} minutes", markup=False)
+    console.print(f"TensorBoard: tensorboard --logdir {root}\nmodel: {run / 'policy'}", markup=False)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_prompts_are_unique_long_enough_and_held_out_by_sentence(many: Path) -> 
     assert set(train[0]) == {"prompt", "text", "mean"}
     held_out = {s.text for s in ratings.split(ratings.load("movie", many), "validation")}
     for row in train + validation:
-        assert row["prompt"] == "Movie review: " + " ".join(row["text"].split()[:5])
+        assert row["prompt"] == ratings.REQUEST.format(beginning=" ".join(row["text"].split()[:5]))
         assert len(row["text"].split()) >= 8
         assert (row["text"] in held_out) == (row in validation)
 

@@ -21,7 +21,8 @@ Source = Literal["movie", "amazon"]
 Split = Literal["train", "validation"]
 
 ASSET = "movie-ratings"
-PROMPT_PREFIX = "Movie review: "
+REQUEST = 'Write a one-sentence movie review. Begin it with "{beginning}".'
+"""The prompt: a request in words, which a chat model answers with a sentence and then stops."""
 NUM_PROMPT_WORDS = 5
 MIN_SENTENCE_WORDS = 8
 NUM_VALIDATION_SENTENCES = 1000
@@ -92,8 +93,8 @@ def prompts(part: Split, folder: Path | None = None) -> list[dict[str, Any]]:
     """Beginnings of movie-review sentences, one row a prompt: `prompt`, and of its sentence `text` and
     `mean`.
 
-    A prompt is PROMPT_PREFIX and the first NUM_PROMPT_WORDS words of a sentence with at least
-    MIN_SENTENCE_WORDS. No two rows share a prompt, and no prompt is in both splits.
+    A prompt is REQUEST with the first NUM_PROMPT_WORDS words of a sentence with at least MIN_SENTENCE_WORDS. No two
+    rows share a prompt, and no prompt is in both splits.
     """
     sentences = load("movie", folder)
     rows = _prompt_rows(split(sentences, part))
@@ -107,7 +108,7 @@ def _prompt_rows(sentences: list[RatedSentence]) -> dict[str, dict[str, Any]]:
     for sentence in sentences:
         words = sentence.text.split()
         if len(words) >= MIN_SENTENCE_WORDS:
-            prompt = PROMPT_PREFIX + " ".join(words[:NUM_PROMPT_WORDS])
+            prompt = REQUEST.format(beginning=" ".join(words[:NUM_PROMPT_WORDS]))
             rows.setdefault(prompt, {"prompt": prompt, "text": sentence.text, "mean": sentence.mean})
     return rows
 

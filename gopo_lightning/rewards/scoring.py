@@ -111,6 +111,8 @@ def against_reference(
         references: R reference completions of each.
         references_PRK: their scores, likewise.
         timeout_seconds: longest time for one source; None waits for ever.
+
+    A collective, like `score_groups`, and with its errors.
     """
     columns = list(torch.cat([rewards_PGK, references_PRK], dim=1).unbind(-1))
     G = rewards_PGK.shape[1]
@@ -122,7 +124,8 @@ def against_reference(
             columns[k] = torch.cat([wins_PGR.nanmean(2), 1 - wins_PGR.nanmean(1)], dim=1)
             win_rates[k] = wins_PGR.nanmean((1, 2))
     joint_PGK = torch.stack(columns, -1)
-    joint_PG = combine(joint_PGK)
+    with all_or_none("combining the rewards"):
+        joint_PG = combine(joint_PGK)
     direct = len(sources) == 1 and isinstance(sources[0], PairwiseSource)
     win_rate_P = win_rates[0] if direct else win_rate(joint_PG[:, :G], joint_PG[:, G:])
     return Standing(joint_PGK[:, :G], joint_PG[:, :G], win_rate_P, torch.stack(win_rates, -1))

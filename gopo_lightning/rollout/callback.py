@@ -1,8 +1,8 @@
 """Fills ``batch["experience"]``: sample, score, rank. Nothing but the batch is written; the module only reads it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,12 +14,13 @@ from gopo_lightning.distributed import all_or_none, gather_objects
 from gopo_lightning.gathering import gathered
 from gopo_lightning.placement import on_device, set_up_source
 from gopo_lightning.policy import evaluating, float32_default
-from gopo_lightning.rewards import HoldsModels, Source, against_reference, score_groups
+from gopo_lightning.rewards import GroupScores, HoldsModels, Source, against_reference, score_groups
+from gopo_lightning.rewards.pairwise import Groups
 from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.reference import ReferenceCompletions
 from gopo_lightning.rollout.streams import stream_seeds
 from gopo_lightning.run_folder import run_folder
-from gopo_lightning.structs import Experience, PromptBatch
+from gopo_lightning.structs import Completions, Experience, Prompt, PromptBatch
 
 if TYPE_CHECKING:
     from gopo_lightning.module import GOPOModule
@@ -43,7 +44,8 @@ class RolloutCallback(Callback):
         seed: of the random streams; a completion's stream is keyed by (seed, step, prompt row, completion index).
         reward_timeout_seconds: longest time of one source for one batch.
 
-    What fails on one rank fails on all (``all_or_none``), so every rank rolls out equally often.
+    What fails on one rank fails on all: each stage that can fail is ``all_or_none``, one after the other and never one
+    inside another, so that every rank takes part in equally many collectives.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class RolloutCallback(Callback):
         for source in self.reward_sources:
             with all_or_none(f"the set-up of reward source '{source.name}'"):
                 set_up_source(source, cast("GOPOModule", pl_module).placement, trainer)
+        self.reference.begin(self._made_by(cast("GOPOModule", pl_module)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"reference": self.reference.state_dict()}
@@ -88,7 +91,9 @@ class RolloutCallback(Callback):
         if self.from_wins:
             assert experience.wins_PGGK is not None
             judged = experience.wins_PGGK[..., 0]
-        batch["experience"] = replace(experience, advantages_PG=self.advantage(judged).float())
+        with all_or_none("the advantage"):
+            advantages_PG = self.advantage(judged).float()
+        batch["experience"] = replace(experience, advantages_PG=advantages_PG)
         batch["seconds"] = seconds
 
     def on_validation_batch_start(
@@ -114,7 +119,6 @@ class RolloutCallback(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._share_reference(trainer, pl_module, "reference_completions_test.jsonl")
 
-    @all_or_none("sampling and scoring")
     def roll_out(
         self,
         module: "GOPOModule",
@@ -129,6 +133,27 @@ class RolloutCallback(Callback):
 
         Without ``compare`` pairwise sources are not asked to compare a group with itself, and their columns are NaN.
         """
+        completions, seconds = self._sample(module, model, prompts, num_completions, step)
+        with _phase(module, "reward") as reward:
+            scores = self._score(module, prompts.prompts, completions.groups(num_completions), compare)
+            rewards_PGK = scores.rewards_PGK.to(prompts.tokens_PL.device)
+            with all_or_none("combining the rewards"):
+                rewards_PG = self.combine(rewards_PGK)
+        experience = Experience(
+            prompts,
+            completions,
+            rewards_PGK,
+            rewards_PG,
+            torch.zeros_like(rewards_PG),
+            wins_PGGK=None if scores.wins_PGGK is None else scores.wins_PGGK.to(rewards_PG.device),
+        )
+        return experience, {"rollout": seconds, "reward": reward[0]}
+
+    @all_or_none("sampling")
+    def _sample(
+        self, module: "GOPOModule", model: nn.Module, prompts: PromptBatch, num_completions: int, step: int
+    ) -> tuple[Completions, float]:
+        """Completions of ``model``, and the seconds they took."""
         indices = [prompt.index for prompt in prompts.prompts]
         seeds_N = stream_seeds(self.seed, step, indices, num_completions)
         autocast = module.trainer.precision_plugin.forward_context()  # hooks run outside of it
@@ -155,25 +180,13 @@ class RolloutCallback(Callback):
                 f"{type(self.engine).__name__} returned {len(completions)} completions for {len(prompts)} prompts × "
                 f"{num_completions}; a group needs all of its completions. Repair the engine."
             )
-        with _phase(module, "reward") as reward, self._scoring(module):
-            scores = score_groups(
-                self.reward_sources,
-                prompts.prompts,
-                completions.groups(num_completions),
-                compare=compare,
-                timeout_seconds=self.reward_timeout_seconds,
+        return completions, rollout[0]
+
+    def _score(self, module: "GOPOModule", prompts: Sequence[Prompt], groups: Groups, compare: bool) -> GroupScores:
+        with self._scoring(module):
+            return score_groups(
+                self.reward_sources, prompts, groups, compare=compare, timeout_seconds=self.reward_timeout_seconds
             )
-            rewards_PGK = scores.rewards_PGK.to(prompts.tokens_PL.device)
-            rewards_PG = self.combine(rewards_PGK)
-        experience = Experience(
-            prompts,
-            completions,
-            rewards_PGK,
-            rewards_PG,
-            torch.zeros_like(rewards_PG),
-            wins_PGGK=None if scores.wins_PGGK is None else scores.wins_PGGK.to(rewards_PG.device),
-        )
-        return experience, {"rollout": rollout[0], "reward": reward[0]}
 
     def _evaluate(self, module: "GOPOModule", batch: Any, compare: bool = True) -> None:
         batch["experience"], batch["seconds"] = self.roll_out(
@@ -185,15 +198,11 @@ class RolloutCallback(Callback):
             compare=compare,
         )
 
-    @all_or_none("comparing with the reference")
     def _stand(self, module: "GOPOModule", batch: Any) -> None:
         """Rewards of the batch's experience beside those of the reference, which is sampled once and then stored."""
         prompts: PromptBatch = batch["prompts"]
         experience: Experience = batch["experience"]
-        if not all(gather_objects(self.reference.knows(prompts))):
-            initial = module.policy_is_initial
-            self.reference.add(experience if initial else self._sample_reference(module, prompts))
-        references, rewards_PRK = self.reference.of(prompts)
+        self._know_reference(module, experience)
         start = perf_counter()
         with self._scoring(module):
             standing = against_reference(
@@ -202,26 +211,57 @@ class RolloutCallback(Callback):
                 prompts.prompts,
                 experience.completions.groups(self.eval_num_completions),
                 experience.rewards_PGK,
-                references,
-                rewards_PRK.to(experience.rewards_PGK.device),
+                self.reference.of(prompts),
+                self.reference.scores_of(prompts).to(experience.rewards_PGK.device),
                 timeout_seconds=self.reward_timeout_seconds,
             )
         batch["seconds"]["reward"] += perf_counter() - start
         batch["experience"] = replace(experience, rewards_PGK=standing.rewards_PGK, rewards_PG=standing.rewards_PG)
         batch["win_rate_P"], batch["win_rate_PK"] = standing.win_rate_P, standing.win_rate_PK
 
-    def _sample_reference(self, module: "GOPOModule", prompts: PromptBatch) -> Experience:
-        """Completions of the step-0 policy after training has begun: loaded for this validation only."""
-        module.reference.load(module.trainer, keep=False)
-        with module.reference.of(module.policy) as model:
-            return self.roll_out(
-                module, model, prompts, self.eval_num_completions, step=EVALUATION_STEP, compare=False
-            )[0]
+    def _know_reference(self, module: "GOPOModule", experience: Experience) -> None:
+        """See to it that the reference's completions of the experience's prompts are there, and scored."""
+        prompts = experience.prompts
+        if not all(gather_objects(self.reference.knows(prompts))):
+            if module.policy_is_initial:
+                self.reference.add(prompts, experience.completions)
+                self.reference.add_scores(prompts, experience.rewards_PGK, experience.rewards_PG)
+            else:
+                self.reference.add(prompts, self._sample_reference(module, prompts))
+        if not all(gather_objects(self.reference.has_scores(prompts))):
+            scores = self._score(module, prompts.prompts, self.reference.of(prompts), compare=False)
+            with all_or_none("combining the rewards"):
+                rewards_PR = self.combine(scores.rewards_PGK)
+            self.reference.add_scores(prompts, scores.rewards_PGK, rewards_PR)
 
-    def _scoring(self, module: "GOPOModule") -> AbstractContextManager[None]:
+    def _sample_reference(self, module: "GOPOModule", prompts: PromptBatch) -> Completions:
+        """Completions of the step-0 policy after training has begun: loaded for this validation only."""
+        with ExitStack() as stack:
+            with all_or_none("loading the reference"):
+                module.reference.load(module.trainer, keep=False)
+                model = stack.enter_context(module.reference.of(module.policy))
+            return self._sample(module, model, prompts, self.eval_num_completions, EVALUATION_STEP)[0]
+
+    def _made_by(self, module: "GOPOModule") -> dict[str, Any]:
+        """All but the prompt that decides what the reference says in an evaluation."""
+        policy = module.policy_config
+        return {
+            "policy": (policy.name, policy.revision, policy.dtype),
+            "precision": str(module.trainer.precision),
+            "engine": type(self.engine).__name__,
+            "sampling": sorted(asdict(self.sampling).items()),
+            "num_completions": self.eval_num_completions,
+            "seed": self.seed,
+        }
+
+    @contextmanager
+    def _scoring(self, module: "GOPOModule") -> Iterator[None]:
         """The models of the sources are on the device inside."""
         models = [m for source in self.reward_sources if isinstance(source, HoldsModels) for m in source.models()]
-        return on_device(models, module.device)
+        with ExitStack() as stack:
+            with all_or_none("placing the reward models"):
+                stack.enter_context(on_device(models, module.device))
+            yield
 
     def _share_reference(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         cast("GOPOModule", pl_module).reference.release()

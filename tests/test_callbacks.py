@@ -372,6 +372,17 @@ def test_a_line_leaves_out_what_was_not_logged() -> None:
     assert validation_line(3, 9, {"val/win_rate": 0.625}) == "step 3/9  validation  win rate 0.625"
 
 
+def test_several_sources_are_shown_one_by_one() -> None:
+    """Combined by rank, their sum is 0 in every group."""
+    training = {"reward/mean": 0.0, "reward/ended/mean": 0.75, "reward/r{m}/mean": -2.0, "train/loss": 0.5}
+    assert train_line(1, 9, training) == "step 1/9  ended +0.750  r{m} -2.000  loss 0.5000"
+    validation = {"val/reward": 0.25, "val/ended/reward": 1.0, "val/rm/reward": 2.0, "val/win_rate": 0.5}
+    assert validation_line(1, 9, validation) == "step 1/9  validation  ended +1.000  rm +2.000  win rate 0.500"
+    alone = {"reward/mean": 0.5, "reward/rm/mean": 0.5, "val/reward": 1.0, "val/rm/reward": 1.0}
+    assert train_line(1, 9, alone) == "step 1/9  reward +0.500"
+    assert validation_line(1, 9, alone) == "step 1/9  validation  reward +1.000"
+
+
 def test_the_bar_suits_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
     assert type(ProgressBar()) is PlainLines

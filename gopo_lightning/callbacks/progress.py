@@ -1,5 +1,6 @@
 """How far a run is: a live bar in a terminal, one line a step in a log."""
 
+import re
 import sys
 import threading
 from collections.abc import Mapping
@@ -44,9 +45,26 @@ VALIDATION = (
 )
 
 
+_SOURCE = re.compile(r"reward/(?P<train>.+)/mean|val/(?P<val>.+)/reward")
+
+
 def present(items: tuple[Item, ...], metrics: Mapping[str, Any]) -> dict[Item, float]:
-    """Those of ``items`` that were logged, with their values."""
-    return {item: float(metrics[item.tag]) for item in items if item.tag in metrics}
+    """Those of ``items`` that were logged, with their values.
+
+    Of several reward sources each is shown by itself: what they combine to may compare within a group only.
+    """
+    names = {tag: match["train"] or match["val"] for tag in metrics if (match := _SOURCE.fullmatch(tag))}
+    shown = []
+    for item in items:
+        prefix = item.tag.partition("/")[0]
+        sources = [
+            Item(tag, name, name.replace("{", "{{").replace("}", "}}") + " {:+.3f}")
+            for tag, name in names.items()
+            if tag.startswith(f"{prefix}/")
+        ]
+        several = item.label == "reward" and len(sources) > 1
+        shown += sources if several else [item]
+    return {item: float(metrics[item.tag]) for item in shown if item.tag in metrics}
 
 
 def train_line(step: int, max_steps: int, metrics: Mapping[str, Any]) -> str:

@@ -2,17 +2,23 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gopo_lightning.callbacks.save_on_signal import SaveOnSignal
 from gopo_lightning.checkpoints import last_of, newest
+from gopo_lightning.cli import run
 from gopo_lightning.policy import PolicyConfig
+from tests.faults.jobs import config_values
 from tests.ranks import LORA, Record
 from tests.runs import make_data, make_module, make_trainer
 
@@ -122,11 +128,81 @@ def test_sigusr1_requeues_a_slurm_job_and_only_that(
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
 
 
-def test_a_second_signal_does_not_wait() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait(number: signal.Signals) -> None:
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGTERM, SaveOnSignal()._note)
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(number, SaveOnSignal()._note)
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
         os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
+
+
+def test_under_torchrun_the_echo_of_a_signal_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    callback = SaveOnSignal()
+    callback._note(signal.SIGINT, None)
+    callback._note(signal.SIGINT, None)  # would end this process
+    assert callback._received == signal.SIGINT
+
+
+def test_a_signal_that_the_shell_told_to_ignore_is_ignored(
+    tiny_policy: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    class CtrlC(Callback):
+        def on_train_batch_start(self, *_: Any, **__: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `command &` does in a script
+    try:
+        train(tmp_path, tiny_policy, prompts_file, CtrlC())
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not list(tmp_path.rglob("interrupted*"))
+
+
+class Waiting(Callback):
+    """In the third step, until someone presses Ctrl-C."""
+
+    def __init__(self, marker: str) -> None:
+        self.marker = Path(marker)
+
+    def on_train_batch_start(self, trainer: Any, *_: Any, **__: Any) -> None:
+        """Only in the process that is to be interrupted."""
+        if trainer.global_step == 2 and "GOPO_TEST_WAITS" in os.environ:
+            self.marker.touch()
+            signal.pause()
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_from_there(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
+    values: Any = config_values(tmp_path, "run", tiny_policy, prompts_file, "tests.runs.count_vowels")
+    waiting = {"class_path": "tests.test_resume.Waiting", "init_args": {"marker": f"{tmp_path}/waits"}}
+    values["trainer"] |= {"strategy": "auto", "max_steps": 4}
+    values["trainer"]["callbacks"].append(waiting)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    fit = ["fit", "--config", str(tmp_path / "config.yaml")]
+
+    with (tmp_path / "said").open("w") as file:
+        job = subprocess.Popen(
+            [sys.executable, "-m", "gopo_lightning", *fit],
+            env=os.environ | {"GOPO_TEST_WAITS": "1"},
+            stdout=file,
+            stderr=file,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in the foreground of a terminal
+        )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "waits").exists() and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    code, said = job.wait(timeout=60), (tmp_path / "said").read_text()
+    assert code == 130, said
+    (saved,) = tmp_path.rglob("interrupted-step=3.ckpt")
+    assert "SIGINT: the step or validation under way is finished and saved" in said
+    assert f"saved {saved}" in said and "with --ckpt_path last goes on" in said and "weights_only" not in said
+
+    rest, whole = run([*fit, "--ckpt_path=last"]), run([*fit, "--trainer.logger.init_args.name=whole"])
+    assert rest.config_init["fit"]["ckpt_path"] == saved
+    assert_identical(rest.model.state_dict(), whole.model.state_dict())

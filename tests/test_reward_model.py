@@ -2,12 +2,15 @@
 
 import itertools
 import math
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from scipy.stats import kendalltau, spearmanr
 from torch.utils.data import DataLoader
 
@@ -229,6 +232,32 @@ def test_a_base_model_is_not_overwritten_by_its_fine_tuned_copy(data: Preference
     with pytest.raises(ValueError, match=r"model.init_args.export_dir=.*base: it holds config.json"):
         Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(module, data)
     assert (base / "model.safetensors").read_bytes() == before
+
+
+def test_an_interrupted_run_is_saved_and_ends_like_one_that_was_not(data: PreferenceDataModule, tmp_path: Path) -> None:
+    class CtrlC(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def train(name: str, *callbacks: Callback, resume: Path | None = None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        module = RewardModelModule(str(base), warmup_steps=4)
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+        options = {"logger": False, "default_root_dir": tmp_path / name, "enable_progress_bar": False}
+        trainer = Trainer(max_steps=9, accelerator="cpu", use_distributed_sampler=False, **options)  # type: ignore[arg-type]
+        trainer.callbacks += callbacks  # type: ignore[attr-defined]
+        trainer.fit(module, data, ckpt_path=resume)
+        return module.state_dict()
+
+    base = save_bert(tmp_path / "base")
+    whole = train("whole")
+    with pytest.raises(SystemExit, match="130"):
+        train("parts", CtrlC())
+    rest = train("parts", resume=tmp_path / "parts" / "checkpoints" / "interrupted-step=6.ckpt")
+    assert all(torch.equal(rest[name], value) for name, value in whole.items())
 
 
 def test_a_short_run_learns_logs_and_exports_what_the_reward_loads(

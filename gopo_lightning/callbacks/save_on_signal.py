@@ -1,4 +1,4 @@
-"""A run that is told to stop (SIGTERM, or SLURM's SIGUSR1) saves at the end of its batch, and can go on from there."""
+"""A run that is told to stop (Ctrl-C, SIGTERM, SLURM's SIGUSR1) saves at the end of its batch, and can go on."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
+import time
 from types import FrameType
 from typing import Any
 
@@ -14,27 +14,34 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gopo_lightning.distributed import gather_objects
+from gopo_lightning.run_folder import checkpoint_folder
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_ECHO_SECONDS = 1.0
+"""torchrun sends its workers a Ctrl-C that the terminal has sent them already."""
 
 
 class SaveOnSignal(Callback):
-    """Ends a fit that gets SIGTERM or SIGUSR1 on any rank: all ranks save together, and exit with 128 + the signal.
+    """Ends a fit that gets SIGINT (Ctrl-C), SIGTERM or SIGUSR1 on any rank: all ranks save together and exit.
 
-    The checkpoint goes beside the others, as ``interrupted-step=<n>.ckpt``; ``--ckpt_path last`` finds it. In a SLURM
-    job, SIGUSR1 also puts the job back into the queue. A second signal ends the process at once.
+    They do so with 128 + the signal, at the end of the step under way (rollout and updates) or of the validation under
+    way. The checkpoint goes beside the others, as ``interrupted-step=<n>.ckpt``; ``--ckpt_path last`` finds it. In a
+    SLURM job, SIGUSR1 also puts the job back into the queue. A second signal ends the process at once.
 
-    (Lightning's own handlers save, or broadcast, from within the signal handler: in the middle of a step.)
+    (Lightning's own handlers save, or broadcast, from within the signal handler: in the middle of a step. Its Ctrl-C
+    saves nothing.)
     """
 
     def __init__(self) -> None:
         self._received = 0
+        self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over from Lightning, which registers its handlers just before."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup, or `&`
+            self._previous = {number: signal.signal(number, self._note) for number in heard}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give them back."""
@@ -64,10 +71,16 @@ class SaveOnSignal(Callback):
             self._stop_if_told(trainer)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self._received:
+            if "TORCHELASTIC_RUN_ID" in os.environ and now - self._received_at < _ECHO_SECONDS:
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._received = number
+        self._received, self._received_at = number, now
+        name = signal.Signals(number).name
+        said = f"\n{name}: the step or validation under way is finished and saved; a second signal ends at once.\n"
+        os.write(2, said.encode())  # to stderr; print may be at work below this handler
 
     def _stop_if_told(self, trainer: Trainer) -> None:
         number = max(gather_objects(self._received))
@@ -75,9 +88,8 @@ class SaveOnSignal(Callback):
             return
         self._received = 0
         name = signal.Signals(number).name
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-        path = folder / f"interrupted-step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(path)
+        path = checkpoint_folder(trainer) / f"interrupted-step={trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)  # whole, optimiser and all
         rank_zero_info(f"{name}: saved {path}. The same command with --ckpt_path last goes on from there.")
         if number == signal.SIGUSR1 and trainer.is_global_zero:
             _requeue()

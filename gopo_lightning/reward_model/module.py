@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, get_scheduler
 
 from gopo_lightning.adapters import add_lora, lora_config
+from gopo_lightning.callbacks.save_on_signal import SaveOnSignal
 from gopo_lightning.checkpoints import install_atomic_saving
 from gopo_lightning.checks import check_outputs
 from gopo_lightning.data.comparisons import Text
@@ -115,9 +116,9 @@ class RewardModelModule(LightningModule):
         self.scorer = Scorer(self.tokenizer, prefix_sharing, self.max_length)
 
     def configure_callbacks(self) -> list[Callback]:
-        """None; but names that lead out of the run's folder are refused here, before anything is written."""
+        """Names that lead out of the run's folder are refused here, before anything is written."""
         check_outputs(self.trainer)
-        return []
+        return [SaveOnSignal()]
 
     def setup(self, stage: str) -> None:
         """Checkpoints are written whole or not at all; an export that would overwrite something is refused."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from tests.faults.jobs import peer_death, rank_error
+from tests.faults.jobs import ctrl_c, peer_death, rank_error
 from tests.faults.lab import STEPS, Lab, Row, wait
 
 KILLS = 20
@@ -179,6 +179,8 @@ FAULTS = [
     rank_error("hangs_on_rank_1", "reward hangs on one rank of two", SLOW),
     peer_death("subprocesses"),
     peer_death("torchrun, two nodes"),
+    ctrl_c("subprocesses"),
+    ctrl_c("torchrun"),
 ]
 
 

@@ -42,6 +42,31 @@ def peer_death(launcher: str) -> Callable[[Lab], Row]:
     return run
 
 
+def ctrl_c(launcher: str) -> Callable[[Lab], Row]:
+    """SIGINT to every process, as a terminal sends it: the job saves what it has, and not with 0 ends."""
+
+    def run(lab: Lab) -> Row:
+        name = f"ctrl-c {launcher}"
+        row = Row(f"Ctrl-C ({launcher})", tried=1)
+        config = _write_config(lab, name)
+        if launcher == "torchrun":
+            command, _, environment = torchrun_node(config)
+            command, environment = [*command, "--trainer.devices=2"], environment | {"NODES": "1", "GPUS": "2"}
+        else:
+            command, environment = _fit(config), {}
+        job = _start(command, lab, name, environment, foreground=True)
+        while lab.step(name) < 2 and job.poll() is None:
+            time.sleep(0.2)
+        os.killpg(job.pid, signal.SIGINT)
+        codes, seconds = _wait([job], time.time())
+        saved = list((lab.folder / name).rglob("interrupted-step=*.ckpt"))
+        row.notes.append(f"ended after {seconds:.0f} s with {codes}, {'saved' if saved else 'nothing saved'}")
+        row.survived = int(all(codes) and len(saved) == 1 and lab.last(name) == saved[0].resolve())
+        return row
+
+    return run
+
+
 def rank_error(function: str, fault: str, reason: str) -> Callable[[Lab], Row]:
     """A reward fails on rank 1 alone: both ranks end with 1 within a minute, and both say why."""
 
@@ -83,9 +108,19 @@ def _fit(config: Path) -> list[str]:
     return [sys.executable, *fit]
 
 
-def _start(command: list[str], lab: Lab, name: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(
+    command: list[str], lab: Lab, name: str, environment: dict[str, str], *, foreground: bool = False
+) -> subprocess.Popen[bytes]:
+    """``foreground``: a group of its own, which hears Ctrl-C."""
     with (lab.folder / f"{name}.log").open("a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            env=os.environ | environment,
+            start_new_session=foreground,
+            preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) if foreground else None,
+        )
 
 
 def _wait(

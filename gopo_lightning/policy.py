@@ -1,6 +1,6 @@
 """The policy: any Hugging Face causal LM, optionally with LoRA; its tokenizer; its frozen reference."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
+from jinja2 import TemplateError
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -200,6 +202,34 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple
     if not ids:
         raise ValueError("neither generation_config nor tokenizer has an EOS token; set generation_config.eos_token_id")
     return tuple(dict.fromkeys(ids))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which the chat template ends an answer; None if it ends none with a special token."""
+    words = "words"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": words}]
+    try:
+        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError:
+        return None  # it refuses this conversation, so nothing is known of its answers
+    ids = tokenizer(rendered.rpartition(words)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return next((int(i) for i in ids[:1] if i in special), None)
+
+
+def warn_of_endless_turns(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> None:
+    """Say so where the token that ends an answer in the chat template does not end a completion."""
+    end = end_of_turn(tokenizer)
+    if end is not None and end not in stop_ids:
+        token, stops = (
+            tokenizer.convert_ids_to_tokens([end, *stop_ids])[0],
+            tokenizer.convert_ids_to_tokens([*stop_ids]),
+        )
+        rank_zero_warn(
+            f"the chat template ends an answer with {token} (id {end}), but completions end with {', '.join(stops)} "
+            f"alone: answers would run on after their end. Add {end} to eos_token_id in the model's "
+            "generation_config.json (of a hub model: in a local copy that policy.name names)."
+        )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Loading policies: dropout, LoRA, the reference, special tokens."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gopo_lightning import pretrained
 from gopo_lightning.policy import (
     PolicyConfig,
+    end_of_turn,
     eos_token_ids,
     evaluating,
     load_policy,
@@ -20,7 +22,8 @@ from gopo_lightning.policy import (
 )
 from gopo_lightning.pretrained import finding
 from gopo_lightning.sharding import clip_grad_norm
-from tests.conftest import byte_tokenizer
+from tests.conftest import byte_tokenizer, save_llama
+from tests.runs import make_data, make_module, make_trainer
 
 
 def test_dropout_is_off_in_train_mode(tmp_path: Path) -> None:
@@ -139,6 +142,51 @@ def test_all_eos_ids_end_a_completion(tiny_policy: Path) -> None:
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="EOS"):
         eos_token_ids(policy, tokenizer)
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHATML, "<|im_end|>"),
+        (CHATML.replace("<|im_end|>", " <eos>"), "<eos>"),
+        (CHATML.replace("<|im_end|>", ""), None),
+        (CHATML.replace("<|im_end|>", "\n\nHuman:"), None),
+        ("{{ raise_exception('no') }}", None),
+    ],
+)
+def test_the_special_token_that_ends_an_answer(template: str, end: str | None) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    assert end_of_turn(tokenizer) == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+
+
+@pytest.mark.parametrize(
+    ("apply", "ids", "warns"), [("always", 257, True), ("always", [257, 260], False), ("never", 257, False)]
+)
+def test_answers_that_would_not_end_are_warned_about(
+    apply: Any, ids: Any, warns: bool, prompts_file: Path, tmp_path: Path
+) -> None:
+    save_llama(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path)
+    model = load_policy(PolicyConfig(str(tmp_path)))
+    model.resize_token_embeddings(len(tokenizer))
+    model.generation_config.eos_token_id = ids
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = make_data(prompts_file, apply_chat_template=apply)
+        make_trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(make_module(tmp_path), data)
+    said = [str(w.message) for w in caught if "would run on after their end" in str(w.message)]
+    assert len(said) == warns
+    if warns:
+        assert "ends an answer with <|im_end|> (id 260), but completions end with <eos> alone" in said[0]
 
 
 def test_evaluating_restores_the_mode() -> None:

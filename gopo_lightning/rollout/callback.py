@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gopo_lightning.distributed import all_or_none, gather_objects
 from gopo_lightning.gathering import gathered
 from gopo_lightning.placement import on_device, set_up_source
-from gopo_lightning.policy import evaluating, float32_default
+from gopo_lightning.policy import evaluating, float32_default, warn_of_endless_turns
 from gopo_lightning.rewards import GroupScores, HoldsModels, Source, against_reference, score_groups
 from gopo_lightning.rewards.pairwise import Groups
 from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
@@ -68,6 +68,7 @@ class RolloutCallback(Callback):
         self.num_completions, self.eval_num_completions = num_completions, eval_num_completions
         self.reward_timeout_seconds = reward_timeout_seconds
         self.reference = ReferenceCompletions()
+        self._turns_are_checked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for source in self.reward_sources:
@@ -154,6 +155,9 @@ class RolloutCallback(Callback):
         self, module: "GOPOModule", model: nn.Module, prompts: PromptBatch, num_completions: int, step: int
     ) -> tuple[Completions, float]:
         """Completions of ``model``, and the seconds they took."""
+        if prompts.prompts[0].messages is not None and not self._turns_are_checked:
+            warn_of_endless_turns(module.tokenizer, module.eos_token_ids)
+            self._turns_are_checked = True
         indices = [prompt.index for prompt in prompts.prompts]
         seeds_N = stream_seeds(self.seed, step, indices, num_completions)
         autocast = module.trainer.precision_plugin.forward_context()  # hooks run outside of it

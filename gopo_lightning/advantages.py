@@ -137,12 +137,21 @@ def batch(rewards_PG: Tensor, *, all_reduce: Callable[[Tensor], Tensor] = lambda
         rewards_PG: the rewards of this rank.
         all_reduce: the sum of a float64 tensor over the ranks; called exactly twice on every rank, whatever
             the rewards. The default is one process.
+
+    Raises:
+        ValueError: an infinite reward, of any rank: on all ranks.
     """
-    centred_PG, valid_PG = _centred(rewards_PG)
+    _check_groups(rewards_PG)
+    valid_PG = valid(rewards_PG)
     rewards_PG = torch.where(valid_PG, rewards_PG.double(), 0.0)
     count, total = all_reduce(torch.stack([valid_PG.sum().double(), rewards_PG.sum()]))
     deviations_PG = torch.where(valid_PG, rewards_PG - total / count.clamp(min=1), 0.0)
     variance = all_reduce((deviations_PG**2).sum()) / (count - 1).clamp(min=1)
+    centred_PG, _ = _centred(
+        torch.where(valid_PG, rewards_PG, torch.nan)
+    )  # raises, now that nobody waits for this rank
+    if not bool(total.isfinite()):
+        raise ValueError("the rewards of another rank hold an infinity, which has no magnitude to average.")
     return (centred_PG / (variance.sqrt() + _STD_EPSILON)).float()
 
 
@@ -183,7 +192,22 @@ def get(name: str, *, all_reduce: Callable[[Tensor], Tensor] | None = None, **op
     for option, value in options.items():
         if typing.get_origin(hints.get(option)) is Literal:
             _check_choice(option, value, typing.get_args(hints[option]))
-    return functools.partial(function, **options)
+    return functools.partial(_checked, functools.partial(function, **options), name)
+
+
+def _checked(function: Advantage, name: str, rewards_PG: Tensor) -> Tensor:
+    """``function(rewards_PG)``; ValueError unless that is a number for each completion."""
+    advantages_PG = function(rewards_PG)
+    is_tensor = isinstance(advantages_PG, Tensor)
+    got = f"{advantages_PG.dtype} {tuple(advantages_PG.shape)}" if is_tensor else type(advantages_PG).__name__
+    is_real = is_tensor and not advantages_PG.is_complex() and advantages_PG.dtype != torch.bool
+    if not is_real or advantages_PG.shape != rewards_PG.shape:
+        raise ValueError(
+            f"advantage '{name}' returned {got} for rewards of shape {tuple(rewards_PG.shape)} [prompts, completions]; "
+            "it must return a tensor of real numbers of the same shape. Its signature is "
+            f"{name.rpartition('.')[2]}(rewards_PG: Tensor, **options) -> Tensor."
+        )
+    return advantages_PG
 
 
 def _import(path: str) -> Callable[..., Tensor]:

@@ -1,6 +1,8 @@
 """Ordinal advantages against hand-worked numbers, scipy and their invariances; the baselines against NumPy loops."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -257,6 +259,38 @@ def test_groups_of_one_and_wrong_shapes_are_refused(name: str) -> None:
 def custom(rewards_PG: Tensor, *, sharpness: float) -> Tensor:
     """An advantage of one's own, named by its dotted path."""
     return rewards_PG * sharpness
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (lambda r: r.mean(), r"torch.float32 \(\)"),
+        (lambda r: r[:1], r"torch.float32 \(1, 3\)"),
+        (lambda r: r > 0, r"torch.bool \(2, 3\)"),
+        (lambda r: r.tolist(), "list"),
+        (lambda r: None, "NoneType"),
+    ],
+)
+def test_an_advantage_of_the_wrong_shape_or_kind_is_refused(
+    returned: Callable[[Tensor], Any], got: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.custom", lambda rewards_PG: returned(rewards_PG))
+    with pytest.raises(ValueError, match=rf"'{__name__}.custom' returned {got} for .*\(2, 3\).*custom\(rewards_PG"):
+        advantages.get(f"{__name__}.custom")(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_infinity_raises_on_every_rank_after_both_sums(own: bool) -> None:
+    rewards_PG = torch.tensor([[1.0, math.inf if own else 2.0]])
+    sums: list[Tensor] = []
+
+    def all_reduce(moments: Tensor) -> Tensor:
+        sums.append(moments)
+        return moments if own else moments + math.inf
+
+    with pytest.raises(ValueError, match="prompt 0 .* infinity" if own else "another rank hold an infinity"):
+        advantages.batch(rewards_PG, all_reduce=all_reduce)
+    assert len(sums) == 2
 
 
 def test_get_resolves_names_paths_and_options() -> None:

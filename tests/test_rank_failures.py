@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from gopo_lightning.losses import LossConfig
 from gopo_lightning.policy import PolicyConfig
 from gopo_lightning.rewards import FunctionComparator, FunctionReward, RewardSource, SequenceClassifierReward
+from gopo_lightning.rollout import TransformersEngine
+from gopo_lightning.structs import Completions
 from tests.conftest import byte_tokenizer
 from tests.ranks import Case, launch, run_case
 from tests.test_resume import assert_identical
@@ -60,11 +62,46 @@ class WrongKey(RewardSource):
         return [0.0] * len(completions)
 
 
-FAILURES = {
+class BrokenEngine:
+    """Runs out of memory on rank 1."""
+
+    def generate(self, *arguments: Any, **options: Any) -> Completions:
+        if on_rank_1():
+            raise MemoryError("no room for the keys and values")
+        return TransformersEngine().generate(*arguments, **options)
+
+
+class SmallDevice(FunctionReward):
+    """A source whose model cannot be moved to the device of rank 1."""
+
+    def models(self) -> list[torch.nn.Module]:
+        if on_rank_1():
+            raise MemoryError("no room for the reward model")
+        return []
+
+
+def breaks(rewards: torch.Tensor) -> torch.Tensor:
+    """An advantage or a combination of the user's own."""
+    if on_rank_1() and rewards.shape[0] > 1:  # not when it is tried on one group at the start
+        raise ArithmeticError("no rank fits")
+    return rewards[..., 0] if rewards.dim() == 3 else rewards
+
+
+def infinite(completions: list[str]) -> list[float]:
+    """No magnitude, on rank 1 alone."""
+    return [float("inf") if on_rank_1() else float(len(c)) for c in completions]
+
+
+FAILURES: dict[str, dict[str, Any]] = {
+    "engine": {"engine": BrokenEngine()},
+    "placing": {"rewards": [SmallDevice("tests.runs.count_vowels", name="small")]},
+    "combine": {"combine": f"{__name__}.breaks"},
+    "advantage": {"advantage": f"{__name__}.breaks"},
     "raises": {"rewards": [FunctionReward(raises)]},
     "hangs": {"rewards": [FunctionReward(hangs)], "reward_timeout_seconds": 2.0},
     "judge": {"rewards": [FunctionComparator(stuck_judge)]},
     "set-up": {"rewards": [WrongKey()]},
+    "infinite": {"rewards": [FunctionReward(infinite)], "advantage": "batch"},
 }
 EPOCHS = {"num_inner_epochs": 2, "num_minibatches": 2, "prefix_sharing": "never"}
 
@@ -138,6 +175,10 @@ def save_models(folder: Path) -> None:
             "reward source 'stuck_judge'",
         ),
         ("set-up", "ValueError .*the key is refused", "the set-up of reward source 'keyed'"),
+        ("engine", "MemoryError .*no room for the keys and values", "sampling"),
+        ("placing", "MemoryError .*no room for the reward model", "placing the reward models"),
+        ("combine", "ArithmeticError .*no rank fits", "combining the rewards"),
+        ("advantage", "ArithmeticError .*no rank fits", "the advantage"),
     ],
 )
 def test_an_error_on_one_rank_ends_all_and_is_said_on_all(name: str, own: str, others: str, results: Path) -> None:
@@ -146,6 +187,12 @@ def test_an_error_on_one_rank_ends_all_and_is_said_on_all(name: str, own: str, o
     assert peer.startswith("PeerError") and f"rank 1 failed in {others}" in peer
     assert re.search(own.partition(".*")[2], peer, re.DOTALL)  # the same reason
     assert all(float(re.search(r"after ([\d.]+) s", text)[1]) < 30 for text in (peer, failed))  # type: ignore[index]
+
+
+def test_an_infinite_reward_of_one_rank_has_no_average_on_any(results: Path) -> None:
+    peer, failed = ((results / f"fails-infinite.rank{rank}.txt").read_text() for rank in (0, 1))
+    assert failed.startswith("ValueError") and "hold an infinity, which has no magnitude to average. Use" in failed
+    assert peer.startswith("ValueError") and "the rewards of another rank hold an infinity" in peer
 
 
 @pytest.mark.parametrize("ranks", ["", "ddp-"])

@@ -261,9 +261,11 @@ class RolloutCallback(Callback):
     @contextmanager
     def _scoring(self, module: "GOPOModule") -> Iterator[None]:
         """The models of the sources are on the device inside."""
-        models = [m for source in self.reward_sources if isinstance(source, HoldsModels) for m in source.models()]
         with ExitStack() as stack:
             with all_or_none("placing the reward models"):
+                models = [
+                    m for source in self.reward_sources if isinstance(source, HoldsModels) for m in source.models()
+                ]
                 stack.enter_context(on_device(models, module.device))
             yield
 

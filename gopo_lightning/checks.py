@@ -11,7 +11,7 @@ from gopo_lightning.rewards import Source
 from gopo_lightning.rollout.engine import SamplingConfig
 from gopo_lightning.run_folder import run_folder
 from gopo_lightning.security import check_stays_inside
-from gopo_lightning.structs import Experience
+from gopo_lightning.structs import TensorStruct
 
 
 def check_positive(**values: int) -> None:
@@ -90,7 +90,7 @@ def check_sampling(sampling: SamplingConfig, *, updates_per_rollout: int) -> Non
         )
 
 
-def check_finite(trainer: Trainer, experience: Experience, loss: Tensor, grad_norm: Tensor) -> None:
+def check_finite(trainer: Trainer, experience: TensorStruct, loss: Tensor, grad_norm: Tensor) -> None:
     """ValueError unless loss and gradient norm, the same on all ranks, are finite; the batch is left on disk."""
     if loss.isfinite() and grad_norm.isfinite():
         return

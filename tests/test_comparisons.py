@@ -10,8 +10,9 @@ import torch
 from lightning import Trainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from gopo_lightning.data.comparison_batches import Comparisons, collate_comparisons
 from gopo_lightning.data.comparisons import ComparisonRow, load_comparisons
-from gopo_lightning.data.preferences import Comparisons, PreferenceDataModule, collate_comparisons
+from gopo_lightning.data.preferences import PreferenceDataModule
 from gopo_lightning.data.sources import PromptSource
 from gopo_lightning.reward_model import (
     ComparisonMetrics,
@@ -115,7 +116,7 @@ def test_ranked_lists(tmp_path: Path) -> None:
         ({"text": "a"}, r"columns \['text'\], which are no known format"),
         ({"chosen": "a", "rejected": " "}, r"row 0 \(counted from 0\) of .*: a text is empty"),
         ({"chosen": "a", "rejected": "b", "probability": 2}, r"probability=2.0 must lie in \[0, 1\]"),
-        ({"chosen": [{"content": "a"}], "rejected": []}, "a conversation needs messages"),
+        ({"chosen": [{"content": "a"}], "rejected": []}, r"column 'chosen' has a message without a role"),
         ({**summaries(0), "choice": 2}, "choice=2 must be 0, 1 or null"),
         ({"completions": ["a"], "ranks": [1]}, "1 completions with 1 ranks"),
         ({"completions": ["a", "b"], "ranks": [1, 2], "scores": [1]}, "1 scores for 2 completions"),

@@ -223,6 +223,58 @@ def test_a_bad_row_is_named(tokenizer: Any, value: Any, message: str) -> None:
         render(tokenizer, value)
 
 
+SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}, {"from": "human", "value": "and?"}]
+PARTS = [{**turn, "content": [{"type": "text", "text": turn["content"], "image_url": None}]} for turn in TURNS]
+
+
+@pytest.mark.parametrize("value", [SHAREGPT, PARTS, json.dumps(TURNS), json.dumps(SHAREGPT)])
+def test_other_ways_to_write_a_conversation(tokenizer: Any, value: Any) -> None:
+    prompt = render(tokenizer, value, "messages")
+    assert decoded(tokenizer, prompt) == "<user>hi<eos><assistant>hello<eos><user>and?<eos><assistant>"
+    assert prompt.messages == tuple(TURNS[:3])
+
+
+def test_text_is_not_taken_for_messages_nor_messages_for_text(tokenizer: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"row 7 .*column 'prompt' holds messages as JSON text.*messages_column: prompt"
+    ):
+        render(tokenizer, json.dumps(TURNS))
+    for text in ("hi", "[1, 2]", '[{"a": 1}]', "[not JSON"):
+        assert render(tokenizer, text).text == text
+        with pytest.raises(ValueError, match="row 7 .*column 'messages' is a str, not messages or JSON text of them"):
+            render(tokenizer, text, "messages")
+
+
+@pytest.mark.parametrize("value", ["cut \ud83d", [{"role": "user", "content": "cut \ud83d"}]])
+def test_half_a_character_is_found_with_its_row(tokenizer: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"row 7 .*rows\.jsonl: half a character .* at position .*'.*cut '\. Repair"):
+        render(tokenizer, value)
+
+
+def test_what_a_template_refuses_is_found_with_its_row(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    assert decoded(tokenizer, render(tokenizer, TURNS)) == "x"
+    with pytest.raises(
+        ValueError, match=r"row 7 .*rows\.jsonl: the chat template refuses .*roles system, user: no system"
+    ):
+        render(tokenizer, "hi", system_prompt="be short")
+    tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    with pytest.raises(ValueError, match=r"row 7 .*rows\.jsonl: the chat template refuses"):
+        render(tokenizer, TURNS)
+
+
+def test_a_system_message_in_each_row(tokenizer: Any) -> None:
+    """As Intel/orca_dpo_pairs; blank ones are none, and a system_prompt replaces them."""
+    source = PromptSource(path="rows.jsonl", prompt_column="question", system_column="system")
+    rows = [{"question": "hi", "system": system} for system in ("be brief", "", None)]
+    shown = [decoded(tokenizer, PromptRenderer(tokenizer, source)(0, row)) for row in rows]
+    assert shown == ["<system>be brief<eos><user>hi<eos><assistant>"] + ["<user>hi<eos><assistant>"] * 2
+    replaced = PromptRenderer(tokenizer, source, system_prompt="be long")(0, rows[0])
+    assert decoded(tokenizer, replaced).startswith("<system>be long")
+    with pytest.raises(ValueError, match="row 3 .*column 'system' is a int, not a text"):
+        PromptRenderer(tokenizer, source)(3, {"question": "hi", "system": 1})
+
+
 def test_a_template_that_is_missing_or_forbidden(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="conversation, which apply_chat_template='never'"):
         render(tokenizer, TURNS, apply_chat_template="never")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gopo_lightning.cli import run
-from gopo_lightning.data import comparisons
+from gopo_lightning.data import comparison_formats
 from gopo_lightning.reward_model import scoring
 from gopo_lightning.rewards import SequenceClassifierReward
 from tests.conftest import save_llama
@@ -58,7 +58,12 @@ def test_a_format_is_one_change_of_the_config(
     assert good > bad
 
 
-def test_the_readme_names_every_format() -> None:
-    readme = Path("README.md").read_text()
-    for columns in comparisons._FORMATS:
-        assert ", ".join(f"`{column}`" for column in columns) in readme, columns
+def test_the_documents_name_every_format() -> None:
+    readme, reference = Path("README.md").read_text(), Path("docs/rewards.md").read_text()
+    for known in comparison_formats.FORMATS:
+        columns = ", ".join(f"`{column}`" for column in known.columns)
+        assert columns in readme, columns
+        assert columns in reference, columns
+    for column in (*comparison_formats.PROMPTS, *comparison_formats.SYSTEMS, *comparison_formats.RATINGS):
+        name = column if isinstance(column, str) else f"{column[0]}`, `{column[1]}"
+        assert f"`{name}`" in reference, name

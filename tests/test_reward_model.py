@@ -15,13 +15,8 @@ from scipy.stats import kendalltau, spearmanr
 from torch.utils.data import DataLoader
 
 from gopo_lightning.data import ratings
-from gopo_lightning.data.preferences import (
-    Comparisons,
-    PreferenceDataModule,
-    ShardedSampler,
-    _collate,
-    wins_from_ratings,
-)
+from gopo_lightning.data.comparison_batches import Comparisons, collate_sentences, wins_from_ratings
+from gopo_lightning.data.preferences import PreferenceDataModule, ShardedSampler
 from gopo_lightning.data.ratings import RatedSentence
 from gopo_lightning.reward_model import (
     ComparisonMetrics,
@@ -164,9 +159,11 @@ def test_no_held_out_sentence_is_trained_on(data: PreferenceDataModule) -> None:
 
 def test_training_draws_one_rater_and_validation_takes_the_mean() -> None:
     sentence = RatedSentence("1", "fine", (1, 2, 4))
-    drawn = [_collate([(sentence, draw)], prefix="", one_rater=True).ratings_N for draw in (0.0, 0.34, 0.9999999)]
+    drawn = [
+        collate_sentences([(sentence, draw)], prefix="", one_rater=True).ratings_N for draw in (0.0, 0.34, 0.9999999)
+    ]
     assert [r.item() for r in drawn if r is not None] == [1, 2, 4]
-    mean = _collate([(sentence, 0.9)], prefix="", one_rater=False).ratings_N
+    mean = collate_sentences([(sentence, 0.9)], prefix="", one_rater=False).ratings_N
     assert mean is not None
     assert mean.item() == pytest.approx(7 / 3)
     draws = [draw for _, draw in ShardedSampler(3000, shuffle=True, seed=1)]

@@ -1,61 +1,23 @@
-"""What reward models learn from: texts, and which of them people like better."""
+"""The data of reward-model training: rows → train and held-out part → batches of this rank."""
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from gopo_lightning import assets
 from gopo_lightning.data import ratings
-from gopo_lightning.data.comparisons import ComparisonRow, Text, load_comparisons
+from gopo_lightning.data.comparison_batches import Comparisons, collate_comparisons, collate_sentences
+from gopo_lightning.data.comparisons import ComparisonRow, Text, load_comparisons, place
 from gopo_lightning.data.fingerprint import Digest, FingerprintedDataModule, OnDataChange
 from gopo_lightning.data.ratings import RatedSentence
 from gopo_lightning.data.sources import PromptSource
-from gopo_lightning.structs import TensorStruct
 
 PACKAGED = assets.PREFIX + ratings.ASSET
 Row: TypeAlias = RatedSentence | ComparisonRow
-
-
-@dataclass(frozen=True)
-class Comparisons(TensorStruct):
-    """N texts and how they compare with each other.
-
-    Three texts rated 2, -1, 2 (a tie) give
-
-        wins_NN = [[nan, 1, nan], [0, nan, 0], [nan, 1, nan]]
-    """
-
-    texts: tuple[Text, ...]
-    wins_NN: Tensor
-    """float32: 1 where the text of the row beats that of the column, 0 where it loses, NaN where they do not
-    compare (in general: the probability of winning)."""
-    ratings_N: Tensor | None = None
-    """float32: the scores behind `wins_NN`, where there are any."""
-    margins_NN: Tensor | None = None
-    """float32, antisymmetric: how much better the text of the row is; 0 where that is not known, None if nowhere."""
-    rankings: tuple[tuple[int, ...], ...] | None = None
-    """Of pairs and lists, the numbers of their texts, the best first. None where one has ties."""
-    group_sizes: tuple[int, ...] | None = None
-    """Numbers of texts of the pairs or lists, one after the other, within which alone texts compare: each is about a
-    prompt of its own. None where all of them may."""
-    num_padding: int = 0
-    """Of the last texts: repeated so that ranks have equally many, and counted by no metric."""
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-
-def wins_from_ratings(ratings_N: Tensor) -> Tensor:
-    """wins_NN of every ordered pair. Ties are left out (NaN): equal scores say little about the order."""
-    difference_NN = ratings_N[:, None] - ratings_N[None, :]
-    return torch.where(difference_NN == 0, math.nan, (difference_NN > 0).float())
 
 
 class ShardedSampler(Sampler[tuple[int, float]]):
@@ -101,8 +63,8 @@ class PreferenceDataModule(FingerprintedDataModule):
     Any other source: the format is told by the columns, see docs/rewards.md.
 
     Args:
-        source: `packaged:movie-ratings` (movie-review sentences scored by about 15 people each), a local .jsonl, .csv
-            or .parquet file, or a hub dataset such as `Anthropic/hh-rlhf`.
+        source: `packaged:movie-ratings` (movie-review sentences scored by about 15 people each), a hub dataset such as
+            `Anthropic/hh-rlhf`, or a local file, pattern or folder as for prompts.
         prefix: put before every sentence of the packaged ratings. "Movie review: " shows the reward model what the
             policy will write.
         batch_size: sentences in a batch (all ordered pairs within it are compared), or pairs or lists; on each rank.
@@ -115,6 +77,8 @@ class PreferenceDataModule(FingerprintedDataModule):
         validation_split: split of a hub dataset for validation.
         validation_fraction: of the rows to hold out where there is neither.
         limit: use the first this many rows of `source`.
+        prompt_column: column of the prompt, where several columns might be or none has a known name; null tells it by
+            its name.
         on_data_change: what happens when a run is resumed and its data have changed since: refuse, or warn and go on.
     """
 
@@ -131,6 +95,7 @@ class PreferenceDataModule(FingerprintedDataModule):
         validation_split: str | None = None,
         validation_fraction: float = 0.1,
         limit: int | None = None,
+        prompt_column: str | None = None,
         on_data_change: OnDataChange = "refuse",
     ) -> None:
         super().__init__(on_data_change)
@@ -144,7 +109,7 @@ class PreferenceDataModule(FingerprintedDataModule):
         if not 0 < validation_fraction < 1:
             raise ValueError(f"validation_fraction={validation_fraction} must lie between 0 and 1. Use 0.1.")
         given = {"name": name, "split": split, "validation_source": validation_source, "limit": limit}
-        given["validation_split"] = validation_split
+        given |= {"validation_split": validation_split, "prompt_column": prompt_column}
         if source == PACKAGED and (unused := sorted(key for key, value in given.items() if value is not None)):
             raise ValueError(f"data.source={source} has a fixed split and takes no {', '.join(unused)}. Remove it.")
         if source != PACKAGED and prefix:
@@ -156,7 +121,7 @@ class PreferenceDataModule(FingerprintedDataModule):
             self.training_source = PromptSource(source, name=name, split=split, limit=limit)
             if validation_source or validation_split:
                 self.validation_source = PromptSource(validation_source or source, name=name, split=validation_split)
-        self.validation_fraction = validation_fraction
+        self.validation_fraction, self.prompt_column = validation_fraction, prompt_column
         self.train: Sequence[Row] = ()
         self.validation: Sequence[Row] = ()
 
@@ -171,12 +136,18 @@ class PreferenceDataModule(FingerprintedDataModule):
             sentences = ratings.load("movie")
             self.train, self.validation = ratings.split(sentences, "train"), ratings.split(sentences, "validation")
             return
-        rows = load_comparisons(self.training_source)
+        rows = load_comparisons(self.training_source, self.prompt_column)
         if self.validation_source is not None:
-            self.train, self.validation = rows, load_comparisons(self.validation_source)
+            self.train, self.validation = rows, load_comparisons(self.validation_source, self.prompt_column)
             return
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
         held_out = math.ceil(self.validation_fraction * len(rows))
+        if held_out == len(rows):
+            lower = " lower it," if len(rows) > 1 else ""
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} holds out all {len(rows)} comparisons of "
+                f"{self.source}. Give more,{lower} or name a validation_source."
+            )
         self.train, self.validation = [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
 
     @cached_property
@@ -200,15 +171,24 @@ class PreferenceDataModule(FingerprintedDataModule):
         """
         sampler = self._sampler(len(self.train), shuffle=True)
         if len(sampler) < self.batch_size:
-            raise ValueError(
-                f"batch_size={self.batch_size}, but a rank has only {len(sampler)} {self._unit}. Lower batch_size."
-            )
+            remedy = "Lower batch_size." if len(sampler) else "Give more data, or train on fewer ranks."
+            raise ValueError(f"batch_size={self.batch_size}, but a rank has only {len(sampler)} {self._unit}. {remedy}")
         return self._loader(self.train, sampler, self.batch_size, one_rater=True)
 
     def val_dataloader(self) -> DataLoader[Comparisons]:
         """All held-out sentences, in order."""
         sampler = self._sampler(len(self.validation), shuffle=False)
         return self._loader(self.validation, sampler, self.eval_batch_size, one_rater=False)
+
+    def texts(self) -> Iterator[tuple[str, Text]]:
+        """Every text that `setup` has read, and where it stands: for checks before training."""
+        parts = ((self.train, self.training_source), (self.validation, self.validation_source or self.training_source))
+        for rows, source in parts:
+            for row in rows:
+                if isinstance(row, RatedSentence):
+                    yield f"sentence {row.id} of {self.source}", self.prefix + row.text
+                elif source is not None:
+                    yield from ((place(source, row.number), text) for text in row.texts)
 
     @property
     def _unit(self) -> str:
@@ -230,7 +210,7 @@ class PreferenceDataModule(FingerprintedDataModule):
     def _loader(
         self, rows: Sequence[Row], sampler: ShardedSampler, batch_size: int, *, one_rater: bool
     ) -> DataLoader[Comparisons]:
-        collate = partial(_collate, prefix=self.prefix, one_rater=one_rater)
+        collate = partial(collate_sentences, prefix=self.prefix, one_rater=one_rater)
         return DataLoader(
             _Drawn(rows),  # type: ignore[arg-type]
             batch_size=batch_size,
@@ -251,46 +231,3 @@ class _Drawn:
 
     def __getitem__(self, row: tuple[int, float]) -> tuple[Row, float]:
         return self.rows[row[0]], row[1]
-
-
-def _collate(rows: Sequence[tuple[RatedSentence, float]], *, prefix: str, one_rater: bool) -> Comparisons:
-    """The batch; each sentence is rated by one of its raters, or by the mean of all."""
-    drawn = [s.scores[int(draw * len(s.scores))] if one_rater else s.mean for s, draw in rows]
-    ratings_N = torch.tensor(drawn, dtype=torch.float32)
-    num_padding = sum(math.isnan(draw) for _, draw in rows)
-    texts = tuple(prefix + s.text for s, _ in rows)
-    return Comparisons(texts, wins_from_ratings(ratings_N), ratings_N, num_padding=num_padding)
-
-
-def collate_comparisons(rows: Sequence[tuple[ComparisonRow, float]]) -> Comparisons:
-    """The texts of all rows one after the other; each is compared with those of its own row only."""
-    comparisons = [row for row, _ in rows]
-    starts = [0, *accumulate(len(row.texts) for row in comparisons)]
-    N = starts[-1]
-    wins_NN, margins_NN, ratings_N = torch.full((N, N), math.nan), torch.zeros(N, N), torch.full((N,), math.nan)
-    for row, a, b in zip(comparisons, starts, starts[1:], strict=False):
-        wins_NN[a:b, a:b] = torch.tensor(row.wins)
-        if row.ratings is not None:
-            ratings_N[a:b] = torch.tensor(row.ratings)
-            margins_NN[a:b, a:b] = ratings_N[a:b, None] - ratings_N[None, a:b]
-        if row.margin is not None:
-            margins_NN[a, a + 1], margins_NN[a + 1, a] = row.margin, -row.margin
-    rankings = [_ranking(row, start) for row, start in zip(comparisons, starts, strict=False)]
-    known = [ranking for ranking in rankings if ranking is not None]
-    has_margins = any(row.margin is not None or row.ratings is not None for row in comparisons)
-    return Comparisons(
-        texts=tuple(text for row in comparisons for text in row.texts),
-        wins_NN=wins_NN,
-        ratings_N=ratings_N if all(row.ratings is not None for row in comparisons) else None,
-        margins_NN=margins_NN if has_margins else None,
-        rankings=tuple(known) if len(known) == len(rankings) else None,
-        group_sizes=tuple(len(row.texts) for row in comparisons),
-        num_padding=sum(len(row.texts) for row, draw in rows if math.isnan(draw)),
-    )
-
-
-def _ranking(row: ComparisonRow, start: int) -> tuple[int, ...] | None:
-    """Numbers of the row's texts in the batch, the best first; None with ties or doubts (anything but 0 and 1)."""
-    if any(win not in (0.0, 1.0) for i, wins in enumerate(row.wins) for j, win in enumerate(wins) if i != j):
-        return None
-    return tuple(sorted(range(start, start + len(row.texts)), key=lambda n: -row.wins[n - start].count(1.0)))

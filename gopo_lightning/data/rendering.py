@@ -5,14 +5,16 @@ again. A plain string is tokenised with the tokenizer's own special tokens (a BO
 end). ``apply_chat_template`` says when a plain string becomes a user message.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
+from gopo_lightning.data.conversations import Conversation, messages_of, parsed_messages
 from gopo_lightning.data.sources import PromptSource
+from gopo_lightning.rewards.loading import apply_template, check_unicode
 from gopo_lightning.structs import Prompt
 
 Template = Literal["auto", "always", "never"]
-Conversation = tuple[Mapping[str, Any], ...]
 
 
 class PromptRenderer:
@@ -44,35 +46,56 @@ class PromptRenderer:
 
     def __call__(self, index: int, row: Mapping[str, Any]) -> Prompt:
         """The prompt of row ``index``; raises ValueError, with row and file, on one that is malformed."""
-        text, messages = self._conversation(index, row[self.source.column])
+        text, messages = self._conversation(index, row[self.source.column], self._system(index, row))
         if messages is None:
+            with self._place(index):
+                check_unicode(text)
             token_ids = self._plain_tokens(text)
         else:
             self._check_template()
-            rendered = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
-            )
+            with self._place(index):
+                rendered = apply_template(
+                    self.tokenizer, messages, add_generation_prompt=True, **self.chat_template_kwargs
+                )
+                check_unicode(rendered)
             token_ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         columns = {k: v for k, v in row.items() if k != self.source.column}
         return Prompt(index, tuple(token_ids), text, messages, columns)
 
-    def _conversation(self, index: int, value: Any) -> tuple[str, Conversation | None]:
+    def _system(self, index: int, row: Mapping[str, Any]) -> str | None:
+        """The system message that is put first, if there is one; the option's replaces the row's."""
+        if self.system_prompt is not None or self.source.system_column is None:
+            return self.system_prompt
+        value = row[self.source.system_column]
+        is_text = value is None or isinstance(value, str)
+        self._require(is_text, index, f"is a {type(value).__name__}, not a text", self.source.system_column)
+        return value if value and value.strip() else None
+
+    def _conversation(self, index: int, value: Any, system: str | None) -> tuple[str, Conversation | None]:
         """The plain text, and the messages that the template renders, or None."""
+        if isinstance(value, str) and (parsed := parsed_messages(value)) is not None:
+            is_named = self.source.messages_column is not None
+            remedy = f"as JSON text, but is read as a prompt. Set messages_column: {self.source.column}"
+            self._require(is_named, index, f"holds messages {remedy}")
+            value = parsed
         if isinstance(value, list | tuple):
-            return self._from_messages(index, value)
+            return self._from_messages(index, value, system)
+        if self.source.messages_column is not None:
+            self._require(
+                False, index, f"is a {type(value).__name__}, not messages or JSON text of them: {value!r:.80}"
+            )
         self._require(isinstance(value, str), index, f"is a {type(value).__name__}, not a string or messages")
         self._require(bool(value.strip()), index, "is empty")
-        wanted = bool(self.system_prompt or self.chat_template_kwargs)
+        wanted = bool(system or self.source.system_column or self.chat_template_kwargs)
         if self.apply_chat_template == "never" or (self.apply_chat_template == "auto" and not wanted):
             return value, None
-        return value, self._with_system(({"role": "user", "content": value},))
+        return value, _with_system(({"role": "user", "content": value},), system)
 
-    def _from_messages(self, index: int, messages: Sequence[Any]) -> tuple[str, Conversation]:
-        for m in messages:
-            well_formed = isinstance(m, Mapping) and isinstance(m.get("role"), str)
-            self._require(well_formed, index, f"has a message without a role: {m!r:.80}")
-            self._require(isinstance(m.get("content"), str), index, f"has a message without text: {m!r:.80}")
-        kept = list(messages)
+    def _from_messages(self, index: int, messages: Sequence[Any], system: str | None) -> tuple[str, Conversation]:
+        try:
+            kept = list(messages_of(messages))
+        except ValueError as error:
+            self._require(False, index, str(error))
         while kept and kept[-1]["role"] == "assistant":
             kept.pop()
         from_user = [m["content"] for m in kept if m["role"] == "user"]
@@ -83,13 +106,7 @@ class PromptRenderer:
                 f"row {index} of {self.source.path} is a conversation, which apply_chat_template='never' cannot "
                 "render. Use 'auto', or name a column of strings."
             )
-        return from_user[-1], self._with_system(tuple(kept))
-
-    def _with_system(self, messages: Conversation) -> Conversation:
-        if self.system_prompt is None:
-            return messages
-        own = messages[1:] if messages[0]["role"] == "system" else messages
-        return ({"role": "system", "content": self.system_prompt}, *own)
+        return from_user[-1], _with_system(tuple(kept), system)
 
     def _plain_tokens(self, text: str) -> list[int]:
         token_ids: list[int] = self.tokenizer(text)["input_ids"]
@@ -110,9 +127,24 @@ class PromptRenderer:
             raise ValueError(f"chat_template_kwargs {unknown} do not occur in the tokenizer's template. Remove them.")
         self._template_is_checked = True
 
-    def _require(self, condition: bool, index: int, problem: str) -> None:
+    def _require(self, condition: bool, index: int, problem: str, column: str | None = None) -> None:
         if not condition:
             raise ValueError(
-                f"row {index} (counted from 0) of {self.source.path}: column '{self.source.column}' {problem}. Fix "
-                "or delete the row."
+                f"row {index} (counted from 0) of {self.source.path}: column '{column or self.source.column}' "
+                f"{problem}. Fix or delete the row."
             )
+
+    @contextmanager
+    def _place(self, index: int) -> Iterator[None]:
+        """A ValueError inside says which row it is about."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"row {index} (counted from 0) of {self.source.path}: {error}") from error
+
+
+def _with_system(messages: Conversation, system: str | None) -> Conversation:
+    if system is None:
+        return messages
+    own = messages[1:] if messages[0]["role"] == "system" else messages
+    return ({"role": "system", "content": system}, *own)

@@ -1,6 +1,5 @@
 """Where prompts come from: a hub dataset, a local file, or the packaged ratings -> rows (one mapping a prompt)."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,10 @@ from typing import Any
 import datasets
 
 from gopo_lightning.data import ratings
+from gopo_lightning.data.files import has_splits, looks_local, read_local
 
 PACKAGED: dict[str, Callable[[Any], list[dict[str, Any]]]] = {"packaged:movie-ratings": ratings.prompts}
 """Data sets that the app fetches by itself: name -> rows of a split."""
-
-_LOCAL_SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -21,16 +19,21 @@ class PromptSource:
     """One data set of prompts."""
 
     path: str
-    """A hub name (trl-lib/tldr), a local .jsonl, .csv or .parquet file, or packaged:movie-ratings."""
+    """A hub name (trl-lib/tldr), local data, or packaged:movie-ratings. Local data are a file (.jsonl, .ndjson, .json,
+    .csv, .tsv, .txt, maybe compressed, or .parquet), a pattern (data/*.jsonl), a folder of such files, or one that
+    Dataset.save_to_disk made. What exists here is never looked for on the hub."""
     name: str | None = None
     """Configuration of a hub dataset."""
     split: str | None = None
-    """Split of a hub or packaged dataset, train by default. A local file has none."""
+    """Split of a hub or packaged dataset or of a saved DatasetDict, train by default. A local file has none."""
     prompt_column: str = "prompt"
     """Column of the prompt: a string, or a conversation (a list of messages with role and content)."""
     messages_column: str | None = None
-    """Column of a conversation, read instead of prompt_column. Trailing assistant messages are the answer of
-    the dataset and are dropped, so ultrachat's messages become the dialogue up to the last user turn."""
+    """Column of a conversation (messages with role and content, or from and value, or such a list as JSON text), read
+    instead of prompt_column. Trailing assistant messages are the answer of the dataset and are dropped, so ultrachat's
+    messages become the dialogue up to the last user turn."""
+    system_column: str | None = None
+    """Column of a system message that is put before each prompt; rows where it is blank have none."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     limit: int | None = None
@@ -40,8 +43,10 @@ class PromptSource:
         """Raise ValueError on options that this kind of source cannot have."""
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} must be at least 1. Use null for all rows.")
+        if "://" in self.path:
+            raise ValueError(f"{self.path} is an address, which is not fetched. Download it and name the file.")
         if not self.is_hub:
-            allowed = {"split"} if self.path in PACKAGED else set()
+            allowed = {"split"} if self.path in PACKAGED or has_splits(self.path) else set()
             given = {k for k in ("name", "split", "revision") if getattr(self, k) is not None}
             if given - allowed:
                 raise ValueError(
@@ -52,8 +57,8 @@ class PromptSource:
 
     @property
     def is_hub(self) -> bool:
-        """Neither a local file nor packaged."""
-        return not self.path.startswith("packaged:") and Path(self.path).suffix not in _LOCAL_SUFFIXES
+        """Neither local nor packaged."""
+        return not self.path.startswith("packaged:") and not looks_local(self.path)
 
     @property
     def column(self) -> str:
@@ -62,27 +67,40 @@ class PromptSource:
 
 
 def load_rows(source: PromptSource) -> Sequence[Mapping[str, Any]]:
-    """The rows of ``source``: at least one, each with its prompt column.
+    """The rows of ``source``: at least one, each with the columns that any of them has (null where it has not).
 
     Raises:
-        ValueError: a missing file, malformed JSON (line number), an empty dataset, a missing column.
+        ValueError: a missing file, a malformed one (line number), an empty dataset, a missing column.
     """
     rows = read_rows(source)
-    columned = [(0, rows.column_names)] if isinstance(rows, datasets.Dataset) else enumerate(map(list, rows))
-    for number, columns in columned:
-        if source.column not in columns:
+    columns = columns_of(rows)
+    for wanted in [source.column] + ([source.system_column] if source.system_column else []):
+        lacking = [0] if wanted not in columns else []
+        if not isinstance(rows, datasets.Dataset) and wanted == source.column:
+            lacking = [number for number, row in enumerate(rows) if wanted not in row][:1]
+        if lacking:
+            has = columns if isinstance(rows, datasets.Dataset) else rows[lacking[0]]
             raise ValueError(
-                f"{source.path} has no column '{source.column}' in row {number}; it has {sorted(columns)}. Set "
-                "prompt_column or messages_column to one of them."
+                f"{source.path} has no column '{wanted}' in row {lacking[0]}; it has {sorted(has)}. Set "
+                "prompt_column, messages_column or system_column to one of them."
             )
-    return rows
+    if isinstance(rows, datasets.Dataset):
+        return rows
+    return [row if len(row) == len(columns) else {**dict.fromkeys(columns), **row} for row in rows]
+
+
+def columns_of(rows: Any) -> list[str]:
+    """The columns that any of ``rows`` has, in the order in which they come."""
+    return list(
+        rows.column_names if isinstance(rows, datasets.Dataset) else dict.fromkeys(c for row in rows for c in row)
+    )
 
 
 def read_rows(source: PromptSource) -> Any:
     """The rows of ``source``, whatever their columns: at least one.
 
     Raises:
-        ValueError: a missing file, malformed JSON (line number), an empty dataset.
+        ValueError: a missing file, a malformed one (line number), an empty dataset.
     """
     rows = _load(source)
     if source.limit is not None:
@@ -99,36 +117,12 @@ def read_rows(source: PromptSource) -> Any:
 def _load(source: PromptSource) -> Any:
     if source.path in PACKAGED:
         return PACKAGED[source.path](source.split or "train")
-    if source.is_hub:
-        split = source.split or "train"
-        return datasets.load_dataset(source.path, source.name, split=split, revision=source.revision)
-    file = Path(source.path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"there is no file {source.path} (from {Path.cwd()}). Correct the path of the prompts.")
-    if file.suffix == ".jsonl":
-        return read_jsonl(file)
-    if not file.stat().st_size:
-        raise ValueError(f"{source.path} is empty; at least one prompt is needed.")
-    return datasets.load_dataset(file.suffix[1:], data_files=str(file), split="train")
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; blank lines are skipped.
-
-    Raises:
-        ValueError: a line that is not UTF-8, not JSON, or not an object, with its number.
-    """
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except ValueError as error:  # of the decoder or of JSON
-            raise ValueError(
-                f"{file}, line {number}: not JSON ({error}). A line is one object. Fix or delete it."
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}, line {number}: a {type(row).__name__}, but a line must be a JSON object.")
-        rows.append(row)
-    return rows
+    if not source.is_hub:
+        return read_local(source.path, source.split)
+    try:
+        return datasets.load_dataset(source.path, source.name, split=source.split or "train", revision=source.revision)
+    except FileNotFoundError as error:  # the hub's "not found" is one too
+        raise ValueError(
+            f"there is no dataset {source.path} on the hub, nor a file or folder of that name in {Path.cwd()} "
+            f"({error}). Correct the path."
+        ) from error

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.functional import spearman_corrcoef
 from torchmetrics.utilities import dim_zero_cat
 
-from gopo_lightning.data.preferences import Comparisons
+from gopo_lightning.data.comparison_batches import Comparisons
 
 _NUM_BINS = 10
 _ROWS_AT_A_TIME = 1024

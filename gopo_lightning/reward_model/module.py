@@ -12,14 +12,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftModel
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import BatchEncoding, PreTrainedModel, get_scheduler
 
 from gopo_lightning.adapters import add_lora, lora_config
 from gopo_lightning.callbacks.save_on_signal import SaveOnSignal
 from gopo_lightning.checkpoints import install_atomic_saving
-from gopo_lightning.checks import check_outputs
+from gopo_lightning.checks import check_finite, check_outputs
+from gopo_lightning.data.comparison_batches import Comparisons
 from gopo_lightning.data.comparisons import Text
-from gopo_lightning.data.preferences import Comparisons
+from gopo_lightning.data.preferences import PreferenceDataModule
 from gopo_lightning.distributed import all_or_none, all_reduce_sum, world_size
 from gopo_lightning.export_folder import check_export_folder, write_export
 from gopo_lightning.prefix_sharing import PrefixSharing
@@ -28,12 +30,14 @@ from gopo_lightning.reward_model.metrics import ComparisonMetrics
 from gopo_lightning.reward_model.scoring import Scorer
 from gopo_lightning.rewards.loading import (
     Truncation,
+    check_texts,
     encode_texts,
     load_classifier,
     load_tokenizer,
     max_length_of,
     set_pad_token,
 )
+from gopo_lightning.sharding import clip_grad_norm
 
 Objective: TypeAlias = Literal["bradley_terry", "plackett_luce"]
 
@@ -121,11 +125,16 @@ class RewardModelModule(LightningModule):
         return [SaveOnSignal()]
 
     def setup(self, stage: str) -> None:
-        """Checkpoints are written whole or not at all; an export that would overwrite something is refused."""
+        """Checkpoints are written whole; an export that would overwrite something, and a text that cannot be read, are
+        refused.
+        """
         install_atomic_saving(self.trainer)
         with all_or_none("the check of the export folder"):
             if stage == "fit" and self.export_dir is not None and self.trainer.is_global_zero:
                 check_export_folder(self.export_dir, "model.init_args.export_dir")
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, PreferenceDataModule):
+            check_texts(self.tokenizer, data.texts(), self.max_length, self.truncation)
 
     def forward(self, texts: tuple[Text, ...], group_sizes: tuple[int, ...] | None = None) -> Tensor:
         """scores_N of N texts, which belong together as ``group_sizes`` says (None: each stands alone)."""
@@ -146,7 +155,18 @@ class RewardModelModule(LightningModule):
         if self.centring_coef:
             loss = loss + self.centring_coef * centring(scores_N, batch.wins_NN, num_pairs)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        self._latest = batch, loss.detach()
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """No step is made with a loss or gradient that is not finite; a collective.
+
+        The loss scaling of 16-mixed skips such steps by itself.
+        """
+        batch, loss = self._latest
+        if self.trainer.precision != "16-mixed":
+            mean_loss = all_reduce_sum(loss.float()) / world_size()
+            check_finite(self.trainer, batch, mean_loss, clip_grad_norm(self.model, float("inf")))
 
     def _loss(self, scores_N: Tensor, batch: Comparisons, num_pairs: Tensor | None = None) -> Tensor:
         if self.objective == "plackett_luce":
@@ -191,6 +211,7 @@ class RewardModelModule(LightningModule):
     def on_train_end(self) -> None:
         """Export, by rank 0. A `fast_dev_run` writes nothing, as everywhere in Lightning."""
         if self.export_dir is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._check_weights()
             merged = self.model.merge_and_unload() if isinstance(self.model, PeftModel) else self.model
 
             def fill(empty: Path) -> None:
@@ -198,6 +219,13 @@ class RewardModelModule(LightningModule):
                 self.tokenizer.save_pretrained(empty)
 
             print(f"reward model saved in {write_export(self.export_dir, fill)}", flush=True)
+
+    def _check_weights(self) -> None:
+        if unsound := [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]:
+            raise ValueError(
+                f"{len(unsound)} weights are not finite, {unsound[0]} among them; nothing is exported. Lower the "
+                "learning rate."
+            )
 
 
 def _with_lora(model: PreTrainedModel, lora: dict[str, Any] | None) -> PreTrainedModel | PeftModel:

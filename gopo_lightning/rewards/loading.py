@@ -1,9 +1,12 @@
 """Hugging Face sequence classifiers: loading and tokenizing, for scoring and for reward-model training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 import torch
+from jinja2.exceptions import TemplateError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -20,6 +23,8 @@ from gopo_lightning.security import load_weights
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16", "auto"]
 Truncation: TypeAlias = Literal["error", "left", "right"]
 
+_CHECKED_AT_ONCE = 1000
+"""Texts; enough that tokenizing them one by one costs nothing."""
 _UNLIMITED = 1_000_000
 """Tokenizers without a limit give a model_max_length far above this."""
 
@@ -137,15 +142,111 @@ def encode_texts(
     A conversation goes through the chat template, which brings its own special tokens; a tokenizer without one reads
     the contents joined by newlines. So `SequenceClassifierReward` renders it too.
     """
-    with_template, plain = [], []
-    for text in texts:
-        if isinstance(text, str) or not tokenizer.chat_template:
-            plain.append(text if isinstance(text, str) else "\n".join(str(message["content"]) for message in text))
-        else:
-            with_template.append(str(tokenizer.apply_chat_template(list(map(dict, text)), tokenize=False)))
-    if with_template and plain:
+    rendered = [render(tokenizer, text) for text in texts]
+    if len({is_chat for _, is_chat in rendered}) > 1:
         raise ValueError("a batch mixes texts and conversations, which are tokenized differently. Use one kind.")
-    return encode(tokenizer, with_template or plain, max_length, truncation, add_special_tokens=not with_template)
+    is_chat = any(is_chat for _, is_chat in rendered)
+    return encode(tokenizer, [text for text, _ in rendered], max_length, truncation, add_special_tokens=not is_chat)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
+    """The text that the model reads, and whether the chat template wrote it.
+
+    Raises:
+        ValueError: the template refuses the conversation, or the text is no valid Unicode.
+    """
+    is_chat = not isinstance(text, str) and bool(tokenizer.chat_template)
+    if isinstance(text, str):
+        rendered = text
+    elif is_chat:
+        rendered = apply_template(tokenizer, text)
+    else:
+        rendered = "\n".join(str(message["content"]) for message in text)
+    check_unicode(rendered)
+    return rendered, is_chat
+
+
+def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """The conversation as the tokenizer's chat template writes it.
+
+    Raises:
+        ValueError: the template refuses it, such as a role or an order of roles that it does not know.
+    """
+    try:
+        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
+    except (TemplateError, TypeError) as error:  # a TypeError: of an expression in the template
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise ValueError(
+            f"the chat template refuses the conversation with the roles {roles}: {error}. Leave out what it refuses, "
+            "or use a chat template that takes it."
+        ) from error
+
+
+def check_unicode(text: str) -> None:
+    """ValueError for half a surrogate pair, as cut-off JSON escapes leave it: no tokenizer reads one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"half a character (a lone surrogate, {text[error.start]!r}) at position {error.start} of the text "
+            f"…{text[max(error.start - 40, 0) : error.start]!r}. Repair or remove it."
+        ) from error
+
+
+def check_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[tuple[str, str | Sequence[Mapping[str, Any]]]],
+    max_length: int | None,
+    truncation: Truncation,
+) -> None:
+    """Render every text, and encode it where one may be too long: what `encode_texts` refuses is found at once.
+
+    Args:
+        tokenizer: of the model.
+        texts: where each stands, and the text.
+        max_length: see `encode`.
+        truncation: see `encode`.
+
+    Raises:
+        ValueError: as `encode_texts`, with the place of the text.
+    """
+    first: dict[bool, str] = {}
+    texts = iter(texts)
+    while chunk := list(islice(texts, _CHECKED_AT_ONCE)):
+        rendered = []
+        for where, text in chunk:
+            with _named(where):
+                content, is_chat = render(tokenizer, text)
+            rendered.append(content)
+            first.setdefault(is_chat, where)
+        if len(first) > 1:
+            raise ValueError(
+                f"{first[False]} is a plain text and {first[True]} a conversation; they are tokenized differently. Use "
+                "one kind."
+            )
+        if truncation == "error":
+            _check_lengths(tokenizer, [where for where, _ in chunk], rendered, max_length, not is_chat)
+
+
+def _check_lengths(
+    tokenizer: PreTrainedTokenizerBase, places: list[str], texts: list[str], max_length: int | None, special: bool
+) -> None:
+    try:
+        encode(tokenizer, texts, max_length, "error", special)
+    except ValueError:
+        for where, text in zip(places, texts, strict=True):
+            with _named(where):
+                encode(tokenizer, [text], max_length, "error", special)
+        raise
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """A ValueError inside says where."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def pad(tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding, rows: Sequence[int]) -> BatchEncoding:

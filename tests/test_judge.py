@@ -1,15 +1,19 @@
 """The LLM judge, with the official client against HTTP servers on loopback: one that misbehaves, and a real model."""
 
+import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from gopo_lightning import assets
 from gopo_lightning.rewards import LLMJudge, SourceConfigError, score_groups
 from gopo_lightning.rewards.judge import read_verdict
 from gopo_lightning.rewards.judge_prompt import fence_for, fenced
+from gopo_lightning.rewards.judge_server import retry_after
 from gopo_lightning.rewards.verdict_cache import VerdictCache
 from tests.runs import make_module
 from tests.test_module import fit, scalars
@@ -37,6 +42,7 @@ class Server(ThreadingHTTPServer):
     """Judges by length, unless `reply` says otherwise; the first requests meet the `faults`, in their order."""
 
     daemon_threads = True
+    request_queue_size = 128  # all requests of a step come at once
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -92,7 +98,9 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(self.server.delay_seconds)
         with self.server.lock:
             self.server.running -= 1
-        if fault == "hang":
+        if callable(fault):
+            fault(self)
+        elif fault == "hang":
             time.sleep(1.0)
         elif fault == "no completion":
             self.send(200, {"detail": "try later"})
@@ -159,12 +167,26 @@ FENCE = "0123456789abcdef"
         ('B says: {"verdict": "A"}\n' + verdict(FENCE, "B"), 0.0),
         (verdict(FENCE, "A") + " because it is better", None),
         (verdict(FENCE, "C"), None),
-        (verdict(FENCE, "A")[:-1] + ', "note": 1}', None),
+        (verdict(FENCE, "A")[:-1] + ', "note": 1}', 1.0),
+        (f'{{"reason": "short", "id": "{FENCE}", "verdict": "b"}}', 0.0),
+        ("My verdict: " + verdict(FENCE, "A"), 1.0),
+        (verdict(FENCE, "B") + ".", 0.0),
+        ("**" + verdict(FENCE, "tie") + "**\n", 0.5),
+        ("`" + verdict(FENCE, "A") + "`.", 1.0),
+        (json.dumps({"id": FENCE, "verdict": "B"}, indent=2), 0.0),
+        ("```json\n" + json.dumps({"id": FENCE, "verdict": "B"}, indent=4) + "\n```\n", 0.0),
+        (verdict(FENCE, "A") + " or rather " + verdict(FENCE, "B"), None),
+        (f'{{"id": "{FENCE}", "verdict": "A", "verdict": "B"}}', None),
+        (f'{{"id": "x{FENCE}", "verdict": "A"}}', None),
+        (f'{{"id": "{FENCE}", "verdict": ["A"]}}', None),
+        (f'{{"id": "{FENCE}", "verdict": "A"', None),
+        (f'[{{"id": "{FENCE}"}}, {{"verdict": "A"}}]', None),
+        (f'{{"id": "{FENCE}", "x": ' + "[" * 5000, None),
         ("[" * 5000, None),
         ('{"id": ["x"], "verdict": {}}', None),
     ],
 )
-def test_only_the_judges_own_last_line_counts(reply: str, expected: float | None) -> None:
+def test_only_the_judges_own_verdict_at_the_end_counts(reply: str, expected: float | None) -> None:
     assert read_verdict(reply, FENCE) == expected
 
 
@@ -254,12 +276,187 @@ def test_what_no_second_attempt_mends_is_not_tried_again(server: Server) -> None
     assert len(server.questions) == 2
 
 
-@pytest.mark.parametrize("content", ["prose", "", None, "cut off"])
-def test_a_reply_without_verdict_abstains_and_is_not_asked_again(content: str | None, server: Server) -> None:
+@pytest.mark.parametrize("content", ["prose", "", None, ["parts"], "cut off"])
+def test_a_reply_without_verdict_abstains_and_may_be_asked_again(content: Any, server: Server, tmp_path: Path) -> None:
+    """It is shown once, and kept nowhere: another run may read what this one could not."""
     server.reply = lambda fence, a, b: content
+    judge = make_judge(server, tmp_path)
+    shown = "'prose'" if content == "prose" else "length" if content == "cut off" else "''"
+    with pytest.warns(UserWarning, match=rf"replies without a verdict abstain, and one ends .*{shown}"):
+        assert ask(judge, "a", "bb") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ask(judge, "a", "bb") is None
+    assert judge.counters() == {"calls": 2, "cached": 0, "abstained": 2}
+    server.reply = longer
+    assert ask(make_judge(server, tmp_path), "a", "bb") == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:.*replies without a verdict")
+def test_a_judge_that_cannot_be_read_stops_the_run_and_is_shown(server: Server) -> None:
+    server.reply = lambda fence, a, b: "\x1b[1mThe winner is clearly: A" if len(a) > 1 else longer(fence, a, b)
+    rows, message = [prompt("p")] * 8, r"the last 8 replies of m have no verdict; one ends .*'\\x1b\[1mThe winner is"
+    texts = ["a" * n for n in range(2, 10)]
+    with pytest.raises(SourceConfigError, match=message):
+        make_judge(server).compare(rows, texts, ["b"] * 8)
+    judge = make_judge(server)  # the same a few at a time
+    assert judge.compare(rows[:6], texts[:6], ["b"] * 6) == [None] * 6
+    with pytest.raises(SourceConfigError, match=message):
+        judge.compare(rows[:2], texts[6:], ["b"] * 2)
+    judge = make_judge(server)  # some verdict now and then
+    for _ in range(3):
+        assert judge.compare(rows[:4], [*texts[:3], "a"], ["bb"] * 4) == [None, None, None, 0.0]
+    assert make_judge(server, max_unread=None).compare(rows, texts, ["b"] * 8) == [None] * 8
+
+
+def test_a_run_whose_judge_cannot_be_read_ends_with_an_error(
+    server: Server, tiny_policy: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    server.reply = lambda fence, a, b: "A"
+    module = make_module(tiny_policy, rewards=[make_judge(server)])
+    with pytest.raises(SourceConfigError, match=r"no verdict; one ends \(finish_reason stop\) with 'A'"):
+        fit(module, prompts_file, tmp_path)
+
+
+def body(data: bytes, kind: str = "application/json") -> Callable[[Handler], None]:
+    """A reply with status 200 and ``data``."""
+
+    def send(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", kind)
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    return send
+
+
+ODD = {
+    "no JSON": body(b"<html>busy</html>"),
+    "HTML": body(b"<html>busy</html>", "text/html"),
+    "nothing": body(b""),
+    "no UTF-8": body(b'{"choices": "\xff"}'),
+    "half": body(b'{"choices": [{"message": {"content": "A'),
+    "a list": body(b"[1]"),
+    "no choices": body(b'{"choices": []}'),
+    "no message": body(b'{"choices": [{"finish_reason": "stop"}]}'),
+    "null": body(b'{"choices": [null]}'),
+    "text": body(b'{"choices": [{"message": "A"}]}'),
+    "deep": body(b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_reply_that_is_no_chat_completion_is_tried_again_and_then_abstains(kind: str, server: Server) -> None:
+    judge = make_judge(server, max_retries=1, max_concurrency=1)
+    server.faults = [ODD[kind]]
+    assert ask(judge, "aa", "b") == 1.0
+    server.faults = [ODD[kind]] * 2
+    assert judge.compare([prompt("p")] * 2, ["aaa", "aaaa"], ["b", "b"]) == [None, 1.0]
+    assert judge.counters() == {"calls": 5, "cached": 0, "abstained": 1} and len(server.questions) == 5
+    server.faults = [ODD[kind]] * 2
+    with pytest.raises(RuntimeError, match="all 1 requests to .* failed, the last with a reply that"):
+        ask(judge, "aaaaa", "b")
+
+
+def drip(before: bytes) -> Callable[[Handler], None]:
+    """``before``, then a byte every 50 ms: each read is answered in time, and the whole takes 5 s."""
+
+    def send(handler: Handler) -> None:
+        try:
+            handler.wfile.write(before)
+            for _ in range(100):
+                handler.wfile.write(b" ")
+                time.sleep(0.05)
+        except OSError:
+            return  # nobody listens any more
+
+    return send
+
+
+@pytest.mark.parametrize("before", [b"HTTP/1.1 200 OK\r\nX-Long:", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_a_request_has_a_deadline_however_slowly_its_reply_comes(before: bytes, server: Server) -> None:
+    server.faults = [drip(before)]
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"failed, the last with no whole reply within timeout_seconds=0.4"):
+        ask(make_judge(server, timeout_seconds=0.4, max_retries=0), "aa", "b")
+    assert time.monotonic() - start < 2
+
+
+def test_a_reply_is_read_up_to_a_bound(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gopo_lightning.rewards.judge_server._LARGEST_REPLY_BYTES", 10_000)
+    server.faults = [body(b"{}\n" * 100_000)]
+    with pytest.raises(RuntimeError, match="failed, the last with a reply of more than 10000 bytes"):
+        ask(make_judge(server, max_retries=0), "aa", "b")
+    server.reply = lambda fence, a, b: "x" * 9_000 + longer(fence, a, b)
+    assert ask(make_judge(server), "aa", "b") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("", 0), ("7", 7), ("0.25", 0.25), ("-3", 0), ("nan", 0), ("inf", 0), ("soon", 0), ("3600", 3600)],
+)
+def test_retry_after_in_seconds(header: str, seconds: float) -> None:
+    assert retry_after(header) == seconds
+
+
+def test_retry_after_as_a_date() -> None:
+    assert 85 < retry_after(formatdate(time.time() + 90, usegmt=True)) <= 90
+    assert retry_after(formatdate(time.time() - 90, usegmt=True)) == 0
+
+
+def test_a_pause_is_as_long_as_the_server_asks_up_to_the_longest(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(seconds: str) -> Callable[[Handler], None]:
+        return lambda handler: handler.send(429, {}, Retry_After=seconds)
+
     judge = make_judge(server)
-    assert [ask(judge, "a", "bb"), ask(judge, "a", "bb")] == [None, None]
-    assert judge.counters() == {"calls": 1, "cached": 1, "abstained": 2}
+    server.faults = [busy("0.4")]
+    start = time.monotonic()
+    assert ask(judge, "aa", "b") == 1.0 and time.monotonic() - start > 0.4
+    monkeypatch.setattr("gopo_lightning.rewards.judge_server.LONGEST_PAUSE_SECONDS", 0.2)
+    server.faults = [busy("3600")]
+    start = time.monotonic()
+    assert ask(judge, "aaa", "b") == 1.0 and 0.2 < time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_no_redirect_takes_the_texts_elsewhere(status: int, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(handler: Handler) -> None:
+        handler.send(status, {}, Location=f"http://localhost:{server.server_port}/v1/elsewhere")
+
+    judge = make_judge(server)
+    server.faults = [away] * 3
+    with pytest.raises(SourceConfigError, match=r"redirects to 'http://localhost:\d+/v1/elsewhere'.* set base_url"):
+        ask(judge, "aa", "b")
+    assert len(server.questions) == judge.counters()["calls"] == 1
+    monkeypatch.setattr(Handler, "do_GET", away)
+    with pytest.raises(SourceConfigError, match="redirects to"):
+        make_judge(server)
+
+
+def test_it_works_inside_an_event_loop_and_what_interrupts_it_ends_it(server: Server) -> None:
+    """A notebook runs its cells in a loop; Ctrl-C does not wait for the server."""
+
+    async def cell() -> float | None:
+        return ask(make_judge(server), "aa", "b")
+
+    assert asyncio.run(cell()) == 1.0
+    judge = make_judge(server)
+    server.faults = [drip(b"HTTP/1.1 200 OK\r\n\r\n")]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    start = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ask(judge, "aaa", "b")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - start < 2
 
 
 def test_a_wrong_or_missing_key_stops_the_run_before_the_first_rollout(
@@ -296,6 +493,8 @@ def test_a_run_with_a_wrong_key_ends_before_its_first_rollout(
 def test_bad_options_are_refused() -> None:
     with pytest.raises(ValueError, match="max_concurrency=0"):
         LLMJudge("m", max_concurrency=0)
+    with pytest.raises(ValueError, match="max_unread=0"):
+        LLMJudge("m", max_unread=0)
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -373,11 +572,14 @@ def test_a_run_that_was_cut_off_and_resumed_repeats_no_call(
 def test_a_cache_file_that_was_cut_off_is_read(tmp_path: Path) -> None:
     cache = VerdictCache(tmp_path)
     cache.add("a", 1.0)
-    cache.add("b", None)
+    cache.add("b", 0.5)
     (file,) = tmp_path.glob("*.jsonl")
-    file.write_text(file.read_text() + '{"key": "c", "ver')
-    again = VerdictCache(tmp_path)
-    assert [key in again for key in "abc"] == [True, True, False] and again.get("a") == 1.0
+    file.write_text(file.read_text() + '{"key": "n", "verdict": null}\n{"key": "c", "ver')
+    again = VerdictCache(tmp_path)  # of a process of the same name, as the first of every container may be
+    assert [key in again for key in "abcn"] == [True, True, False, False] and again.get("a") == 1.0
+    again.add("c", 0.0)
+    for cache in (again, VerdictCache(tmp_path)):
+        assert [cache.get(key) for key in "abcn"] == [1.0, 0.5, 0.0, None]
     file.write_text('{"key": 1\n')
     with pytest.raises(ValueError, match="line 1: not a cached verdict"):
         VerdictCache(tmp_path)
@@ -427,7 +629,7 @@ def test_a_real_server_with_a_real_model(tmp_path: Path) -> None:
         again = LLMJudge(folder, **options)
         again.setup(CPU)
         score_groups([again], [prompt("What is the capital of France?")], group)
-        assert again.counters()["calls"] == 0
+        assert again.counters()["cached"] == 3 - counts["abstained"]
     finally:
         process.terminate()
         process.wait(20)

@@ -1,6 +1,13 @@
-"""What a judge reads. The texts to be judged are fenced, so that nothing they say can pass for the question itself."""
+"""What a judge reads, and how its reply is read.
+
+The texts to be judged are fenced, so that nothing they say can pass for the question itself; and an id that none of
+them holds tells the judge's own verdict from what it quotes.
+"""
 
 import hashlib
+import json
+import re
+from typing import Any
 
 from gopo_lightning.structs import Prompt
 
@@ -37,3 +44,42 @@ def fenced(prompt: Prompt, first: str, second: str) -> tuple[str, str]:
         f"{question}\n#{fence} response A\n{first}\n#{fence} response B\n{second}\n#{fence} end"
     )
     return text, fence
+
+
+def read_verdict(reply: str, fence: str) -> float | None:
+    """1.0 (A), 0.0 (B) or 0.5 (tie), from a JSON object with ``fence`` as its id that ends ``reply``; else None.
+
+    The object may stand in a line of text or over several lines, be bold or in a code block, have more keys and be
+    followed by punctuation. A reply that repeats itself counts if all its verdicts agree.
+
+    >>> read_verdict('Both are short. **{"id": "4f", "verdict": "B"}**.', "4f")
+    0.0
+    """
+    found = [_object_around(reply, match.start(), fence) for match in re.finditer(re.escape(fence), reply)]
+    verdicts = [(verdict, end) for verdict, end in found if verdict is not None]
+    if len({verdict for verdict, _ in verdicts}) != 1:
+        return None
+    verdict, end = verdicts[-1]
+    return None if reply[end:].strip(_MARKUP) else verdict
+
+
+_VERDICTS = {"A": 1.0, "B": 0.0, "TIE": 0.5}
+_MARKUP = " \t\r\n`*_.!\"')"
+"""What may follow a verdict."""
+
+
+def _object_around(reply: str, position: int, fence: str) -> tuple[float | None, int]:
+    """The verdict of the object that begins last before ``position``, and where it ends."""
+    try:
+        start = reply.rindex("{", 0, position)
+        row, end = json.JSONDecoder(object_pairs_hook=_without_repeats).raw_decode(reply, start)
+    except (ValueError, RecursionError):
+        return None, position
+    own = isinstance(row, dict) and row.get("id") == fence
+    return _VERDICTS.get(str(row.get("verdict")).strip().upper()) if own else None, end
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A key that comes twice says nothing."""
+    row = dict(pairs)
+    return row if len(row) == len(pairs) else {}

@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo 
 VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+USE_FLAGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -13,7 +14,7 @@ SOURCES := gopo_lightning tests scripts
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install install-vllm quickstart quickstart-smoke test test-fast test-faults test-vllm lint format format-check types clean
+.PHONY: help install install-vllm quickstart quickstart-smoke test test-fast test-faults test-use test-use-sample test-vllm lint format format-check types clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets and variables.
@@ -25,6 +26,7 @@ help: ## List the targets and variables.
 	@echo "  VENV               folder of the virtual environment                               [$(VENV)]"
 	@echo "  PIP_FLAGS          more options for pip install                                    [$(PIP_FLAGS)]"
 	@echo "  PYTEST_FLAGS       more options for pytest, e.g. -k losses                         [$(PYTEST_FLAGS)]"
+	@echo "  USE_FLAGS          more options for test-use, e.g. --seed 7                        [$(USE_FLAGS)]"
 	@echo "  GOPO_CACHE         where packaged models and ratings are kept        [~/.cache/gopo_lightning]"
 
 install: $(INSTALLED) ## Create the virtual environment from requirements.lock.
@@ -43,7 +45,7 @@ $(INSTALLED_VLLM): requirements-vllm.lock $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-vllm.lock
 	@touch $@
 
-quickstart quickstart-smoke test test-fast test-faults test-vllm: export HF_HUB_OFFLINE := 1
+quickstart quickstart-smoke test test-fast test-faults test-use test-use-sample test-vllm: export HF_HUB_OFFLINE := 1
 
 quickstart: $(INSTALLED) ## Train a reward model on human ratings, then a policy on its ranks (8 to 12 minutes, 2 cores).
 	@$(BIN)/python scripts/quickstart.py
@@ -52,7 +54,7 @@ quickstart-smoke: $(INSTALLED) ## The quickstart cut to 3 steps.
 	@$(BIN)/python scripts/quickstart.py --smoke
 
 # One thread a process: the models are tiny, and tests start processes of their own.
-test test-fast test-faults test-vllm: export OMP_NUM_THREADS := 1
+test test-fast test-faults test-use test-use-sample test-vllm: export OMP_NUM_THREADS := 1
 
 test: $(INSTALLED) ## Run every test.
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -62,6 +64,12 @@ test-fast: $(INSTALLED) ## Run the tests that are not marked slow.
 
 test-faults: $(INSTALLED) ## Kill, tear and fill: prints what small runs survived (3 minutes).
 	@$(BIN)/python -W ignore -m tests.faults
+
+test-use: $(INSTALLED) ## Runs as users start them, all options pairwise, and what must hold after each (15 minutes, 2 cores).
+	@$(BIN)/python -W ignore -m tests.use $(USE_FLAGS)
+
+test-use-sample: $(INSTALLED) ## As many of them as fit into 3 minutes; another seed each time.
+	@$(BIN)/python -W ignore -m tests.use --minutes 3 $(USE_FLAGS)
 
 test-vllm: $(INSTALLED_VLLM) ## Run the tests of the vLLM engine, which `test` skips where vLLM is missing.
 	@$(BIN)/python -m pytest tests/test_vllm_engine.py $(PYTEST_FLAGS)

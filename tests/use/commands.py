@@ -1,4 +1,4 @@
-"""Command lines as a user types them, in a process of their own: ``python -m``, or forked from one with warm imports."""
+"""Command lines as a user types them, each in a process of its own: a new one, or a fork with warm imports."""
 
 import os
 import runpy
@@ -44,10 +44,21 @@ class Ended:
 def preload() -> None:
     """Import what every command imports, so that its fork need not; one thread, since forks cannot share a pool."""
     torch.set_num_threads(1)
+    import transformers
+
     import gopo_lightning.cli  # noqa: F401
 
+    transformers.utils.logging.disable_progress_bar()
 
-def run(arguments: Sequence[str], folder: Path, *, processes: int = 1, cold: bool = False) -> Ended:
+
+def run(
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    processes: int = 1,
+    cold: bool = False,
+    limit_seconds: float = LIMIT_SECONDS,
+) -> Ended:
     """Run the command in ``folder``. ``cold``: a new interpreter, which starts further ranks by itself; else forks.
 
     Forks of several ranks stand in the environment that torchrun makes.
@@ -61,7 +72,7 @@ def run(arguments: Sequence[str], folder: Path, *, processes: int = 1, cold: boo
         else:
             ranks = [{}] if processes == 1 else _torchrun_environments(processes)
             children = [_fork(arguments, folder, output.fileno(), environment) for environment in ranks]
-    code = _wait(children, start + LIMIT_SECONDS)
+    code = _wait(children, start + limit_seconds)
     text = log.read_bytes()[offset:].decode(errors="replace")
     return Ended(tuple(arguments), code, text, time.monotonic() - start)
 
@@ -94,6 +105,7 @@ def _fork(arguments: Sequence[str], folder: Path, output: int, environment: Mapp
     try:
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.chdir(folder)
         os.environ.update(_environment() | environment)
         sys.path.insert(0, str(folder))

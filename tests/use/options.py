@@ -1,4 +1,4 @@
-"""The options and their values, rows that cover every two values of two options, and the config that a row stands for."""
+"""The options and their values, rows that cover any two values of two options, and the config of a row."""
 
 import json
 import random
@@ -95,18 +95,26 @@ def rows(seed: int) -> list[Row]:
     rng = random.Random(seed)
     names = sorted(OPTIONS, key=lambda name: -len(OPTIONS[name]))  # the longest first makes the fewest rows
     levels = [rng.sample(OPTIONS[name], len(OPTIONS[name])) for name in names]
-    covering = AllPairs(levels, filter_func=lambda values: valid(dict(zip(names, values, strict=False))))
-    found = [dict(zip(names, values, strict=True)) for values in covering]
+    covering = [dict(zip(names, values, strict=True)) for values in AllPairs(levels)]
+    found = [repaired for row in covering for repaired in _repaired(row)]
     _redraw(found, rng)
     for row in found:
         row["seed"] = rng.randrange(10**6)
         row["cold"] = rng.random() < COLD
         choices = set(SOURCES[row["sources"]])
-        choices -= {"missing"} if row["advantage"] == "rloo" else set()  # it refuses a group with one score
         choices -= {"one order"} if row["num_completions"] == 2 else set()  # it asks for two opponents
         row["which"] = rng.choice(sorted(choices))
     rng.shuffle(found)
     return found
+
+
+def _repaired(row: Row) -> list[Row]:
+    """``row``, or two valid ones that have all of its pairs but those that cannot be."""
+    if valid(row):
+        return [row]
+    ordinal = {"advantage": "ordinal"} if row["advantage"] in MAGNITUDES else {}
+    ranked = {"combine": "borda"} if row["combine"] == "z_score" else {}
+    return [row | {"sources": "function"}, row | ordinal | ranked]
 
 
 def pairs(row: Row) -> set[frozenset[tuple[str, Any]]]:
@@ -130,10 +138,10 @@ def _redraw(found: list[Row], rng: random.Random) -> None:
                 row.update(new)
 
 
-def real_rows(seed: int) -> list[Row]:
-    """Two rows of the pretrained policy, one trained whole and one by LoRA; all else is drawn."""
-    found = [row for row in rows(seed + 1) if row["strategy"] != "fsdp2" and not row["cold"]][:2]
-    return [row | {"policy": policies.REAL, "lora": bool(k), "max_new_tokens": 10} for k, row in enumerate(found)]
+def real_rows(found: list[Row]) -> list[Row]:
+    """Two of the rows for the pretrained policy, of which one trains all weights and one an adapter."""
+    light = [row for row in found if row["strategy"] != "fsdp2" and not row["cold"]][:2]
+    return [row | {"policy": policies.REAL, "lora": bool(k), "max_new_tokens": 10} for k, row in enumerate(light)]
 
 
 def ranks(row: Row) -> int:

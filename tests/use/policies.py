@@ -85,12 +85,11 @@ def build(name: str) -> PreTrainedModel:
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     options = CONFIGS[name] | special | {"vocab_size": len(tokenizer)}
     attention = options.pop("attn_implementation", None)
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
     chosen = {} if attention is None else {"attn_implementation": attention}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options), **chosen)
-    _end_by_itself(model, tokenizer.eos_token_id)
-    torch.random.set_rng_state(generator_state)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options), **chosen)
+        _end_by_itself(model, tokenizer.eos_token_id)
     return model
 
 

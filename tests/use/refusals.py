@@ -1,0 +1,71 @@
+"""Options that must be refused before anything is trained: one sentence that says why, and not 0."""
+
+import random
+import re
+from pathlib import Path
+
+from tests.use import commands, options
+from tests.use.invariants import plant, untouched
+
+PER_RUN = 6
+
+MODEL, DATA, TRAINER = "--model.init_args.", "--data.init_args.", "--trainer."
+REFUSED: list[tuple[tuple[str, ...], str]] = [
+    ((MODEL + "num_completions=1",), "at least 2"),
+    ((MODEL + "num_minibatches=3", TRAINER + "max_steps=12"), "must divide"),
+    ((MODEL + "num_inner_epochs=3",), "use 3"),
+    ((MODEL + "loss.kl_estimator=k1",), "Use 'k3' or 'k2'"),
+    ((MODEL + "loss.clip_low=2",), r"clip_low=2\.0"),
+    ((MODEL + "sampling.temperature=0",), "greedy"),
+    ((MODEL + "sampling.min_new_tokens=99",), "min_new_tokens is 99"),
+    ((MODEL + "micro_batch_tokens=0",), "at least 1"),
+    ((MODEL + "combine_options={weights: [1, 2]}",), "weight"),
+    ((MODEL + "combine=no_such.thing",), "no_such"),
+    ((MODEL + "advantage=ordinals",), "ordinal"),
+    ((MODEL + "advantage_options={tie: average}",), "tie"),
+    ((MODEL + "lr_schedule=linnear",), "linnear"),
+    ((MODEL + "policy.lora={r: 4, targets: [q_proj]}",), "targets"),
+    ((MODEL + "policy.lora={r: 4, lora_dropout: 0.1}",), "lora_dropout"),
+    ((MODEL + "policy.name=no/such-folder",), "no/such-folder"),
+    ((MODEL + "engine.init_args.max_rows=0",), "max_rows is 0"),
+    ((MODEL + "sampling.max_new_tokens=600",), "600|position"),
+    ((DATA + "train.path=no_such.jsonl",), "no_such"),
+    ((DATA + "train.prompt_column=text",), "text"),
+    ((DATA + "prompts_per_step=100",), "prompts_per_step"),
+    ((DATA + "max_prompt_tokens=3",), "max_prompt_tokens"),
+    ((TRAINER + "accumulate_grad_batches=2",), "micro_batch_tokens"),
+    ((TRAINER + "gradient_clip_val=1",), "max_grad_norm"),
+    (("--export_dir", "thesis"), "thesis"),
+    (("--export_dir", "."), r"export"),
+    (("--ckpt_path", "no_such.ckpt"), "no_such"),
+    (("--ckpt_path", "prompts.jsonl"), "prompts.jsonl"),
+    ((MODEL + "num_completion=4",), "num_completion"),
+]
+"""Arguments, and what the sentence says (a regular expression)."""
+
+
+def try_all(seed: int, folder: Path, shared: Path) -> tuple[list[str], list[str]]:
+    """Some of them, drawn by ``seed``, on a plain run; their command lines and what is wrong."""
+    folder.mkdir()
+    row = {name: values[0] for name, values in options.OPTIONS.items()}
+    row |= {"policy": "llama", "strategy": "single", "which": "vowels", "seed": seed}
+    options.write_config(row, folder, shared)
+    planted, lines, problems = plant(folder), [], []
+    for extra, pattern in random.Random(seed).sample(REFUSED, PER_RUN):
+        ended = commands.run(["fit", "--config", "config.yaml", *extra], folder)
+        lines.append(ended.line)
+        problems += [f"{' '.join(extra)}: {problem}" for problem in _problems(ended, pattern)]
+        if trained := [str(path.relative_to(folder)) for path in folder.rglob("*.ckpt")]:
+            problems.append(f"{' '.join(extra)}: trained all the same, and left {trained[0]}")
+            break
+    return lines, problems + untouched(planted)
+
+
+def _problems(ended: commands.Ended, pattern: str) -> list[str]:
+    if ended.code not in (1, 2):
+        return [f"ended with {ended.code}, not as refused"]
+    said = ended.last_words
+    found = [] if re.search(pattern, said) else [f"does not name what is wrong ({pattern}): {said[:300]}"]
+    if ended.code == 1 and not re.match(r"(ValueError|FileNotFoundError): ", said):
+        found.append(f"is no error of a user: {said[:300]}")
+    return found + ([f"says {len(said)} characters"] if len(said) > 600 else [])

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gopo_lightning import data, module, reward_model  # noqa: F401  (registers the short class names)
 from gopo_lightning.callbacks import ExportHF
-from gopo_lightning.checkpoints import last_of, load
+from gopo_lightning.checkpoints import last_of, load, searched, step_of
 from gopo_lightning.module import GOPOModule
 from gopo_lightning.run_folder import run_folder
 from gopo_lightning.security import refuse_secrets
@@ -101,7 +101,7 @@ class GOPOCommandLine(LightningCLI):
         self._find_checkpoint("predict")
 
     def _find_checkpoint(self, subcommand: str) -> None:
-        """``--ckpt_path last`` is the newest whole checkpoint of all versions of this run; any other must be whole."""
+        """``--ckpt_path last`` is the last whole checkpoint of this run (`last_of`); a file must be whole."""
         options = self.config_init[subcommand]
         named = options.get("ckpt_path")
         if named != "last":
@@ -109,9 +109,13 @@ class GOPOCommandLine(LightningCLI):
                 load(Path(named), mmap=True)  # here, for the strategies of Lightning that read files by themselves
             return
         options["ckpt_path"] = path = last_of(self.trainer)
-        if path is None and subcommand != "fit":
-            raise ValueError("--ckpt_path last, but this run has no whole checkpoint yet; name a file")
-        rank_zero_info(f"--ckpt_path last: {path or 'no checkpoint yet, so the run starts at step 0'}")
+        if path is not None:
+            rank_zero_info(f"--ckpt_path last: step {step_of(path)} of this run, {path}")
+            return
+        nothing = f"--ckpt_path last: there is no whole checkpoint of this run in {searched(self.trainer)}"
+        if subcommand != "fit":
+            raise ValueError(f"{nothing}. Name a file, or the logger's save_dir, name and version of the run.")
+        rank_zero_info(f"{nothing}, so it starts at step 0")
 
 
 def _raised_by(error: BaseException) -> str:

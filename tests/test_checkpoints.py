@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 from gopo_lightning import checkpoints
-from gopo_lightning.checkpoints import AtomicCheckpointIO, TrainableState, atomic_save, is_whole, load, newest
+from gopo_lightning.checkpoints import AtomicCheckpointIO, TrainableState, atomic_save, is_whole, load, newest, step_of
 
 
 def write(path: Path, value: int = 0) -> Path:
-    atomic_save({"value": value, "state_dict": {"weight": torch.full((1000,), float(value))}}, path)
+    state = {"weight": torch.full((1000,), float(value))}
+    checkpoint = {"pytorch-lightning_version": "2.5.0", "global_step": 7, "state_dict": state, "value": value}
+    atomic_save(checkpoint, path)
     return path
 
 
@@ -75,6 +78,50 @@ def test_a_checkpoint_cut_anywhere_is_not_picked(tmp_path: Path) -> None:
         assert newest([whole, torn]) == whole
         with pytest.raises(ValueError, match="no whole checkpoint"):
             load(torn)
+
+
+def test_a_flipped_bit_or_a_hole_anywhere_is_seen_or_harmless(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.ckpt", 2)
+    content, rng, refused = path.read_bytes(), random.Random(1), 0
+    expected = load(path)
+    for place in [*range(0, len(content), 61), *range(len(content) - 200, len(content))]:
+        damaged = bytearray(content)
+        if place % 2:
+            damaged[place] ^= 1 << rng.randrange(8)
+        else:
+            damaged[place : place + 64] = bytes(len(damaged[place : place + 64]))
+        path.write_bytes(damaged)
+        assert step_of(path) in (None, 7)
+        try:
+            loaded = load(path)
+        except ValueError as error:
+            refused += "no whole checkpoint" in str(error)
+            assert newest([path]) is None
+        else:
+            assert torch.equal(loaded["state_dict"].pop("weight"), expected["state_dict"]["weight"])
+            assert loaded == {**expected, "state_dict": {}}
+    assert refused > 100
+
+
+def test_a_file_is_read_through_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, calls = write(tmp_path / "run.ckpt"), []
+    original = zipfile.ZipFile.testzip
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda archive: calls.append(1) or original(archive))
+    assert newest([path]) == path and load(path) and load(path, mmap=True)
+    assert len(calls) == 1
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert not is_whole(path)  # another file under the same name
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, [1, 2], {"state_dict": {}, "epoch": 3}, torch.zeros(2)])
+def test_a_file_of_another_program_is_refused_in_words(content: Any, tmp_path: Path) -> None:
+    path = tmp_path / "other.ckpt"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"other.ckpt is no checkpoint of a run: it holds .*policy.name"):
+        load(path)
+    assert newest([path]) is None
 
 
 def test_the_newest_by_time_is_picked(tmp_path: Path) -> None:

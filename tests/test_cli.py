@@ -141,7 +141,7 @@ def test_fit_then_validate_then_predict(config: Path, tmp_path: Path, capsys: py
 
 
 def read_predictions(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "predictions.jsonl").read_text().split("\n") if line]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -157,18 +157,21 @@ def test_two_ranks_train_like_one(strategy: str, config: Path, tmp_path: Path) -
 
 
 def test_last_is_the_newest_whole_checkpoint_of_all_versions(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A resumed run writes to a new folder, and the next one finds it there; a torn file is passed over."""
     last = ["fit", "--config", str(config), "--ckpt_path", "last", "--trainer.val_check_interval=1"]
     run([*last, "--trainer.max_steps=1"])
+    folder = f"{tmp_path}/run/version_*/checkpoints"
+    assert f"there is no whole checkpoint of this run in {folder}, so it starts at step 0" in caplog.text
     run(last)
+    assert f"--ckpt_path last: step 1 of this run, {tmp_path}/run/version_0/" in caplog.text
     newest = tmp_path / "run" / "version_1" / "checkpoints"
     assert torch.load(next(newest.glob("*.ckpt")))["global_step"] == 2
     (newest / "torn.ckpt").write_bytes(next(newest.glob("*.ckpt")).read_bytes()[:-100])
     run([*last, "--trainer.max_steps=3"])
     assert events(tmp_path / "run" / "version_2").Scalars("train/loss")[0].step == 3
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match=r"no whole checkpoint of this run in .*other/version_\*.* Name a file"):
         run(["validate", "--config", str(config), "--ckpt_path=last", "--trainer.logger.init_args.name=other"])
 
 

@@ -1,5 +1,8 @@
 """Secrets stay in the environment, files stay in the run's folder, and nothing that is loaded runs code."""
 
+import importlib
+import inspect
+import io
 import json
 import os
 import traceback
@@ -12,9 +15,12 @@ import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from gopo_lightning import GOPOModule, callbacks, rewards, rollout
 from gopo_lightning.cli import run
+from gopo_lightning.data import PromptDataModule
 from gopo_lightning.data.preferences import PreferenceDataModule
 from gopo_lightning.data.sources import PromptSource
 from gopo_lightning.policy import PolicyConfig, load_policy, load_reference, load_tokenizer
@@ -27,6 +33,31 @@ from tests.test_judge import Server, server  # noqa: F401 - the fixture
 from tests.test_rewards import prompt
 
 KEY = "sk-0123456789abcdefFAKE"
+SECRET_NAMES = [
+    *(
+        "api-key",
+        "x-api-key",
+        "X-API-Key",
+        "apiKey",
+        "apikey",
+        "key",
+        "private_key",
+        "privateKey",
+        "secret",
+        "clientSecret",
+    ),
+    *(
+        "aws_secret_access_key",
+        "secretAccessKey",
+        "credentials",
+        "pw",
+        "passwd",
+        "db_password",
+        "passphrase",
+        "hf_token",
+    ),
+    *("accessToken", "refresh_token", "Authorization"),
+]
 
 
 class RunsCode:
@@ -145,10 +176,19 @@ def test_a_server_that_repeats_the_key_does_not_put_it_into_errors(
         ("data.init_args.note", "the value of a variable: correct-horse"),
         ("data.init_args.note", "hf_" + "a" * 30),
         ("data.init_args.headers", "Bearer abcdefgh"),
+        *((f"data.init_args.headers.{name}", "x") for name in SECRET_NAMES),
+        ("data.init_args.api_keys.0.api_key", "x"),
+        ("trainer.logger.init_args.password", 12345678),
+        ("data.init_args.path", "https://example.org/a?api_key=abc"),
+        ("data.init_args.path", "https://example.org/a?x=1&access_token=abc#b"),
+        ("data.init_args.path", "https://example.org/a?key=abc"),
+        ("data.init_args.path", "https://bucket.example.org/a.jsonl?X-Amz-Expires=60&X-Amz-Signature=abc"),
+        ("data.init_args.note", "-----BEGIN RSA PRIVATE KEY-----\nabc"),
+        ("data.init_args.note", "AIza" + "a" * 35),
     ],
 )
 def test_secrets_in_configs_are_refused_and_not_repeated(
-    path: str, value: str, monkeypatch: pytest.MonkeyPatch
+    path: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_API_KEY", "correct-horse")
     config: Any = value
@@ -156,7 +196,7 @@ def test_secrets_in_configs_are_refused_and_not_repeated(
         config = [config] if part == "0" else {part: config}
     with pytest.raises(ValueError, match=f"^{path} holds a secret.*environment variable") as error:
         refuse_secrets({"seed_everything": 1, **config})
-    assert value not in str(error.value) or value == "x"
+    assert str(value) not in str(error.value) or value == "x"
 
 
 def test_ordinary_options_hold_no_secrets(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,9 +210,20 @@ def test_ordinary_options_hold_no_secrets(values: dict[str, Any], monkeypatch: p
         "api_key_env": "OPENAI_API_KEY",
         "hub": "trl-lib/tldr",
         "n": "12345678",
+        "path": "https://example.org/data?split=train&tokens=5&keyword=a&monkey=b",
     }
     monkeypatch.delenv("RETRY_TOKEN")
     refuse_secrets({**values, "others": others, "urls": urls})
+
+
+def test_shipped_configs_and_our_own_options_hold_no_secrets() -> None:
+    for path in Path("configs").rglob("*.yaml"):
+        refuse_secrets(yaml.safe_load(path.read_text()) or {})
+    classes = [GOPOModule, RewardModelModule, PromptDataModule, PreferenceDataModule, PromptSource, PolicyConfig]
+    classes += [getattr(room, name) for room in (rewards, rollout, callbacks) for name in room.__all__]
+    names = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+    assert {"num_completions", "tokenizer", "max_tokens", "stop_strings", "api_key_env"} <= names
+    refuse_secrets(dict.fromkeys(names | {"eos_token", "num_tokens", "sort_key", "public_key", "tokens", "keys"}, "x"))
 
 
 def test_a_secret_in_the_config_is_refused_before_it_is_saved(values: dict[str, Any], tmp_path: Path) -> None:
@@ -327,3 +378,28 @@ def test_what_leads_out(name: str) -> None:
 @pytest.mark.parametrize("name", [None, "", "run", "runs/today", "{epoch}-{val/reward:.2f}", "a..b", ".hidden", 3])
 def test_what_stays_inside(name: Any) -> None:
     check_stays_inside("name", name)
+
+
+# -------------------------------------------------------------------------------------------------- text on a terminal
+
+
+@pytest.mark.parametrize(
+    "text", ["a [red]warning[/red] b", "closed [/] it", "[/b] x", "[link=http://evil]x[/link]", "[1] list [2]", "\\[b]"]
+)
+def test_the_quickstart_shows_markup_as_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert text in printed_samples(text, monkeypatch)
+
+
+def test_the_quickstart_shows_no_characters_that_a_terminal_obeys(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = printed_samples("\x1b[31mred\x1b[0m\x1b]0;title\x07\x9b2J\u202eabc\r\b", monkeypatch)
+    assert "]0;title" in out and not {"\x1b", "\x07", "\x9b", "\u202e", "\r", "\b"} & set(out)
+
+
+def printed_samples(text: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the quickstart prints of a prompt and a completion that are both ``text``."""
+    quickstart = importlib.import_module("scripts.quickstart")
+    console = Console(file=io.StringIO(), width=300, color_system=None)
+    monkeypatch.setattr(quickstart, "console", console)
+    row = {"index": 0, "prompt": text, "completions": [text], "rewards": {"sentiment": [0.5]}}
+    quickstart.print_samples([row], [row], "sentiment", 1)
+    return console.file.getvalue()

@@ -147,6 +147,7 @@ def test_an_initialisation_begins_as_the_base_or_is_refused(initial: Any, qwen: 
         {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
         {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
         {"layers_to_transform": [1]},
+        {"target_modules": [], "target_parameters": ["mlp.down_proj.weight"]},
         {"task_type": "CAUSAL_LM", "peft_type": "LORA", "loftq_config": {}, "megatron_core": "megatron.core"},
     ],
     ids=str,

@@ -20,7 +20,8 @@ def split_groups(
 
     Args:
         budget: most tokens of one micro-batch, padding included; a larger group goes alone. None: no limit.
-        shared: the prompt is forwarded once per group (L + G·T tokens), not once per completion (G·(L + T)).
+        shared: the prompt is forwarded once per group (L + G·T tokens), not once per completion (G times the longest
+            prompt and completion together).
         active_P: bool, groups to forward; the others are left out. All if None.
         at_least: number of micro-batches wanted, so that every rank runs as many: large ones are split, then inactive
             groups fill up (their gradient is zero). At most P.
@@ -36,8 +37,9 @@ def split_groups(
     idle = [p for p in order if p not in set(chosen)]
 
     def cost(groups: list[int]) -> int:
-        L, T = int(prompt_P[groups].max()), int(completion_P[groups].max())
-        return len(groups) * (L + G * T if shared else G * (L + T))
+        if shared:
+            return len(groups) * int(prompt_P[groups].max() + G * completion_P[groups].max())
+        return len(groups) * G * int((prompt_P + completion_P)[groups].max())
 
     batches: list[list[int]] = []
     for group in chosen:
@@ -62,8 +64,10 @@ def forwarded_tokens(experience: Experience, shared: bool) -> tuple[int, int]:
     N, T = experience.completions.tokens_NT.shape
     prompt = int(experience.prompts.mask_PL.sum())
     completion = int(experience.completions.lengths_N.sum())
-    copies = 1 if shared else N // P
-    return copies * prompt + completion, copies * P * L + N * T
+    if shared:
+        return prompt + completion, P * L + N * T
+    group_lengths_P = experience.prompts.mask_PL.sum(-1) + experience.completions.lengths_N.view(P, -1).amax(-1)
+    return N // P * prompt + completion, N * int(group_lengths_P.max())
 
 
 _BLOCK = 2**19

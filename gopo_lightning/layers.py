@@ -8,6 +8,15 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from gopo_lightning.shared_prefix import configs_of
+
+_PLAIN = {
+    "output_router_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+}
+
 
 def base_of(model: nn.Module) -> nn.Module:
     """The transformers model under an adapter, or ``model`` itself."""
@@ -43,6 +52,27 @@ def uncompiled() -> Iterator[None]:
     """Compiled layers run as they are written inside: for what is small or changes its shapes at each call."""
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextmanager
+def plain_outputs(model: nn.Module) -> Iterator[None]:
+    """Forwards return logits by name inside, and nothing else that the model's configuration may ask for.
+
+    Mixtures of experts are often saved with `output_router_logits: true`, for a loss that is not ours.
+    """
+    before = [
+        (config, name, asked)
+        for config in configs_of(model)
+        for name, plain in _PLAIN.items()
+        if (asked := getattr(config, name, plain)) != plain
+    ]
+    for config, name, _ in before:
+        setattr(config, name, _PLAIN[name])
+    try:
+        yield
+    finally:
+        for config, name, asked in before:
+            setattr(config, name, asked)
 
 
 @contextmanager

@@ -1,10 +1,13 @@
 """Tiny random models of each architecture that the parity tests name, and ragged groups to run through them."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -83,12 +86,75 @@ SCALED_LOGITS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    # convolution or recurrence beside attention
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": _MAMBA | _LOCAL | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 16},
+    "qwen3_next": _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 16},
+    "qwen3_5_text": _DELTA,
+    "bamba": _MAMBA | {"attn_layer_indices": [1]},
+    "falcon_h1": _MAMBA | {"mamba_d_ssm": 64},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "time_step_min": 1e-9,  # transformers cuts shorter steps off in whole sequences, and not in decoding
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 6},
+    # recurrence alone
+    "mamba": {"state_size": 8},
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
+    # mixtures of experts
+    "mixtral": _LOCAL | {"output_router_logits": True},
+    "qwen3_moe": _EXPERTS | {"output_router_logits": True},
+    "gpt_oss": _LOCAL | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6},
+    # windows shorter than the sequences
+    "mistral": {"sliding_window": 6},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "llama4_text": {"attention_chunk_size": 6, "num_local_experts": 2, "intermediate_size_mlp": 32},
+    # attention that takes no arguments of ours, positions that are learned, positions that begin after the pad id
+    "nemotron": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "roberta": {"is_decoder": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+"""Options beside ``SIZES`` of models that differ from a plain decoder in what they remember, route or see."""
+
+
 def build(name: str) -> PreTrainedModel:
     """A model in train mode, the same at every call."""
     torch.manual_seed(0)
     model = (BUILDERS | SCALED_LOGITS)[name]().train()
     model.generation_config.pad_token_id = 0
     return model
+
+
+def family(name: str) -> PreTrainedModel:
+    """A model of ``FAMILIES`` in train mode, the same at every call."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES | FAMILIES[name]))
+    return model.train()
 
 
 def prompt_batch(lengths: Sequence[int] = (5, 9, 1)) -> PromptBatch:

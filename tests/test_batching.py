@@ -51,6 +51,6 @@ def test_every_group_once(budget: int | None, at_least: int) -> None:
 
 
 def test_forwarded_tokens_count_the_padding() -> None:
-    batch = experience([4, 2], [3, 5])  # rows of 4 and 5 columns; 2 completions each
+    batch = experience([4, 2], [3, 5])  # 2 completions each
     assert forwarded_tokens(batch, shared=True) == (4 + 2 + 2 * (3 + 5), 2 * 4 + 4 * 5)
-    assert forwarded_tokens(batch, shared=False) == (2 * (4 + 2) + 2 * (3 + 5), 2 * 2 * 4 + 4 * 5)
+    assert forwarded_tokens(batch, shared=False) == (2 * (4 + 2) + 2 * (3 + 5), 4 * max(4 + 3, 2 + 5))

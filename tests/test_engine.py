@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from transformers import (
 )
 
 from gopo_lightning.logprobs import completion_logprobs
-from gopo_lightning.rollout.decoders import decoders_agree, sampling_precision
+from gopo_lightning.rollout.choice import obstacle
+from gopo_lightning.rollout.decoders import SharedDecoder
 from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
+from gopo_lightning.rollout.precision import sampling_precision
 from gopo_lightning.rollout.sampling import candidates, draw, inverse_cdf
 from gopo_lightning.rollout.streams import stream_seeds, uniforms
 from gopo_lightning.rollout.transformers_engine import TransformersEngine
@@ -217,12 +220,12 @@ def test_stop_string_across_byte_tokens_and_not_before_min_new_tokens() -> None:
             self.weight = nn.Parameter(torch.zeros(1))
             self.config = None
 
-        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, past_key_values: Any, **_: Any) -> Any:
-            text = tokenizer("naïve ").input_ids
-            logits = torch.full((len(input_ids), 1, len(tokenizer)), -50.0)
-            logits.scatter_(-1, torch.tensor(text)[(position_ids[:, -1:, None] - 2) % len(text)], 50.0)
-            past_key_values.batch_repeat_interleave = past_key_values.batch_select_indices = lambda _: None
-            return type("Output", (), {"logits": logits, "past_key_values": past_key_values})
+        def forward(self, input_ids: torch.Tensor, position_ids: Any = None, **_: Any) -> Any:
+            text = torch.tensor(tokenizer("naïve ").input_ids)
+            positions = torch.arange(input_ids.shape[1]) if position_ids is None else position_ids
+            logits = torch.full((*input_ids.shape, len(tokenizer)), -50.0)
+            logits.scatter_(-1, text[(positions - 2) % len(text)].expand_as(input_ids)[..., None], 50.0)
+            return SimpleNamespace(logits=logits, past_key_values=[])
 
     prompts = PromptBatch.collate([Prompt(0, (65, 66, 67), "ABC")], 256)
     # "naïve " has 7 tokens, the fourth of which completes an ï
@@ -387,6 +390,7 @@ def test_auto_falls_back_where_the_numbers_differ(monkeypatch: pytest.MonkeyPatc
 
 def test_finished_rows_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
+    generate(model, prompt_batch(), "always")  # which decoder it takes is known
     rows: list[int] = []
     model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
     completions = generate(model, prompt_batch(), "always", 8, eos=range(1, 12), max_new_tokens=30)
@@ -439,7 +443,7 @@ def test_the_decoders_are_compared_outside_autocast() -> None:
     model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     prompts = PromptBatch.collate([Prompt(0, (3, 4, 5), "")], 0)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert decoders_agree(model, prompts)
+        assert obstacle(SharedDecoder, model, prompts) is None
     assert seen and not any(seen)
 
 
@@ -483,6 +487,7 @@ def test_what_is_no_distribution_has_no_log_prob(values: list[float], temperatur
 def test_logits_that_are_no_distribution_end_the_rollout_with_row_and_token(sharing: str, value: float) -> None:
     """One prompt at its third token; the others are decoded to their ends, as ranks in step must do."""
     model, calls = build("llama"), []
+    generate(model, prompt_batch(), sharing)  # which decoder it takes is known
 
     def spoil(_: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
         calls.append(len(logits))

@@ -12,6 +12,7 @@ from tests.architectures import (
     BUILDERS,
     SCALED_LOGITS,
     build,
+    family,
     gradients,
     prompt_batch,
     ragged_completions,
@@ -196,3 +197,11 @@ def test_entropy_of_tokens_that_are_impossible_is_that_of_the_others() -> None:
     for actual, plain in zip(head.token_statistics(wider_CV, targets_C, 0.7, True), expected, strict=True):
         torch.testing.assert_close(actual, plain, equal_nan=True)
         assert actual.isnan().tolist() == [False, False, True]
+
+
+def test_a_soft_cap_under_another_name_is_not_overlooked() -> None:
+    """It changes small logits by little: a rule that is right to a hundredth is the wrong one."""
+    model, prompts, completions = family("recurrent_gemma"), prompt_batch(), ragged_completions()
+    completion_logprobs(model, prompts, completions)
+    assert model.config.logits_soft_cap == 30.0
+    assert head._rules[model] is None

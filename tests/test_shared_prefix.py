@@ -19,6 +19,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gopo_lightning.logprobs import completion_logprobs
+from gopo_lightning.prefix_sharing import decide_prefix_sharing
 from gopo_lightning.shared_prefix import (
     IMPLEMENTATION,
     PackedGroups,
@@ -27,6 +28,7 @@ from gopo_lightning.shared_prefix import (
     shared_prefix_attention,
     supports_shared_prefix,
 )
+from gopo_lightning.structs import Experience
 from tests.architectures import (
     BUILDERS,
     SIZES,
@@ -284,3 +286,33 @@ def test_a_model_that_ignores_the_attention_is_an_error() -> None:
         layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
     with pytest.raises(ValueError, match="never called"):
         completion_logprobs(model, prompt_batch(), ragged_completions(), shared_prefix=True)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not handed on\nat line 3"), torch.OutOfMemoryError("too much"), None])
+def test_training_falls_back_on_whatever_its_trial_says(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, experience = build("llama"), group_experience()
+    original = PackedGroups.attend
+
+    def attend(*args: object) -> torch.Tensor:
+        if error is not None:
+            raise error
+        return original(*args) * 1.1  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PackedGroups, "attend", attend)
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0] if error else "log-probs differ by"
+    with pytest.warns(UserWarning, match=f"forwarded with each of its completions.*: {reason}"):
+        assert not decide_prefix_sharing("auto", model, experience, 1.0)
+    with pytest.raises(ValueError, match=f"prefix_sharing=always, but .* cannot: {reason}.*auto or never"):
+        decide_prefix_sharing("always", model, experience, 1.0)
+    assert not decide_prefix_sharing("never", model, experience, 1.0)
+    monkeypatch.undo()
+    assert decide_prefix_sharing("auto", model, experience, 1.0)
+    assert decide_prefix_sharing("always", model, experience, 1.0)
+
+
+def group_experience() -> Experience:
+    """Three prompts with four completions each, of which nothing but the tokens matters."""
+    zeros_PG = torch.zeros(3, 4)
+    return Experience(prompt_batch(), ragged_completions(), zeros_PG[..., None], zeros_PG, zeros_PG)

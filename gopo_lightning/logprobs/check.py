@@ -70,8 +70,20 @@ def _embedding_gradient(
     logprobs_NT = result.logprobs_NT
     weights_NT = torch.arange(logprobs_NT.numel(), device=logprobs_NT.device).view_as(logprobs_NT).cos()
     (grad,) = torch.autograd.grad((logprobs_NT * weights_NT).sum(), leaves)
-    (P, L), (N, T) = prompts.tokens_PL.shape, logprobs_NT.shape
-    # the gradients of a prompt's copies add up
-    prompt = grad[:, :L] if shared else grad[:, :L].unflatten(0, (P, N // P)).sum(1)
-    completion = grad[:, L:].reshape(N, T, -1)
+    prompt, completion = _of_tokens(grad, prompts, completions, shared)
     return logprobs_NT.detach(), torch.cat([prompt.flatten(), completion.flatten()]).float(), leaves[0].dtype
+
+
+def _of_tokens(grad: Tensor, prompts: PromptBatch, completions: Completions, shared: bool) -> tuple[Tensor, Tensor]:
+    """Of gradients [rows, columns, H] those of the prompts' real tokens and of the completions', prompt by prompt.
+
+    The gradients of a prompt's copies add up.
+    """
+    (P, L), (N, T) = prompts.tokens_PL.shape, completions.tokens_NT.shape
+    if shared:
+        return grad[:, :L][prompts.mask_PL], grad[:, L:].reshape(N, T, -1)[completions.mask_NT]
+    column_S = torch.arange(grad.shape[1], device=grad.device)
+    prompt_PS = column_S < prompts.mask_PL.sum(-1, keepdim=True)
+    prompt_NS = prompt_PS.repeat_interleave(N // P, 0)
+    ends_N1 = prompt_NS.sum(-1, keepdim=True) + completions.mask_NT.sum(-1, keepdim=True)
+    return grad.unflatten(0, (P, N // P)).sum(1)[prompt_PS], grad[~prompt_NS & (column_S < ends_N1)]

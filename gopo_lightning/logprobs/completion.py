@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gopo_lightning.layers import plain_outputs
 from gopo_lightning.logprobs.head import TokenReader, logit_rule, read_logprobs
 from gopo_lightning.shared_prefix import PackedGroups, require_called, shared_prefix_attention
 from gopo_lightning.structs import Completions, PromptBatch
@@ -17,9 +18,9 @@ class TokenLogprobs:
     """What the losses read of a forward pass; 0 outside the completions' mask."""
 
     logprobs_NT: Tensor
-    """float32, differentiable."""
+    """float32 (float64 where the model computes in it), differentiable."""
     entropy_NT: Tensor | None = None
-    """float32 in nats, of the distribution at the temperature, detached; None unless asked for."""
+    """In nats, of the distribution at the temperature, detached; None unless asked for."""
 
 
 def completion_logprobs(
@@ -42,35 +43,40 @@ def completion_logprobs(
             f"{len(completions)} completions of {len(prompts)} prompts are no whole groups; select by prompt."
         )
     pack = _pack_shared if shared_prefix else _pack_replicated
-    inputs, index_NT = pack(prompts, completions)
+    inputs, column_NT = pack(prompts, completions)
     mask_NT = completions.mask_NT
-    reader = TokenReader(
-        index_NT[mask_NT], completions.tokens_NT[mask_NT], temperature or 1.0, with_entropy, chunk_tokens
-    )
-    rule = logit_rule(model, prompts.tokens_PL[:1, -1:])
-    with shared_prefix_attention(model) if shared_prefix else nullcontext():
-        result_KM = read_logprobs(model, inputs, reader, rule)
+    completions_per_row = len(completions) // len(inputs["input_ids"])  # G where groups are packed, else 1
+    row_N1 = torch.arange(len(completions), device=mask_NT.device)[:, None] // completions_per_row
+    at_M = row_N1.expand_as(mask_NT)[mask_NT], column_NT[mask_NT]
+    reader = TokenReader(at_M, completions.tokens_NT[mask_NT], temperature or 1.0, with_entropy, chunk_tokens)
+    with plain_outputs(model):
+        rule = logit_rule(model, prompts.tokens_PL[:1, -1:])
+        with shared_prefix_attention(model) if shared_prefix else nullcontext():
+            result_KM = read_logprobs(model, inputs, reader, rule)
     if shared_prefix:
         require_called(model, inputs["shared_prefix"])
-    logprobs_NT, *entropy = (
-        torch.zeros(mask_NT.shape, device=mask_NT.device).masked_scatter(mask_NT, row_M) for row_M in result_KM
-    )
+    logprobs_NT, *entropy = (row_M.new_zeros(mask_NT.shape).masked_scatter(mask_NT, row_M) for row_M in result_KM)
     return TokenLogprobs(logprobs_NT, entropy[0].detach() if entropy else None)
 
 
 def _pack_replicated(prompts: PromptBatch, completions: Completions) -> tuple[dict[str, Any], Tensor]:
-    """Arguments of the forward, and where in the last T + 1 positions of its rows each token is predicted."""
+    """Arguments of the forward, and in which column of its rows, counted from the end, each token is predicted.
+
+    Rows are padded on the right, where no causal model sees it, whether it reads the mask or not.
+    """
     N, T = completions.tokens_NT.shape
     G = N // len(prompts)
+    tokens = torch.cat([prompts.tokens_PL.repeat_interleave(G, 0), completions.tokens_NT], 1)
     mask = torch.cat([prompts.mask_PL.repeat_interleave(G, 0), completions.mask_NT], 1)
+    lengths_N, prompt_lengths_N = mask.sum(-1), prompts.mask_PL.sum(-1).repeat_interleave(G)
+    S = int(lengths_N.max())
+    real_first = mask.int().argsort(dim=-1, descending=True, stable=True)[:, :S]
     inputs = {
-        "input_ids": torch.cat([prompts.tokens_PL.repeat_interleave(G, 0), completions.tokens_NT], 1),
-        "attention_mask": mask.long(),
-        "position_ids": positions(mask),
-        "logits_to_keep": T + 1,
+        "input_ids": tokens.gather(1, real_first),
+        "attention_mask": (torch.arange(S, device=mask.device) < lengths_N[:, None]).long(),
+        "logits_to_keep": S + 1 - int(prompt_lengths_N.min()),
     }
-    index_NT = torch.arange(N * (T + 1), device=mask.device).view(N, T + 1)[:, :T]
-    return inputs, index_NT
+    return inputs, prompt_lengths_N[:, None] - 1 - S + torch.arange(T, device=mask.device)
 
 
 def _pack_shared(prompts: PromptBatch, completions: Completions) -> tuple[dict[str, Any], Tensor]:
@@ -87,10 +93,9 @@ def _pack_shared(prompts: PromptBatch, completions: Completions) -> tuple[dict[s
         "logits_to_keep": 1 + G * T,
         "shared_prefix": PackedGroups(prompts.mask_PL, G, T),
     }
-    index_PGT = torch.arange(G * T, device=mask_PGT.device).view(G, T).repeat(P, 1, 1)
-    index_PGT[:, :, 0] = 0
-    index_PGT += torch.arange(P, device=mask_PGT.device)[:, None, None] * (1 + G * T)
-    return inputs, index_PGT.view(N, T)
+    column_PGT = torch.arange(-1 - G * T, -1, device=mask_PGT.device).view(G, T).repeat(P, 1, 1)
+    column_PGT[:, :, 0] = -1 - G * T
+    return inputs, column_PGT.view(N, T)
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -19,16 +19,25 @@ from gopo_lightning.layers import replaced_forward
 
 
 class TokenReader:
-    """Stands in for the LM head: hidden states in, log-probs (and entropy) of M chosen tokens out, [1 or 2, M]."""
+    """Stands in for the LM head: hidden states in, log-probs (and entropy) of M chosen tokens out, [1 or 2, M].
+
+    ``at_M`` is the row of each token's hidden state, and its column counted from the end (-1, -2, ...): a model may
+    forward all columns to the head, or only the last ones.
+    """
 
     def __init__(
-        self, index_M: Tensor, targets_M: Tensor, temperature: float, with_entropy: bool, chunk_tokens: int
+        self,
+        at_M: tuple[Tensor, Tensor],
+        targets_M: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        chunk_tokens: int,
     ) -> None:
-        self.index_M, self.targets_M = index_M, targets_M
+        self.at_M, self.targets_M = at_M, targets_M
         self.temperature, self.with_entropy, self.chunk_tokens = temperature, with_entropy, chunk_tokens
 
     def __call__(self, head: Callable[[Tensor], Tensor], hidden_BSH: Tensor) -> Tensor:
-        hidden_MH = hidden_BSH.flatten(0, 1)[self.index_M]
+        hidden_MH = hidden_BSH[self.at_M]
         chunks = zip(hidden_MH.split(self.chunk_tokens), self.targets_M.split(self.chunk_tokens), strict=True)
         return torch.cat([self._chunk(head, hidden_CH, targets_C) for hidden_CH, targets_C in chunks], -1)
 
@@ -53,11 +62,12 @@ def token_statistics(
 ) -> tuple[Tensor, ...]:
     """Of softmax(logits / temperature): log of the normaliser, log-prob of the target and, if asked, entropy; [C] each.
 
-    In float32, by blocks of rows that stay in a CPU core's cache: no float32 copy of the logits as a whole.
+    In float32 (float64 stays), by blocks of rows that stay in a CPU core's cache: no copy of the logits as a whole.
     """
     blocks = []
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
     for logits_BV, targets_B in row_blocks(logits_CV, targets_C):
-        logits_BV = logits_BV.to(torch.float32, copy=True).div_(temperature)
+        logits_BV = logits_BV.to(wide, copy=True).div_(temperature)
         peak_B1 = logits_BV.amax(-1, keepdim=True)
         target_B = logits_BV.gather(-1, targets_B[:, None])[:, 0]
         weights_BV = logits_BV.sub_(peak_B1).exp()
@@ -89,7 +99,7 @@ class TokenLogprob(torch.autograd.Function):
         grad_CV = torch.empty_like(logits_CV)
         columns = (targets_C[:, None], normaliser_C[:, None], (grad_C / ctx.temperature)[:, None])
         for out_BV, logits_BV, targets_B1, normaliser_B1, grad_B1 in row_blocks(grad_CV, logits_CV, *columns):
-            weights_BV = logits_BV.to(torch.float32, copy=True).div_(ctx.temperature).sub_(normaliser_B1).exp_()
+            weights_BV = logits_BV.to(normaliser_C.dtype, copy=True).div_(ctx.temperature).sub_(normaliser_B1).exp_()
             out_BV.copy_(weights_BV.mul_(-grad_B1).scatter_add_(-1, targets_B1, grad_B1))
         return grad_CV, None, None, None, None
 
@@ -153,8 +163,10 @@ def _find_rule(model: nn.Module, tokens_11: Tensor) -> LogitRule | None:
         return rule if _same(seen[1] * rule.scale, uncapped) else None
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-5)
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    """Up to rounding in our type; a soft cap far above the logits changes little, but more than that."""
+    rtol = 1e-2 if ours.dtype.itemsize < 4 else 1e-5
+    return ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), rtol=rtol, atol=rtol * 1e-3)
 
 
 def _declared_rule(model: nn.Module) -> LogitRule:

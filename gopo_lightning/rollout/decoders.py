@@ -1,23 +1,26 @@
-"""How the rollout runs a model: where keys and values live, how a step is made, in which precision."""
+"""How the rollout runs a model: where what it remembers of a sequence lives, and how a step is made.
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Protocol, TypeAlias
+Three kinds, from the fastest to one that any causal LM takes; ``choice.py`` finds the first that serves a model.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import DynamicCache
-from transformers.pytorch_utils import Conv1D
 
-from gopo_lightning.gathering import forward_is_collective
-from gopo_lightning.layers import replaced_forward
 from gopo_lightning.shared_prefix import PrefixCache, require_called, shared_prefix_attention
 from gopo_lightning.structs import PromptBatch
+
+_MEMORIES = ("past_key_values", "cache_params", "state")
+"""Under one of these names a model of transformers returns what it remembers, and takes it back."""
 
 
 class Decoder(Protocol):
     """The model's side of the loop. Rows A are a rectangle: the same number of completions for every prompt left."""
+
+    equal_lengths: ClassVar[bool]
+    """It takes prompts of one length only, without padding."""
 
     def prefill(self) -> Tensor:
         """Forward the prompts once; logits [P, V] of the first completion token."""
@@ -36,55 +39,10 @@ class Decoder(Protocol):
         ...
 
 
-DecoderType: TypeAlias = Callable[[nn.Module, PromptBatch, int, int], Decoder]
-"""Of a model, prompts, completions of each (G) and the most new tokens (T)."""
-
-
-class ExpandedDecoder:
-    """The simple form: prefill once, expand the cache G times, decode. Works wherever transformers' own cache does."""
-
-    def __init__(self, model: nn.Module, prompts: PromptBatch, num_completions: int, max_new_tokens: int) -> None:
-        self.model, self.prompts, self.group_size = model, prompts, num_completions
-        self.mask_AS = prompts.mask_PL.long()
-        self.positions_A = prompts.mask_PL.sum(-1)
-        self.cache: Any = None
-
-    def prefill(self) -> Tensor:
-        positions_PL = (self.mask_AS.cumsum(-1) - 1).clamp(min=0)
-        logits_P1V = self._forward(self.prompts.tokens_PL, positions_PL)
-        self.cache.batch_repeat_interleave(self.group_size)
-        self.mask_AS = self.mask_AS.repeat_interleave(self.group_size, 0)
-        self.positions_A = self.positions_A.repeat_interleave(self.group_size, 0)
-        return logits_P1V[:, -1]
-
-    def step(self, tokens_A: Tensor) -> Tensor:
-        self.mask_AS = torch.cat([self.mask_AS, self.mask_AS.new_ones(len(tokens_A), 1)], -1)
-        logits_A1V = self._forward(tokens_A[:, None], self.positions_A[:, None])
-        self.positions_A = self.positions_A + 1
-        return logits_A1V[:, -1]
-
-    def keep(self, prompts_P: Tensor, rows_A: Tensor) -> None:
-        self.cache.batch_select_indices(rows_A)
-        self.mask_AS, self.positions_A = self.mask_AS[rows_A], self.positions_A[rows_A]
-
-    def attention(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        output = self.model(
-            input_ids=tokens,
-            attention_mask=self.mask_AS,
-            position_ids=positions,
-            past_key_values=self.cache if self.cache is not None else DynamicCache(),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.cache = output.past_key_values
-        return output.logits
-
-
 class SharedDecoder:
     """The fast form: the prompt's keys and values exist once per prompt, whatever G (``shared_prefix.PrefixCache``)."""
+
+    equal_lengths: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, prompts: PromptBatch, num_completions: int, max_new_tokens: int) -> None:
         self.model, self.prompts = model, prompts
@@ -122,64 +80,127 @@ class SharedDecoder:
         return output.logits[:, -1]
 
 
-def decoders_agree(model: nn.Module, prompts: PromptBatch) -> bool:
-    """Whether both decoders give the same logits on one prompt and three more tokens of two completions.
+class ExpandedDecoder:
+    """The simple form: prefill once, expand what the model remembers G times, decode.
 
-    Outside autocast: in bfloat16 both are right and yet up to 0.2 apart (a prompt of one repeated token), which is what
-    a wrong one might be.
+    The memory is the model's own: keys and values, the states of recurrent and convolutional layers, or both.
     """
-    prompts = prompts.select(torch.zeros(1, dtype=torch.int64))
-    tokens_3A = prompts.tokens_PL[0, -1:].expand(3, 2)
-    results = []
-    kinds: tuple[DecoderType, ...] = (SharedDecoder, ExpandedDecoder)
-    for kind in kinds:
-        decoder = kind(model, prompts, 2, 3)
-        with decoder.attention(), torch.autocast(prompts.tokens_PL.device.type, enabled=False):
-            logits = [decoder.prefill(), *(decoder.step(tokens_A) for tokens_A in tokens_3A)]
-        results.append(torch.cat(logits).float())
-    shared, expanded = results
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.3
-    return bool((shared - expanded).norm() <= tolerance * (expanded - expanded.mean(-1, keepdim=True)).norm())
+
+    equal_lengths: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, prompts: PromptBatch, num_completions: int, max_new_tokens: int) -> None:
+        self.model, self.prompts, self.group_size = model, prompts, num_completions
+        self.memory: dict[str, Any] = {}
+
+    def prefill(self) -> Tensor:
+        mask_PL = self.prompts.mask_PL
+        self.mask_AS, self.positions_A = mask_PL.long(), mask_PL.sum(-1)
+        logits_PV = self._forward(self.prompts.tokens_PL, (self.mask_AS.cumsum(-1) - 1).clamp(min=0))
+        self._select(torch.arange(len(mask_PL), device=mask_PL.device).repeat_interleave(self.group_size))
+        return logits_PV
+
+    def step(self, tokens_A: Tensor) -> Tensor:
+        self.mask_AS = torch.cat([self.mask_AS, self.mask_AS.new_ones(len(tokens_A), 1)], -1)
+        logits_AV = self._forward(tokens_A[:, None], self.positions_A[:, None])
+        self.positions_A = self.positions_A + 1
+        return logits_AV
+
+    def keep(self, prompts_P: Tensor, rows_A: Tensor) -> None:
+        self._select(rows_A)
+
+    def attention(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _select(self, rows_A: Tensor) -> None:
+        self.memory = {name: memory_of_rows(memory, rows_A) for name, memory in self.memory.items()}
+        self.mask_AS, self.positions_A = self.mask_AS[rows_A], self.positions_A[rows_A]
+
+    def _placement(self, positions: Tensor) -> dict[str, Tensor]:
+        """What tells the model where tokens stand, and which of them are padding."""
+        if "cache_params" in self.memory:  # recurrent through and through: there was padding in the prompt alone
+            return {}
+        return {"attention_mask": self.mask_AS, "position_ids": positions}
+
+    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=tokens, **self._placement(positions), **self.memory, use_cache=True, logits_to_keep=1
+        )
+        self.memory = {name: memory for name in _MEMORIES if (memory := getattr(output, name, None)) is not None}
+        if not self.memory:
+            raise ValueError(f"{type(self.model).__name__} returns no cache")
+        return output.logits[:, -1]
 
 
-@contextmanager
-def sampling_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Autocast to ``dtype`` inside, with copies of the linear weights in it; the masters come back untouched.
+class UnpaddedDecoder(ExpandedDecoder):
+    """The same for models that take padding for text (RWKV): prompts of one length at a time, and no mask."""
 
-    The numbers are those of autocast alone, which would cast every weight again for every token. Embeddings and norms
-    stay as they are, and so do sharded weights unless they are gathered.
+    equal_lengths: ClassVar[bool] = True
+
+    def _placement(self, positions: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+class RecomputingDecoder:
+    """The last resort, for models whose memory cannot be handed on row by row: every step forwards whole sequences.
+
+    Rows are padded on the right, where a causal model does not see it.
     """
-    device = next(model.parameters()).device
-    plain = not forward_is_collective(model)
-    linear = [
-        module
-        for module in model.modules()
-        if plain and isinstance(module, nn.Linear | Conv1D) and not isinstance(module.weight, DTensor)
-    ]
-    with ExitStack() as stack:
-        for module in linear:
-            if device.type == "cpu" and dtype == torch.bfloat16 and type(module) is nn.Linear:
-                stack.enter_context(_packed(module))
-            else:
-                stack.enter_context(_cast(module, dtype))
-        stack.enter_context(torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
-        yield
+
+    equal_lengths: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, prompts: PromptBatch, num_completions: int, max_new_tokens: int) -> None:
+        self.model, self.group_size = model, num_completions
+        self.lengths_A = prompts.mask_PL.sum(-1)
+        P, L = prompts.tokens_PL.shape
+        self.tokens_AS = prompts.tokens_PL.new_zeros(P, L + max_new_tokens)
+        for row_S, tokens_L, mask_L in zip(self.tokens_AS, prompts.tokens_PL, prompts.mask_PL, strict=True):
+            row_S[: int(mask_L.sum())] = tokens_L[mask_L]
+
+    def prefill(self) -> Tensor:
+        logits_PV = self._forward()
+        self.tokens_AS = self.tokens_AS.repeat_interleave(self.group_size, 0)
+        self.lengths_A = self.lengths_A.repeat_interleave(self.group_size)
+        return logits_PV
+
+    def step(self, tokens_A: Tensor) -> Tensor:
+        self.tokens_AS.scatter_(1, self.lengths_A[:, None], tokens_A[:, None])
+        self.lengths_A = self.lengths_A + 1
+        return self._forward()
+
+    def keep(self, prompts_P: Tensor, rows_A: Tensor) -> None:
+        self.tokens_AS, self.lengths_A = self.tokens_AS[rows_A], self.lengths_A[rows_A]
+
+    def attention(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _forward(self) -> Tensor:
+        longest, shortest = int(self.lengths_A.max()), int(self.lengths_A.min())
+        mask_AS = torch.arange(longest, device=self.lengths_A.device) < self.lengths_A[:, None]
+        logits_ASV = self.model(
+            input_ids=self.tokens_AS[:, :longest],
+            attention_mask=mask_AS.long(),
+            use_cache=False,
+            logits_to_keep=longest - shortest + 1,
+        ).logits
+        rows_A = torch.arange(len(mask_AS), device=mask_AS.device)
+        return logits_ASV[rows_A, self.lengths_A - 1 - longest]
 
 
-@contextmanager
-def _cast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    masters = {k: master for k, master in module._parameters.items() if master is not None and master.dtype != dtype}
-    try:
-        for name, master in masters.items():
-            module._parameters[name] = nn.Parameter(master.detach().to(dtype), requires_grad=False)
-        yield
-    finally:
-        module._parameters.update(masters)
+def memory_of_rows(memory: Any, rows_A: Tensor) -> Any:
+    """What a model remembers of these rows: of a cache of transformers, or of tensors with rows first, in containers.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if hasattr(memory, "reorder_cache"):
+        memory.reorder_cache(rows_A)
+        return memory
+    if isinstance(memory, Tensor):
+        return memory.index_select(0, rows_A)
+    if isinstance(memory, list | tuple):
+        return type(memory)(memory_of_rows(part, rows_A) for part in memory)
+    raise TypeError(f"the rows of a {type(memory).__name__} are unknown")
 
 
-def _packed(module: nn.Linear) -> AbstractContextManager[None]:
-    """In oneDNN's layout for few rows: a product would otherwise lay the weight out anew, a quarter of its time."""
-    bias = None if module.bias is None else module.bias.detach().bfloat16()
-    weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().bfloat16())
-    linear = torch.ops.mkldnn._linear_pointwise
-    return replaced_forward(module, lambda x: linear(x.bfloat16(), weight, bias, "none", [], ""))
+DecoderType: TypeAlias = type[SharedDecoder | ExpandedDecoder | RecomputingDecoder]
+"""Made of a model, prompts, completions of each (G) and the most new tokens (T)."""

@@ -4,10 +4,8 @@ A prompt is prefilled once, whatever the number of its completions. The loop kno
 *decoder* knows the model: where keys and values live, and how a step is run.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from gopo_lightning.distributed import gather_objects
 from gopo_lightning.gathering import any_rank, compute_device, forward_is_collective
-from gopo_lightning.layers import uncompiled
+from gopo_lightning.layers import plain_outputs, uncompiled
 from gopo_lightning.policy import evaluating
-from gopo_lightning.rollout.decoders import (
-    Decoder,
-    DecoderType,
-    ExpandedDecoder,
-    SharedDecoder,
-    decoders_agree,
-    sampling_precision,
-)
+from gopo_lightning.rollout.choice import DecoderChoice
+from gopo_lightning.rollout.decoders import Decoder
 from gopo_lightning.rollout.engine import (
     SamplingConfig,
     SamplingDtype,
@@ -33,9 +25,9 @@ from gopo_lightning.rollout.engine import (
     padding_token,
     sampling_dtype,
 )
+from gopo_lightning.rollout.precision import sampling_precision
 from gopo_lightning.rollout.sampling import draw
 from gopo_lightning.rollout.streams import uniforms
-from gopo_lightning.shared_prefix import supports_shared_prefix
 from gopo_lightning.structs import Completions, PromptBatch
 
 _COMPACT_BELOW = 0.875
@@ -47,7 +39,8 @@ class TransformersEngine:
 
     Args:
         prefix_sharing: ``always`` keeps the prompt's keys and values once per prompt and ``never`` copies them for each
-            completion. ``auto`` shares where the model can, after comparing both on the first call, and else warns.
+            completion. ``auto`` shares where a trial on the first call gives the model's own numbers. Where a model
+            can do neither, prompts of one length are sampled together, or without a cache; a warning says why.
         dtype: precision of sampling. ``auto`` is that of the autocast around it (the Trainer's ``precision``), or else
             that of the weights. Linear weights of another type are copied once per rollout.
         max_rows: most completions decoded at once on a device, which bounds the memory of their keys and values; whole
@@ -66,7 +59,7 @@ class TransformersEngine:
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}, but it must be >= 1; leave it out for no limit.")
         self.prefix_sharing, self.dtype, self.max_rows = prefix_sharing, dtype, max_rows
-        self._shares: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        self._choose = DecoderChoice(prefix_sharing)
 
     @torch.no_grad()
     def generate(
@@ -84,10 +77,11 @@ class TransformersEngine:
         device, together = compute_device(model), forward_is_collective(model)
         prompts = prompts.to(device)
         writer = CompletionWriter(tokenizer, sampling, seeds_N, eos_token_ids, len(prompts), device)
-        with evaluating(model), uncompiled():
-            decoder_type = self._decoder_type(model, prompts, sampling.max_new_tokens)
+        with evaluating(model), uncompiled(), plain_outputs(model):
+            decoder_type = self._choose(model, prompts, sampling.max_new_tokens)
+            passes = self._passes(prompts, num_completions, decoder_type.equal_lengths, together)
             with sampling_precision(model, sampling_dtype(self.dtype, model)):
-                for index_P in self._passes(len(prompts), num_completions, together):
+                for index_P in passes:
                     writer.begin(index_P)
                     decoder = decoder_type(model, prompts.select(index_P), num_completions, sampling.max_new_tokens)
                     with decoder.attention():
@@ -95,33 +89,17 @@ class TransformersEngine:
         check_drawn(writer.logprobs_NT, prompts)  # at the end, where ranks that decode together have all done so
         return writer.completions()
 
-    def _passes(self, num_prompts: int, num_completions: int, together: bool) -> Sequence[Tensor]:
-        """Prompts to decode at a time, in order. Ranks that go ``together`` make equally many passes."""
-        at_once = num_prompts if self.max_rows is None else max(self.max_rows // num_completions, 1)
-        count = -(-num_prompts // at_once)
-        if together:
-            counts, prompts = zip(*gather_objects((count, num_prompts)), strict=True)
-            count = min(max(counts), *prompts)
-        return torch.arange(num_prompts).tensor_split(count)
-
-    def _decoder_type(self, model: nn.Module, prompts: PromptBatch, max_new_tokens: int) -> DecoderType:
-        if self.prefix_sharing == "never":
-            return ExpandedDecoder
-        longest = prompts.tokens_PL.shape[1]
-        if forward_is_collective(model):
-            longest = max(gather_objects(longest))  # ranks must decide alike
-        shares, reason = supports_shared_prefix(model, longest + max_new_tokens)
-        if shares and self.prefix_sharing == "auto":
-            if model not in self._shares:
-                self._shares[model] = decoders_agree(model, prompts)
-            shares, reason = self._shares[model], "its logits differ from those without sharing"
-        if shares:
-            return SharedDecoder
-        if self.prefix_sharing == "always":
-            name = type(model).__name__
-            raise ValueError(f"prefix_sharing is always, but {name} cannot: {reason}. Use auto or never.")
-        warnings.warn(f"each completion gets its own copy of the prompt's keys and values: {reason}", stacklevel=3)
-        return ExpandedDecoder
+    def _passes(
+        self, prompts: PromptBatch, num_completions: int, equal_lengths: bool, together: bool
+    ) -> Sequence[Tensor]:
+        """Prompts to decode at a time. Ranks that go ``together`` make equally many passes."""
+        at_once = len(prompts) if self.max_rows is None else max(self.max_rows // num_completions, 1)
+        lengths_P = prompts.mask_PL.sum(-1).cpu() if equal_lengths else torch.zeros(len(prompts), dtype=torch.int64)
+        alike = [(lengths_P == length).nonzero()[:, 0] for length in lengths_P.unique()]
+        passes = [index_P for all_P in alike for index_P in all_P.tensor_split(-(-len(all_P) // at_once))]
+        if together:  # a pass that is made again finds its completions written
+            passes += passes[-1:] * (max(gather_objects(len(passes))) - len(passes))
+        return passes
 
 
 def _decode(

@@ -18,6 +18,7 @@ from gopo_lightning.shared_prefix.attention import attend_completions, attend_pr
 from gopo_lightning.shared_prefix.layouts import PackedGroups, PackedLists, PrefixCache
 from gopo_lightning.shared_prefix.models import (
     IMPLEMENTATION,
+    configs_of,
     require_called,
     shared_prefix_attention,
     supports_shared_prefix,
@@ -30,6 +31,7 @@ __all__ = [
     "PrefixCache",
     "attend_completions",
     "attend_prompt",
+    "configs_of",
     "require_called",
     "shared_prefix_attention",
     "supports_shared_prefix",

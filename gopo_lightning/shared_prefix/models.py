@@ -65,10 +65,15 @@ def require_called(model: nn.Module, shared_prefix: PackedGroups | PackedLists |
         raise ValueError(f"{type(model).__name__} never called the registered attention; set prefix_sharing to never.")
 
 
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
+    """The configurations that ``model`` and its parts read, each once."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(c): c for c in configs if isinstance(c, PreTrainedConfig)}.values())
+
+
 @contextmanager
 def _implementation(model: nn.Module) -> Iterator[None]:
-    configs = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    before = [(config, config._attn_implementation) for config in configs_of(model)]
     try:
         for config, _ in before:
             config._attn_implementation = IMPLEMENTATION

@@ -1,0 +1,156 @@
+"""Models of every kind: sampled and trained by their own numbers, whatever they remember, route or see."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gopo_lightning.layers import plain_outputs
+from gopo_lightning.logprobs import completion_logprobs
+from gopo_lightning.rollout.choice import DecoderChoice
+from gopo_lightning.rollout.decoders import ExpandedDecoder, RecomputingDecoder, SharedDecoder, UnpaddedDecoder
+from gopo_lightning.shared_prefix import supports_shared_prefix
+from gopo_lightning.structs import Completions, PromptBatch
+from tests.architectures import FAMILIES, family, gradients, prompt_batch, ragged_completions, relative_difference
+from tests.test_engine import generate
+
+DECODERS = {
+    "mixtral": SharedDecoder,
+    "qwen3_moe": SharedDecoder,
+    "opt": SharedDecoder,
+    "roberta": UnpaddedDecoder,
+    "rwkv": RecomputingDecoder,  # transformers runs it step by step with one row alone
+    "recurrent_gemma": RecomputingDecoder,  # its state is in its modules
+}
+"""Of the others it is ``ExpandedDecoder``."""
+SINGLE = ["nemotron_h", "mamba", "mamba2", "llama4_text"]
+"""They compute in float32 on the way, whatever the type of their weights."""
+
+
+def alone(model: nn.Module, prompts: PromptBatch, completions: Completions) -> torch.Tensor:
+    """logprobs_NT from unpadded sequences, one at a time, with nothing but input ids."""
+    logprobs_NT = torch.zeros(completions.tokens_NT.shape, dtype=next(model.parameters()).dtype)
+    G = len(completions) // len(prompts)
+    for n, length in enumerate(completions.lengths_N.tolist()):
+        prompt = list(prompts.prompts[n // G].token_ids)
+        tokens_T = completions.tokens_NT[n, :length]
+        with plain_outputs(model):
+            logits_SV = model(input_ids=torch.tensor([prompt + tokens_T.tolist()]), use_cache=False).logits[0]
+        logprobs_TV = logits_SV[len(prompt) - 1 : -1].log_softmax(-1)
+        logprobs_NT[n, :length] = logprobs_TV.gather(-1, tokens_T[:, None])[:, 0]
+    return logprobs_NT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_trained_on_the_numbers_of_each_sequence_alone(name: str) -> None:
+    model, prompts, completions = family(name), prompt_batch((5, 9, 1)), ragged_completions()
+    expected_NT = alone(model, prompts, completions)
+    weights_NT = torch.arange(expected_NT.numel()).view_as(expected_NT).cos()
+    (expected_NT * weights_NT).sum().backward()
+    expected = gradients(model)
+    logprobs_NT = completion_logprobs(model, prompts, completions, chunk_tokens=5).logprobs_NT
+    torch.testing.assert_close(logprobs_NT, expected_NT, atol=1e-4, rtol=0)
+    (logprobs_NT * weights_NT).sum().backward()
+    assert relative_difference(gradients(model), expected) < 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SINGLE])
+@torch.no_grad()
+def test_padding_leaves_no_trace_in_float64(name: str) -> None:
+    model, prompts, completions = family(name).double(), prompt_batch((5, 9, 1)), ragged_completions()
+    model.config._experts_implementation = "eager"  # torch's grouped product knows no float64
+    logprobs_NT = completion_logprobs(model, prompts, completions).logprobs_NT
+    torch.testing.assert_close(logprobs_NT, alone(model, prompts, completions), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("sharing", ["auto", "never"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sampled_from_the_numbers_of_each_sequence_alone(name: str, sharing: str) -> None:
+    """Beyond windows and chunks of 6 tokens; rows that end are dropped, so memories are selected from."""
+    model, prompts = family(name), prompt_batch((5, 9, 1, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        completions = generate(model, prompts, sharing, 4, eos=range(1, 16), max_new_tokens=16)
+        fewer = generate(model, prompts, sharing, 4, eos=range(1, 16), max_new_tokens=16, max_rows=6)
+    assert len(set(completions.lengths_N.tolist())) > 3
+    assert completions.texts == fewer.texts
+    with torch.no_grad():
+        expected_NT = alone(model.eval(), prompts, completions)
+    torch.testing.assert_close(completions.sampler_logprobs_NT, expected_NT, atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_the_fastest_decoder_that_serves_a_model(name: str) -> None:
+    model = family(name).eval()
+    with plain_outputs(model):
+        assert DecoderChoice("auto")(model, prompt_batch(), 12) is DECODERS.get(name, ExpandedDecoder)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in DECODERS.items() if kind is SharedDecoder])
+def test_shared_form_where_it_is_supported(name: str) -> None:
+    model, prompts, completions = family(name), prompt_batch(), ragged_completions()
+    assert supports_shared_prefix(model, 16) == (True, "")
+    logprobs_NT = completion_logprobs(model, prompts, completions, shared_prefix=True).logprobs_NT
+    torch.testing.assert_close(logprobs_NT, alone(model, prompts, completions), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "rwkv", "nemotron", "roberta"])
+def test_auto_says_once_what_it_does_and_why_and_always_refuses(name: str) -> None:
+    model, prompts = family(name).eval(), prompt_batch()
+    cost, why = {
+        "lfm2": ("its own copy", r"\(conv\)"),
+        "rwkv": ("no cache", "differ where prompts are padded on the left"),
+        "nemotron": ("its own copy", "RuntimeError: NemotronAttention does not hand"),
+        "roberta": ("prompts of one length", "differ where prompts are padded on the left"),
+    }[name]
+    choose = DecoderChoice("auto")
+    with pytest.warns(UserWarning, match=f"{cost}.*: .*{why}"):
+        choose(model, prompts, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose(model, prompts, 12)
+    with pytest.raises(ValueError, match="prefix_sharing is always, but .* cannot: .* Use auto or never"):
+        DecoderChoice("always")(model, prompts, 12)
+
+
+def test_outputs_that_nobody_asked_for_are_not_computed() -> None:
+    model, seen = family("qwen3_moe"), []
+    model.config._attn_implementation = "eager"
+    model.config.output_attentions = model.config.output_hidden_states = True
+    model.register_forward_hook(lambda _, args, output: seen.append(output))
+    completion_logprobs(model, prompt_batch(), ragged_completions())
+    generate(model, prompt_batch(), "never")
+    assert seen
+    assert not any({"router_logits", "attentions", "hidden_states", "aux_loss"} & output.keys() for output in seen)
+    config = model.config
+    assert config.output_router_logits and config.output_attentions and config.output_hidden_states
+
+
+def test_a_model_that_returns_tuples_by_its_configuration() -> None:
+    model, prompts, completions = family("opt"), prompt_batch(), ragged_completions()
+    expected = completion_logprobs(model, prompts, completions).logprobs_NT
+    model.config.return_dict = False
+    assert torch.equal(completion_logprobs(model, prompts, completions).logprobs_NT, expected)
+    assert model.config.return_dict is False
+
+
+def test_the_memory_of_a_foreign_model_is_a_reason_to_go_without() -> None:
+    model, prompts = family("opt").eval(), prompt_batch()
+    original = model.forward
+
+    def foreign(**inputs: Any) -> Any:
+        output = original(**inputs)
+        if inputs["use_cache"]:
+            output.past_key_values = object()
+        return output
+
+    model.forward = foreign
+    with pytest.warns(UserWarning, match="no cache .*: TypeError: the rows of a object are unknown"):
+        completions = generate(model, prompts, "never", 2)
+    with torch.no_grad():
+        expected_NT = alone(family("opt").eval(), prompts, completions)
+    torch.testing.assert_close(completions.sampler_logprobs_NT, expected_NT, atol=1e-4, rtol=0)

@@ -2,26 +2,37 @@
 
     python scripts/compare.py configs/quickstart/gopo.yaml configs/quickstart/grpo.yaml --seeds 1 2 3 4 5
 
-A run whose folder is there (runs/compare/<config>-seed<n>) is read, not trained again; what follows `--` goes to `fit`.
+A run that was finished before is read, not trained again, if nothing that makes it has changed: config, seed, what
+follows `--` (which goes to `fit`) and this package's code. It is in runs/compare/<config>-<hash of these>-seed<n>.
+(Data, models and reward functions outside of the package are not looked at: delete the folder if these have changed.)
 Seeds are the unit: intervals are Student's 95 % of the mean over seeds, and of the mean difference within seeds.
 """
 
 import argparse
+import hashlib
+import json
 import math
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import yaml
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from quickstart import scalars
+from plot import scalars
 from scipy.stats import t
 
+import gopo_lightning
+
 ROOT = Path("runs/compare")
+FINISHED = "compare.json"
+"""In a run's folder, once it is complete: what it was made of."""
 Curves = dict[int, list[float]]
 """Value of each seed at each step."""
 
@@ -34,14 +45,37 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(half)
 
 
+def made_of(config: Path, seed: int, flags: Sequence[str]) -> dict[str, Any]:
+    """All that makes a run, by content: comments and file names do not matter, overlays among ``flags`` do."""
+    overlays = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    overlays.add_argument("--config", action="append", type=Path, default=[])
+    files = [config, *overlays.parse_known_args(flags)[0].config]
+    configs = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
+    code = hashlib.sha256()
+    for file in sorted(Path(gopo_lightning.__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    return {"configs": configs, "seed": seed, "flags": list(flags), "code": code.hexdigest()}
+
+
+def folder_of(config: Path, seed: int, flags: Sequence[str]) -> Path:
+    """Where the run is, or will be."""
+    text = json.dumps(made_of(config, seed, flags), sort_keys=True, default=str)
+    return ROOT / f"{config.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}-seed{seed}"
+
+
 def train(config: Path, seed: int, flags: Sequence[str]) -> Path:
-    """The run's folder; trains if it is not there."""
-    run = ROOT / f"{config.stem}-seed{seed}"
-    if not run.exists():
-        logger = [f"--trainer.logger.init_args.{key}" for key in ("save_dir", "name", "version")]
-        names = [f"{key}={value}" for key, value in zip(logger, (ROOT.parent, ROOT.name, run.name), strict=True)]
-        command = ["fit", "--config", str(config), f"--seed_everything={seed}", *names, *flags]
-        subprocess.run([sys.executable, "-m", "gopo_lightning", *command], check=True)
+    """The run's folder; trains if it is not complete, from the last checkpoint of one that was interrupted."""
+    run = folder_of(config, seed, flags)
+    if (run / FINISHED).exists():
+        finished = datetime.fromtimestamp((run / FINISHED).stat().st_mtime)
+        print(f"read, not trained: {run}, finished {finished:%Y-%m-%d %H:%M}", flush=True)
+        return run
+    logger = [f"--trainer.logger.init_args.{key}" for key in ("save_dir", "name", "version")]
+    names = [f"{key}={value}" for key, value in zip(logger, (ROOT.parent, ROOT.name, run.name), strict=True)]
+    command = ["fit", "--config", str(config), f"--seed_everything={seed}", *names, "--ckpt_path=last", *flags]
+    subprocess.run([sys.executable, "-m", "gopo_lightning", *command], check=True)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / FINISHED).write_text(json.dumps(made_of(config, seed, flags), indent=1, default=str), encoding="utf-8")
     return run
 
 
@@ -83,6 +117,18 @@ def draw(tags: Sequence[str], groups: dict[str, dict[str, Curves]], path: Path) 
     figure.savefig(path, dpi=130)
 
 
+def labels(configs: Sequence[Path]) -> list[str]:
+    """Names of two configs: of their files, with the folders where the files are called alike.
+
+    Raises:
+        ValueError: it is the same file twice.
+    """
+    first, second = configs
+    if first.resolve() == second.resolve():
+        raise ValueError(f"{first} is compared with itself. Name two configs.")
+    return [first.stem, second.stem] if first.stem != second.stem else [str(first), str(second)]
+
+
 def main() -> None:
     """Train, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,10 +140,11 @@ def main() -> None:
     if "--" in own:
         own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
     options = parser.parse_args(own)
-    runs: dict[str, list[Path]] = {config.stem: [] for config in options.configs}
+    names = labels(options.configs)
+    runs: dict[str, list[Path]] = {name: [] for name in names}
     for seed in options.seeds:  # pair by pair, so that a stop leaves whole pairs
-        for config in options.configs:
-            runs[config.stem].append(train(config, seed, flags))
+        for name, config in zip(names, options.configs, strict=True):
+            runs[name].append(train(config, seed, flags))
     groups = {name: {tag: curves(folders, tag) for tag in options.tags} for name, folders in runs.items()}
     first, second = groups.values()
     for tag in options.tags:

@@ -10,7 +10,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from quickstart import scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
+    """``(step, value)`` of a TensorBoard tag."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
 def main() -> None:

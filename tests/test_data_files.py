@@ -79,10 +79,19 @@ def test_zstandard_is_asked_for_only_where_it_is_needed(tmp_path: Path, monkeypa
     assert read(path) == ROWS
 
 
+def test_a_single_object_is_a_row(tmp_path: Path) -> None:
+    """Also where its cells are lists of messages, which are no columns."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for row in ({"prompt": "x", "gold": 1}, {"prompt": turns, "chosen": turns}):
+        (tmp_path / "a.json").write_text(json.dumps(row, indent=1))
+        assert read(tmp_path / "a.json") == [row]
+
+
 def test_patterns_and_folders_are_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data" / "deep").mkdir(parents=True)
     (tmp_path / "data" / "b.jsonl").write_text('{"prompt": "b", "gold": "x"}')
     (tmp_path / "data" / "deep" / "c.json").write_text('[{"prompt": "c"}]')
+    (tmp_path / "data" / "dataset_infos.json").write_text("{}")
     (tmp_path / "data" / "README.md").write_text("no data")
     (tmp_path / "data" / ".cache.jsonl").write_text('{"prompt": "hidden"}')
     rows = [{"prompt": "b", "gold": "x"}, {"prompt": "c", "gold": None}]
@@ -147,12 +156,15 @@ def test_a_missing_file_is_said_with_its_neighbour(tmp_path: Path, monkeypatch: 
         read("gone/prompt.jsonl")
 
 
-def test_a_missing_hub_dataset_is_said_to_be_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [FileNotFoundError, ConnectionError])
+def test_what_is_neither_here_nor_on_the_hub(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*args: Any, **options: Any) -> None:
-        raise FileNotFoundError("not there")
+        raise error("not there")
 
     monkeypatch.setattr(sources.datasets, "load_dataset", missing)
-    with pytest.raises(ValueError, match="no dataset nobody/nothing on the hub, nor a file or folder of that name in"):
+    with pytest.raises(
+        ValueError, match="no file or folder nobody/nothing in .*, and as a dataset of the hub it .*: not there"
+    ):
         read("nobody/nothing")
 
 
@@ -162,6 +174,7 @@ def test_a_missing_hub_dataset_is_said_to_be_nowhere(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.json", b"3", r"a\.json: a int, but must be a list of objects"),
         ("a.json", b"[1]", r"row 0 is a int, but must be an object"),
         ("a.json", b'[{"prompt": "a"},', r"a\.json: not JSON"),
         ("a.json", b'{"prompt": ["a", "b"], "gold": ["c"]}', r"columns have \[2, 1\] rows"),

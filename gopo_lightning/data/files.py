@@ -2,7 +2,7 @@
 
 The suffix tells the kind: `.jsonl`, `.ndjson` (an object a line), `.json` (a list of objects, an object of columns, or
 an object a line), `.csv`, `.tsv` (every cell is the text that stands there), `.txt` (a prompt a line) and `.parquet`;
-all but the last may be compressed (`.gz`, `.bz2`, `.xz`, and `.zst` with the package zstandard).
+all but the last may be compressed (`.gz`, `.bz2`, `.xz`, and `.zst` with the extra zstd).
 """
 
 import bz2
@@ -26,6 +26,7 @@ from pyarrow import ArrowInvalid
 Rows: TypeAlias = list[dict[str, Any]]
 
 _PARQUET = ".parquet"
+_METADATA = ("dataset_info.json", "dataset_infos.json")
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 
 
@@ -53,7 +54,8 @@ def read_local(path: str, split: str | None = None) -> Rows | datasets.Dataset:
             return _saved(path, place, split)
         return _concatenated(_files_of(path, place))
     if not place.exists() and _is_glob(path):
-        files = [Path(found) for found in sorted(glob.glob(str(place), recursive=True)) if Path(found).is_file()]
+        found = map(Path, sorted(glob.glob(str(place), recursive=True)))
+        files = [file for file in found if file.is_file() and file.name not in _METADATA]
         if not files:
             raise ValueError(f"no file matches {path} (from {Path.cwd()}). Correct the pattern.")
         return _concatenated(files)
@@ -84,7 +86,7 @@ def _saved(path: str, place: Path, split: str | None) -> datasets.Dataset:
 
 
 def _files_of(path: str, folder: Path) -> list[Path]:
-    found = sorted(file for file in folder.rglob("*") if file.is_file() and _kind(file) is not None)
+    found = sorted(file for file in folder.rglob("*") if file.is_file() and _kind(file) and file.name not in _METADATA)
     files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     if not files:
         raise ValueError(
@@ -145,7 +147,9 @@ def _zstd(content: bytes) -> bytes:
     try:
         zstandard = importlib.import_module("zstandard")
     except ModuleNotFoundError as error:
-        raise ValueError("a .zst file needs the package zstandard: pip install zstandard.") from error
+        raise ValueError(
+            "a .zst file needs the package zstandard. Run pip install zstandard (the extra zstd)."
+        ) from error
     try:
         with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content), read_across_frames=True) as reader:
             return bytes(reader.read())
@@ -188,15 +192,20 @@ def _read_json(file: Path) -> Rows:
         if len(content.splitlines()) > 1 and error.msg == "Extra data":
             return _json_lines(file, content)
         raise ValueError(f"{file}: not JSON ({error}). Fix it.") from error
-    columns = list(value.values()) if isinstance(value, dict) else []
-    if isinstance(value, list):
-        strange = next((n for n, row in enumerate(value) if not isinstance(row, dict)), None)
-        if strange is not None:
-            raise ValueError(
-                f"{file}: row {strange} is a {type(value[strange]).__name__}, but must be an object. Fix it."
-            )
-        return value
-    if columns and all(isinstance(column, list) for column in columns):
+    if isinstance(value, dict):
+        return _from_object(file, value)
+    if not isinstance(value, list):
+        raise ValueError(f"{file}: a {type(value).__name__}, but must be a list of objects. Fix it.")
+    strange = next((n for n, row in enumerate(value) if not isinstance(row, dict)), None)
+    if strange is not None:
+        raise ValueError(f"{file}: row {strange} is a {type(value[strange]).__name__}, but must be an object. Fix it.")
+    return value
+
+
+def _from_object(file: Path, value: dict[str, Any]) -> Rows:
+    """An object of columns, or else a single row. Lists of messages are cells, no columns."""
+    columns = list(value.values())
+    if columns and all(isinstance(column, list) for column in columns) and not any(map(_are_messages, columns)):
         if len({*map(len, columns)}) > 1:
             raise ValueError(
                 f"{file}: its columns have {[*map(len, columns)]} rows, but must have equally many. Fix it."
@@ -204,7 +213,11 @@ def _read_json(file: Path) -> Rows:
         return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     if columns and all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
         return [{name: value[name][row] for name in value} for row in columns[0]]
-    return _json_lines(file, content)
+    return [value]
+
+
+def _are_messages(cells: list[Any]) -> bool:
+    return any(isinstance(cell, dict) and not {"role", "from"}.isdisjoint(cell) for cell in cells)
 
 
 def _read_csv(file: Path) -> Rows:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from gopo_lightning.data.fingerprint import Digest, FingerprintedDataModule, OnDataChange
 from gopo_lightning.data.rendering import PromptRenderer, Template
 from gopo_lightning.data.sampler import InOrderSampler, PromptSampler
-from gopo_lightning.data.sources import PromptSource, load_rows
+from gopo_lightning.data.sources import PromptSource, columns_of, load_rows
 from gopo_lightning.structs import Prompt, PromptBatch
 
 Overlong = Literal["error", "drop", "truncate_left"]
@@ -253,8 +253,9 @@ class PromptDataModule(FingerprintedDataModule):
     def _dataset(self, part: str, source: PromptSource) -> PromptDataset:
         assert self.trainer is not None
         tokenizer = self.trainer.lightning_module.tokenizer
+        rows = load_rows(source)
         dataset = PromptDataset(
-            load_rows(source),
+            rows,
             PromptRenderer(tokenizer, source, **self._rendering),
             max_prompt_tokens=self.max_prompt_tokens,
             overlong=self.overlong,
@@ -263,7 +264,9 @@ class PromptDataModule(FingerprintedDataModule):
         done = {"drop": "dropped", "truncate_left": "cut on the left", "error": ""}[self.overlong]
         note = f", {dataset.num_overlong} longer than {self.max_prompt_tokens} tokens were {done}"
         note = note if dataset.num_overlong else ""
-        rank_zero_info(f"{part}: {len(dataset)} prompts of {source.path}{note}.")
+        others = sorted({*columns_of(rows)} - {source.column, source.system_column})
+        note += f"; rewards may read the other columns {others}" if others else ""
+        rank_zero_info(f"{part}: {len(dataset)} prompts of {source.path}, from its column '{source.column}'{note}.")
         return dataset
 
     def _in_order(self, part: str) -> DataLoader[Any]:

@@ -121,8 +121,8 @@ def _load(source: PromptSource) -> Any:
         return read_local(source.path, source.split)
     try:
         return datasets.load_dataset(source.path, source.name, split=source.split or "train", revision=source.revision)
-    except FileNotFoundError as error:  # the hub's "not found" is one too
+    except (FileNotFoundError, ConnectionError) as error:  # what is not found or offline; a local path may be meant
         raise ValueError(
-            f"there is no dataset {source.path} on the hub, nor a file or folder of that name in {Path.cwd()} "
-            f"({error}). Correct the path."
+            f"there is no file or folder {source.path} in {Path.cwd()}, and as a dataset of the hub it cannot be read: "
+            f"{error}. Correct the path."
         ) from error

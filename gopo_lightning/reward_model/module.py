@@ -210,8 +210,10 @@ class RewardModelModule(LightningModule):
 
     def on_train_end(self) -> None:
         """Export, by rank 0. A `fast_dev_run` writes nothing, as everywhere in Lightning."""
-        if self.export_dir is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._check_weights()
+        if self.export_dir is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._check_weights()
+        if self.trainer.is_global_zero:
             merged = self.model.merge_and_unload() if isinstance(self.model, PeftModel) else self.model
 
             def fill(empty: Path) -> None:

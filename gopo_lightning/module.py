@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from gopo_lightning import advantages
 from gopo_lightning.batching import forwarded_tokens, split_groups
+from gopo_lightning.callbacks.lengths import LengthCheck
 from gopo_lightning.callbacks.predictions import PredictionWriter, prediction_records
 from gopo_lightning.callbacks.save_on_signal import SaveOnSignal
 from gopo_lightning.callbacks.validate_first import ValidateFirst
@@ -184,7 +185,7 @@ class GOPOModule(TrainableState, LightningModule):
         self.placement.check(self.trainer)
         if self.trainer.state.fn == "fit":
             check_sampling(self.sampling, updates_per_rollout=self.updates_per_rollout)
-        return [SaveOnSignal(), self.rollout, ValidateFirst(), PredictionWriter()]
+        return [SaveOnSignal(), LengthCheck(), self.rollout, ValidateFirst(), PredictionWriter()]
 
     def configure_model(self) -> None:
         if cast(Policy | None, self.policy) is None:

@@ -28,6 +28,7 @@ ROOMS = [
     "adapters",
     "shared_prefix",
     "layers",
+    "positions",
     "batching",
     "logprobs",
     "prefix_sharing",

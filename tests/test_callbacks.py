@@ -35,7 +35,7 @@ from gopo_lightning.callbacks.export import export
 from gopo_lightning.callbacks.progress import PlainLines, RichBar, train_line, validation_line
 from gopo_lightning.callbacks.samples import escape, group_table, ranks
 from gopo_lightning.callbacks.schedule import Every
-from gopo_lightning.data.prompts import Batch
+from gopo_lightning.data.batch import Batch
 from gopo_lightning.structs import Completions, Experience, Prompt, PromptBatch
 
 NAN, INF = float("nan"), float("inf")

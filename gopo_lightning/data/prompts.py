@@ -2,50 +2,22 @@
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from gopo_lightning.data.batch import collate_with
 from gopo_lightning.data.fingerprint import Digest, FingerprintedDataModule, OnDataChange
 from gopo_lightning.data.rendering import PromptRenderer, Template
 from gopo_lightning.data.sampler import InOrderSampler, PromptSampler
 from gopo_lightning.data.sources import PromptSource, columns_of, load_rows
-from gopo_lightning.structs import Prompt, PromptBatch
+from gopo_lightning.structs import Prompt
 
 Overlong = Literal["error", "drop", "truncate_left"]
-
-
-class Batch:
-    """``{"prompts": PromptBatch, "is_padding": bool [P]}``, to which hooks add keys by ``batch[key] = value``.
-
-    Not a ``dict``: the precision plugins of Lightning for FSDP and for true half precision rebuild every
-    mapping of a batch field by field, and refuse the frozen structs in it.
-    """
-
-    def __init__(self, **items: Any) -> None:
-        self._items = items
-
-    def __getitem__(self, key: str) -> Any:
-        return self._items[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._items[key] = value
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._items
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """``batch[key]``, or ``default`` where there is none."""
-        return self._items.get(key, default)
-
-    def to(self, device: torch.device | str, **kwargs: Any) -> "Batch":
-        """A copy on ``device``; Lightning calls it."""
-        return Batch(**{k: v.to(device, **kwargs) for k, v in self._items.items()})
 
 
 class PromptDataset(Dataset[tuple[Prompt, bool]]):
@@ -61,6 +33,7 @@ class PromptDataset(Dataset[tuple[Prompt, bool]]):
 
     Attributes:
         num_overlong: how many rows were too long.
+        longest: tokens of the longest prompt, and its row.
     """
 
     def __init__(
@@ -73,7 +46,7 @@ class PromptDataset(Dataset[tuple[Prompt, bool]]):
     ) -> None:
         self.rows, self.render = rows, render
         self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
-        self.num_overlong = 0
+        self.num_overlong, self.longest = 0, (0, 0)
         self._rows_digest, self._tokens_digest = Digest(), Digest()
         silent = None if rank_zero_only.rank == 0 else True  # type: ignore[attr-defined]  # None: off a terminal
         indices = tqdm(range(len(rows)), f"prompts of {render.source.path}", delay=2, leave=False, disable=silent)
@@ -112,6 +85,7 @@ class PromptDataset(Dataset[tuple[Prompt, bool]]):
         self._tokens_digest.add(token_ids)
         num_tokens = len(token_ids)
         if self.max_prompt_tokens is None or num_tokens <= self.max_prompt_tokens:
+            self.longest = max(self.longest, (num_tokens, index))
             return True
         self.num_overlong += 1
         if self.overlong == "error":
@@ -119,6 +93,8 @@ class PromptDataset(Dataset[tuple[Prompt, bool]]):
                 f"row {index} (counted from 0) of {self.render.source.path} has {num_tokens} tokens, more than "
                 f"max_prompt_tokens={self.max_prompt_tokens}. Raise it, or set overlong to drop or truncate_left."
             )
+        if self.overlong == "truncate_left":
+            self.longest = max(self.longest, (self.max_prompt_tokens, index))
         return self.overlong == "truncate_left"
 
 
@@ -196,6 +172,14 @@ class PromptDataModule(FingerprintedDataModule):
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Of the prompts that ``fit`` reads."""
         return {part: self._datasets[part].fingerprint for part in ("train", "validation") if part in self._datasets}
+
+    @property
+    def longest_prompts(self) -> dict[str, tuple[int, str]]:
+        """Tokens of the longest prompt of each part that is set up, and where it stands."""
+        return {
+            part: (dataset.longest[0], f"row {dataset.longest[1]} (counted from 0) of {dataset.render.source.path}")
+            for part, dataset in self._datasets.items()
+        }
 
     def prepare_data(self) -> None:
         """Fetch what is not local, on one process per node; ``setup`` then reads the cache."""
@@ -289,12 +273,4 @@ class PromptDataModule(FingerprintedDataModule):
         pad_token_id = trainer.lightning_module.tokenizer.pad_token_id
         if pad_token_id is None:
             raise ValueError("the tokenizer has no pad token, which batches of prompts need. Set its pad_token.")
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=_collate_with(pad_token_id))
-
-
-def _collate_with(pad_token_id: int) -> Callable[[list[tuple[Prompt, bool]]], Batch]:
-    def collate(items: list[tuple[Prompt, bool]]) -> Batch:
-        prompts, is_padding = zip(*items, strict=True)
-        return Batch(prompts=PromptBatch.collate(prompts, pad_token_id), is_padding=torch.tensor(is_padding))
-
-    return collate
+        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_with(pad_token_id))

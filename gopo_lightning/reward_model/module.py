@@ -114,7 +114,7 @@ class RewardModelModule(LightningModule):
             )
         classifier = load_classifier(model, revision, "float32", trust_remote_code, num_labels=1)
         set_pad_token(classifier, self.tokenizer)
-        self.max_length = max_length or max_length_of(classifier, self.tokenizer)
+        self.max_length = max_length_of(classifier, self.tokenizer, max_length)
         self.model = _with_lora(classifier, lora).train()
         self.metrics = ComparisonMetrics(gap_bounds or ())
         self.scorer = Scorer(self.tokenizer, prefix_sharing, self.max_length)

@@ -97,7 +97,7 @@ class SequenceClassifierReward(RewardSource):
             self._check(model, tokenizer)
             set_pad_token(model, tokenizer)
             _float32_head(model)
-            self.max_length = self.max_length or max_length_of(model, tokenizer)
+            self.max_length = max_length_of(model, tokenizer, self.max_length)
             self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.model.to(device)  # type: ignore[arg-type]
 

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from gopo_lightning.adapters import TaskType, base_of_adapter, check_saved, head_of_adapter, load_adapter, saved_adapter
+from gopo_lightning.positions import position_limit, usual_length
 from gopo_lightning.pretrained import finding, locate
 from gopo_lightning.security import load_weights
 
@@ -90,11 +91,21 @@ def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-def max_length_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The most tokens that both model and tokenizer take; None where neither has a limit."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [n for n in (tokenizer.model_max_length, positions) if n is not None and 0 < n < _UNLIMITED]
-    return min(limits, default=None)
+def max_length_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None = None) -> int | None:
+    """The most tokens of a text: ``wanted``, or what both model and tokenizer take; None where neither has a limit.
+
+    Raises:
+        ValueError: ``wanted`` is more than the model has positions for.
+    """
+    positions = position_limit(model)
+    if wanted is not None and positions is not None and wanted > positions:
+        raise ValueError(
+            f"max_length={wanted}, but {type(model).__name__} has positions for {positions} tokens. Lower it, or leave "
+            "it out."
+        )
+    usual = usual_length(model) if positions is None else positions
+    limits = [n for n in (tokenizer.model_max_length, usual) if n is not None and 0 < n < _UNLIMITED]
+    return wanted or min(limits, default=None)
 
 
 def encode(

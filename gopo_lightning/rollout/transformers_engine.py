@@ -15,6 +15,7 @@ from gopo_lightning.distributed import gather_objects
 from gopo_lightning.gathering import any_rank, compute_device, forward_is_collective
 from gopo_lightning.layers import plain_outputs, uncompiled
 from gopo_lightning.policy import evaluating
+from gopo_lightning.positions import check_length
 from gopo_lightning.rollout.choice import DecoderChoice
 from gopo_lightning.rollout.decoders import Decoder
 from gopo_lightning.rollout.engine import (
@@ -75,6 +76,7 @@ class TransformersEngine:
     ) -> Completions:
         """See :class:`RolloutEngine`."""
         device, together = compute_device(model), forward_is_collective(model)
+        check_length(model, prompts.tokens_PL.shape[1], sampling.max_new_tokens, "the longest prompt of a batch")
         prompts = prompts.to(device)
         writer = CompletionWriter(tokenizer, sampling, seeds_N, eos_token_ids, len(prompts), device)
         with evaluating(model), uncompiled(), plain_outputs(model):

@@ -139,9 +139,11 @@ def _redraw(found: list[Row], rng: random.Random) -> None:
 
 
 def real_rows(found: list[Row]) -> list[Row]:
-    """Two of the rows for the pretrained policy, of which one trains all weights and one an adapter."""
-    light = [row for row in found if row["strategy"] != "fsdp2" and not row["cold"]][:2]
-    return [row | {"policy": policies.REAL, "lora": bool(k), "max_new_tokens": 10} for k, row in enumerate(light)]
+    """Two of the rows for the pretrained policy, made lighter; one trains all weights and one an adapter."""
+    light = {"policy": policies.REAL, "strategy": "single", "cold": False, "max_new_tokens": 10, "num_completions": 2}
+    light |= {"eval_num_completions": 1, "num_inner_epochs": 1, "num_minibatches": 1, "resume_rollout": 2}
+    able = [row for row in found if row["which"] != "one order"]
+    return [row | light | {"lora": bool(k)} for k, row in enumerate(able[:2])]
 
 
 def ranks(row: Row) -> int:
@@ -165,7 +167,7 @@ def write_config(row: Row, folder: Path, shared: Path) -> Path:
 
 def config(row: Row, policy: Path) -> dict[str, Any]:
     """The config of ``row``."""
-    per_rollout = updates(row)
+    is_real = row["policy"] == policies.REAL
     sources = SOURCES[row["sources"]][row["which"]]
     source = {"path": "prompts.jsonl"} | ({"messages_column": "turns"} if row["prompts"] == "messages" else {})
     init_args: dict[str, Any] = {
@@ -188,7 +190,7 @@ def config(row: Row, policy: Path) -> dict[str, Any]:
     if row["lora"]:
         targets = policies.LORA_TARGETS.get(row["policy"], ["q_proj", "v_proj"])
         init_args["policy"]["lora"] = {"r": 4, "lora_alpha": 8, "target_modules": targets}
-    elif row["policy"] == policies.REAL:
+    elif is_real:
         init_args["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e-2}}  # no moments to store
     for name in (
         "lr_schedule",
@@ -205,7 +207,8 @@ def config(row: Row, policy: Path) -> dict[str, Any]:
     data |= {name: source | {"limit": 5} for name in ("validation", "test", "predict")}
     if row["prompts"] == "chat":
         data["system_prompt"] = "Be brief."
-    keeper = {"every_n_train_steps": per_rollout, "save_top_k": -1, "filename": "step{step}"}
+    every_n_steps = updates(row) * (2 if is_real else 1)
+    keeper = {"every_n_train_steps": every_n_steps, "save_top_k": -1, "filename": "step{step}"}
     return {
         "seed_everything": row["seed"],
         "trainer": {
@@ -213,7 +216,7 @@ def config(row: Row, policy: Path) -> dict[str, Any]:
             "devices": ranks(row),
             "strategy": "auto" if row["strategy"] == "single" else row["strategy"],
             "precision": row["precision"],
-            "max_steps": ROLLOUTS * per_rollout,
+            "max_steps": ROLLOUTS * updates(row),
             "val_check_interval": 2,
             "logger": {"class_path": row["logger"], "init_args": {"save_dir": "runs", "name": "first"}},
             "callbacks": [

@@ -6,14 +6,25 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, BatchEncoding, PreTrainedModel
 
 from gopo_lightning.layers import plain_outputs
-from gopo_lightning.logprobs import completion_logprobs
+from gopo_lightning.logprobs import completion_logprobs, next_token_logits
+from gopo_lightning.reward_model.scoring import Scorer
 from gopo_lightning.rollout.choice import DecoderChoice
 from gopo_lightning.rollout.decoders import ExpandedDecoder, RecomputingDecoder, SharedDecoder, UnpaddedDecoder
 from gopo_lightning.shared_prefix import supports_shared_prefix
 from gopo_lightning.structs import Completions, PromptBatch
-from tests.architectures import FAMILIES, family, gradients, prompt_batch, ragged_completions, relative_difference
+from tests.architectures import (
+    FAMILIES,
+    SIZES,
+    family,
+    gradients,
+    prompt_batch,
+    ragged_completions,
+    relative_difference,
+)
+from tests.conftest import byte_tokenizer
 from tests.test_engine import generate
 
 DECODERS = {
@@ -154,3 +165,43 @@ def test_the_memory_of_a_foreign_model_is_a_reason_to_go_without() -> None:
     with torch.no_grad():
         expected_NT = alone(family("opt").eval(), prompts, completions)
     torch.testing.assert_close(completions.sampler_logprobs_NT, expected_NT, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["rwkv", "lfm2", "opt", "roberta"])
+@torch.no_grad()
+def test_the_next_token_does_not_depend_on_the_other_rows(name: str) -> None:
+    model, rows = family(name).eval(), [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15]]
+    tokens_NS = torch.tensor([row + [40] * (7 - len(row)) for row in rows])
+    together = next_token_logits(model, tokens_NS, torch.tensor([3, 7, 1]))
+    alone_NV = torch.stack([model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1] for row in rows])
+    torch.testing.assert_close(together, alone_NV, atol=1e-5, rtol=1e-5)
+
+
+def classifier(kind: str, **options: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES | FAMILIES[kind] | {"vocab_size": 259, "num_labels": 1} | options)
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+TEXTS = [[5, 6, 7], [5, 6, 9, 9], [8, 3, 4], [8, 3, 5]]
+PAIRS = BatchEncoding({"input_ids": TEXTS, "attention_mask": [[1] * len(text) for text in TEXTS]})
+
+
+@pytest.mark.parametrize("mode", ["auto", "never"])
+@torch.no_grad()
+def test_classifiers_return_scores_whatever_their_configuration_asks_for(mode: Any) -> None:
+    asking = {"output_router_logits": True, "output_hidden_states": True, "return_dict": False}
+    plain, model = classifier("mixtral", output_router_logits=False), classifier("mixtral", **asking)
+    for num_pairs in (None, [2, 2]):
+        expected_N, scores_N = (Scorer(byte_tokenizer(), mode, 8)(m, PAIRS, num_pairs) for m in (plain, model))
+        torch.testing.assert_close(scores_N, expected_N)
+    assert model.config.output_router_logits is True
+
+
+def test_scoring_falls_back_where_a_trial_fails() -> None:
+    model = classifier("nemotron")
+    expected_N = Scorer(byte_tokenizer(), "never", 8)(model, PAIRS, [2, 2])
+
+    torch.testing.assert_close(Scorer(byte_tokenizer(), "auto", 8)(model, PAIRS, [2, 2]), expected_N)
+    with pytest.raises(ValueError, match="prefix_sharing=always, but .* RuntimeError: NemotronAttention does not hand"):
+        Scorer(byte_tokenizer(), "always", 8)(model, PAIRS, [2, 2])

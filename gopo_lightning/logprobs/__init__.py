@@ -9,5 +9,6 @@ head is entered through the model's own forward, so LoRA, tied embeddings and FS
 
 from gopo_lightning.logprobs.check import Agreement, check_shared_prefix
 from gopo_lightning.logprobs.completion import TokenLogprobs, completion_logprobs
+from gopo_lightning.logprobs.next_token import next_token_logits
 
-__all__ = ["Agreement", "TokenLogprobs", "check_shared_prefix", "completion_logprobs"]
+__all__ = ["Agreement", "TokenLogprobs", "check_shared_prefix", "completion_logprobs", "next_token_logits"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from gopo_lightning.layers import plain_outputs
 from gopo_lightning.policy import evaluating
 from gopo_lightning.prefix_sharing import PrefixSharing
 from gopo_lightning.rewards.loading import pad
@@ -87,7 +88,7 @@ def shared_scores(model: nn.Module, packed: PackedTexts) -> Tensor:
     layout, seen = PackedLists(packed.segments_PS), []
     handle = _head(model).register_forward_hook(lambda module, args, logits_PS1: seen.append(logits_PS1))
     try:
-        with shared_prefix_attention(model):
+        with plain_outputs(model), shared_prefix_attention(model):
             model(
                 input_ids=packed.tokens_PS,
                 attention_mask=(packed.segments_PS >= 0).long(),  # read by nobody: the layout is the mask
@@ -104,7 +105,8 @@ def shared_scores(model: nn.Module, packed: PackedTexts) -> Tensor:
 def separate_scores(model: nn.Module, tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding) -> Tensor:
     """scores_N of N texts, each in a row of its own."""
     inputs = pad(tokenizer, encoded, range(len(encoded["input_ids"])))
-    return model(**inputs.to(next(model.parameters()).device)).logits.squeeze(-1)
+    with plain_outputs(model):
+        return model(**inputs.to(next(model.parameters()).device)).logits.squeeze(-1)
 
 
 class Scorer:
@@ -113,7 +115,7 @@ class Scorer:
     Args:
         tokenizer: pads on the right.
         mode: `auto` checks once, on two pairs or lists, that both forms agree, else scores texts apart and says why;
-            `always` raises a ValueError where the model or the data cannot; `never` does not share.
+            `always` raises a ValueError where they do not, or the data have nothing to share; `never` does not share.
         max_length: most tokens of a text, against which a sliding window is held; None: any number.
     """
 
@@ -147,8 +149,11 @@ class Scorer:
         allowed, reason = supports_shared_prefix(model, self.max_length)
         if allowed and _head(model) is None:
             allowed, reason = False, "its head is not called score"
-        if allowed and self.mode == "auto":
-            allowed, reason = self._agrees(model, encoded, group_sizes[:2])
+        if allowed:
+            try:
+                allowed, reason = self._agrees(model, encoded, group_sizes[:2])
+            except Exception as error:  # noqa: BLE001 - whatever a foreign model does not take is a reason not to share
+                allowed, reason = False, f"{type(error).__name__}: {error}".partition("\n")[0]
         if not allowed and self.mode == "always":
             raise ValueError(f"prefix_sharing=always, but {type(model).__name__} cannot: {reason}. Use auto or never.")
         if not allowed:

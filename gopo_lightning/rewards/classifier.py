@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from gopo_lightning.gathering import compute_device, in_step
+from gopo_lightning.layers import plain_outputs
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError
 from gopo_lightning.rewards.loading import (
     Dtype,
@@ -138,7 +139,7 @@ class SequenceClassifierReward(RewardSource):
     def _forward(self, inputs: BatchEncoding) -> Tensor:
         """float32 scores of one micro-batch."""
         assert self.model is not None
-        with torch.autocast(compute_device(self.model).type, enabled=False):
+        with torch.autocast(compute_device(self.model).type, enabled=False), plain_outputs(self.model):
             output = self.model(**inputs)
         scores = getattr(output, self.output_field, None)
         if scores is None or scores.numel() != len(inputs["input_ids"]):

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gopo_lightning.gathering import compute_device, in_step
+from gopo_lightning.logprobs import next_token_logits
 from gopo_lightning.rewards.base import SourceConfigError
 from gopo_lightning.rewards.classifier import Template
 from gopo_lightning.rewards.judge_prompt import CRITERION, fenced
@@ -120,16 +122,15 @@ class LocalJudge(PairComparator):
         return self.tokenizer(chat, add_special_tokens=False)["input_ids"]
 
     def _forward(self, questions: list[list[int]]) -> Tensor:
-        """float32 P("A") among the two letters, of one micro-batch padded on the left."""
+        """float32 P("A") among the two letters, of one micro-batch."""
         assert self.model is not None
-        width = max(map(len, questions))
-        tokens = torch.tensor([[self.labels[0]] * (width - len(ids)) + ids for ids in questions])
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in questions])
-        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
         device = compute_device(self.model)
+        rows = [torch.tensor(ids, device=device) for ids in questions]
+        lengths_N = torch.tensor([len(row) for row in rows], device=device)
+        tokens_NS = pad_sequence(rows, batch_first=True, padding_value=self.labels[0])
         with torch.autocast(device.type, enabled=False):
-            output = self.model(**{k: v.to(device) for k, v in inputs.items()}, logits_to_keep=1)
-        logits = output.logits[:, -1, self.labels].float()
+            logits_NV = next_token_logits(self.model, tokens_NS, lengths_N)
+        logits = logits_NV[:, self.labels].float()
         return (logits[:, 0] - logits[:, 1]).sigmoid()
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

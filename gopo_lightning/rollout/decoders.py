@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from gopo_lightning.logprobs import next_token_logits
 from gopo_lightning.shared_prefix import PrefixCache, require_called, shared_prefix_attention
 from gopo_lightning.structs import PromptBatch
 
@@ -174,16 +175,7 @@ class RecomputingDecoder:
         return nullcontext()
 
     def _forward(self) -> Tensor:
-        longest, shortest = int(self.lengths_A.max()), int(self.lengths_A.min())
-        mask_AS = torch.arange(longest, device=self.lengths_A.device) < self.lengths_A[:, None]
-        logits_ASV = self.model(
-            input_ids=self.tokens_AS[:, :longest],
-            attention_mask=mask_AS.long(),
-            use_cache=False,
-            logits_to_keep=longest - shortest + 1,
-        ).logits
-        rows_A = torch.arange(len(mask_AS), device=mask_AS.device)
-        return logits_ASV[rows_A, self.lengths_A - 1 - longest]
+        return next_token_logits(self.model, self.tokens_AS, self.lengths_A)
 
 
 def memory_of_rows(memory: Any, rows_A: Tensor) -> Any:

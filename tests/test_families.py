@@ -12,7 +12,13 @@ from gopo_lightning.layers import plain_outputs
 from gopo_lightning.logprobs import completion_logprobs, next_token_logits
 from gopo_lightning.reward_model.scoring import Scorer
 from gopo_lightning.rollout.choice import DecoderChoice
-from gopo_lightning.rollout.decoders import ExpandedDecoder, RecomputingDecoder, SharedDecoder, UnpaddedDecoder
+from gopo_lightning.rollout.decoders import (
+    ExpandedDecoder,
+    RecomputingDecoder,
+    SharedDecoder,
+    UnpaddedDecoder,
+    memory_of_rows,
+)
 from gopo_lightning.shared_prefix import supports_shared_prefix
 from gopo_lightning.structs import Completions, PromptBatch
 from tests.architectures import (
@@ -205,3 +211,28 @@ def test_scoring_falls_back_where_a_trial_fails() -> None:
     torch.testing.assert_close(Scorer(byte_tokenizer(), "auto", 8)(model, PAIRS, [2, 2]), expected_N)
     with pytest.raises(ValueError, match="prefix_sharing=always, but .* RuntimeError: NemotronAttention does not hand"):
         Scorer(byte_tokenizer(), "always", 8)(model, PAIRS, [2, 2])
+
+
+def test_rows_of_a_memory_of_tensors_in_containers() -> None:
+    key, value = torch.arange(3), torch.arange(6).view(3, 2)
+    (found,), other = memory_of_rows((((key, value),), [value]), torch.tensor([2, 0, 2]))
+    assert found[0].tolist() == [2, 0, 2]
+    assert found[1].tolist() == other[0].tolist() == [[4, 5], [0, 1], [4, 5]]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["roberta", "rwkv"])
+def test_a_rank_that_waits_for_others_writes_nothing_new(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where forwards are collectives, ranks make equally many passes, also of prompts of unequal lengths."""
+    model, prompts = family(name), prompt_batch((5, 9, 1, 9))
+    options: dict[str, Any] = {"eos": range(1, 16), "max_rows": 4}
+    expected, calls = generate(model, prompts, "never", 4, **options), []
+    engine = "gopo_lightning.rollout.transformers_engine"
+    monkeypatch.setattr(f"{engine}.forward_is_collective", lambda model: True)
+    monkeypatch.setattr(f"{engine}.gather_objects", lambda count: calls.append(count) or [count, count + 2])
+    monkeypatch.setattr(f"{engine}.any_rank", lambda flag, device: flag)
+    completions = generate(model, prompts, "never", 4, **options)
+    assert calls == [4]
+    assert completions.texts == expected.texts
+    assert torch.equal(completions.mask_NT, expected.mask_NT)
+    assert torch.equal(completions.sampler_logprobs_NT, expected.sampler_logprobs_NT)

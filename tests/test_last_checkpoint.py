@@ -140,10 +140,23 @@ def test_steps_decide_within_a_version_so_that_clocks_need_not(tmp_path: Path) -
 
 def test_the_newest_version_with_a_checkpoint_decides(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    old = write(folder / "version_9" / "checkpoints" / "a.ckpt", 100, seconds=300)
     new = write(folder / "version_10" / "checkpoints" / "a.ckpt", 10, seconds=200)  # started from step 0 again
+    old = write(folder / "version_9" / "checkpoints" / "a.ckpt", 100, seconds=300)
     (folder / "version_11" / "checkpoints").mkdir(parents=True)
     trainer = make(tmp_path, TensorBoardLogger(tmp_path, name="run"))
     assert last_of(trainer) == new
     new.write_bytes(b"")
     assert last_of(trainer) == old and step_of(old) == 100
+
+
+@pytest.mark.parametrize(("in_dirpath", "under_logger"), [(3, 2), (2, 3)])
+def test_a_dirpath_and_the_logger_of_one_run_are_both_looked_at(
+    in_dirpath: int, under_logger: int, tmp_path: Path
+) -> None:
+    paths = [
+        write(tmp_path / "kept" / "a.ckpt", in_dirpath),
+        write(tmp_path / "run" / "version_0" / "checkpoints" / "b.ckpt", under_logger),
+    ]
+    keeper = ModelCheckpoint(dirpath=tmp_path / "kept")
+    trainer = make(tmp_path, TensorBoardLogger(tmp_path, name="run"), keeper)
+    assert last_of(trainer) == max(paths, key=lambda path: step_of(path) or 0)

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,11 @@ TRAINER_DEFAULTS = {
 
 
 class _Parser(LightningArgumentParser):
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        """Null is null at any depth: jsonargparse hands it from a class to its fields as the text None."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_args([re.sub(r"\A(--[\w.]+)=None\Z", r"\1=null", arg) for arg in given], *more, **options)
+
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Ends with the commands that show every field, which subclass mode would leave unsaid."""
         return f"{super().format_help(*args, **kwargs)}\n{FIELDS}"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import pytest
 import torch
@@ -207,3 +208,40 @@ def test_a_stop_string_is_given_as_text_or_as_a_list(given: str) -> None:
         instantiate_only=True,
     )
     assert cli.model.rollout.sampling.stop_strings == (("</a>", "5") if "5" in given else ("</a>",))
+
+
+@pytest.mark.parametrize(
+    ("option", "attributes"),
+    [
+        ("loss.sampler_correction_cap=null", "loss_config.sampler_correction_cap"),
+        ("loss.clip_ceiling=None", "loss_config.clip_ceiling"),
+        ("policy.lora=null", "policy_config.lora"),
+        ("max_grad_norm=null", "max_grad_norm"),
+    ],
+)
+def test_null_on_the_command_line_is_null_at_any_depth(option: str, attributes: str, tmp_path: Path) -> None:
+    """Over a value that a configuration has set, as with an overlay."""
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        yaml.safe_dump(
+            {
+                "model": {
+                    "init_args": {
+                        "loss": {"sampler_correction_cap": 2.0, "clip_ceiling": 4.0},
+                        "policy": {"lora": {"r": 4}},
+                        "max_grad_norm": 2.0,
+                    }
+                }
+            }
+        )
+    )
+    configs = ["--config=configs/quickstart/gopo.yaml", f"--config={overlay}"]
+
+    def value(*options: str) -> Any:
+        found: Any = run([*configs, *options], instantiate_only=True).model
+        for attribute in attributes.split("."):
+            found = getattr(found, attribute)
+        return found
+
+    assert value() is not None
+    assert value(f"--model.init_args.{option}") is None

@@ -109,11 +109,24 @@ def preferences(wins_PGG: Tensor) -> Tensor:
     return torch.where(_asked(wins_PGG), (wins_PGG + 1 - wins_PGG.mT) / 2, torch.nan)
 
 
+def without_noise(values: Tensor) -> Tensor:
+    """float64 ``values`` of size around 1, to 2**-40 (1e-12): what differs by the order of its sum only is equal.
+
+    2 - 2/3 and 2/3 + 2/3 differ in the last bit, and completions that tie would be ranked.
+    """
+    return (values * 2.0**40).round() / 2.0**40
+
+
 def grpo(rewards_PG: Tensor) -> Tensor:
     """A_i = (r_i - mean) / (std + 1e-4) within the group, unbiased std (GRPO, arXiv 2402.03300, sec. 4.1)."""
+    return standardised(rewards_PG).float()
+
+
+def standardised(rewards_PG: Tensor) -> Tensor:
+    """``grpo`` in float64."""
     centred_PG, valid_PG = _centred(rewards_PG)
     variance_P1 = (centred_PG**2).sum(-1, keepdim=True) / (valid_PG.sum(-1, keepdim=True) - 1).clamp(min=1)
-    return (centred_PG / (variance_P1.sqrt() + _STD_EPSILON)).float()
+    return centred_PG / (variance_P1.sqrt() + _STD_EPSILON)
 
 
 def dr_grpo(rewards_PG: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ from gopo_lightning.advantages import preferences
 
 def _mean(values: Tensor) -> Tensor:
     """Mean of the values that are numbers; NaN if there is none."""
-    return values[~values.isnan()].float().mean()
+    return values[~values.isnan()].double().mean()
 
 
 def _std(values: Tensor) -> Tensor:
     """Unbiased standard deviation of the values that are numbers; NaN for fewer than two."""
-    kept = values[~values.isnan()].float()
+    kept = values[~values.isnan()].double()
     return kept.std() if kept.numel() > 1 else kept.new_tensor(float("nan"))
 
 

@@ -226,8 +226,7 @@ class GOPOModule(TrainableState, LightningModule):
 
     @float32_default()
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        start = perf_counter()
-        experience = self._with_logprobs(batch["experience"])
+        start, experience = perf_counter(), self._with_logprobs(batch["experience"])
         updates = [self._update(minibatch) for minibatch in self._minibatches(experience)]
         metrics = {key: torch.stack([update[key] for update in updates]).mean() for key in updates[0]}
         if (difference := "train/sampler_logprob_diff") in metrics:
@@ -309,7 +308,8 @@ class GOPOModule(TrainableState, LightningModule):
         return self._step(experience, sums)
 
     def _loss_mask(self, experience: Experience) -> Tensor:
-        completions, valid_N = experience.completions, advantages.valid(experience.rewards_PG).flatten()
+        completions, valid_PG = experience.completions, advantages.valid(experience.rewards_PG)
+        valid_N = valid_PG.flatten().to(completions.mask_NT.device)
         return loss_mask(completions.mask_NT, valid_N, completions.truncated_N, self.loss_config)
 
     def _accumulate(self, experience: Experience, total: Tensor, sums: dict[str, Tensor]) -> None:

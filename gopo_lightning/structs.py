@@ -174,9 +174,10 @@ class Experience(TensorStruct):
     prompts: PromptBatch
     completions: Completions
     rewards_PGK: Tensor
-    """float32, one column a source; NaN where a source has no valid score."""
+    """float64, one column a source; NaN where a source has no valid score. On the device of the tokens, but on MPS,
+    which has no float64, on the CPU; so are all rewards and comparisons."""
     rewards_PG: Tensor
-    """float32, the sources combined."""
+    """float64, the sources combined."""
     advantages_PG: Tensor
     """float32."""
     old_logprobs_NT: Tensor | None = None
@@ -184,7 +185,7 @@ class Experience(TensorStruct):
     reference_logprobs_NT: Tensor | None = None
     """float32, of the frozen reference; None when nothing reads it."""
     wins_PGGK: Tensor | None = None
-    """float32 comparison matrices of pairwise sources, see `rewards.PairwiseSource`; all NaN in the columns of other
+    """float64 comparison matrices of pairwise sources, see `rewards.PairwiseSource`; all NaN in the columns of other
     sources. None without a pairwise source."""
 
     @property

@@ -27,7 +27,7 @@ GROUPS = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2,
 def test_borda_by_hand() -> None:
     """Source a ranks 2, −2/3, −2, 2/3; source b, with a tie, 4/3, 4/3, −4/3, −4/3."""
     rewards_PGK = columns([9.0, 1.0, 0.0, 5.0], [700.0, 700.0, 100.0, 100.0])
-    expected = torch.tensor([[(2 + 4 / 3) / 2, (-2 / 3 + 4 / 3) / 2, (-2 - 4 / 3) / 2, (2 / 3 - 4 / 3) / 2]])
+    expected = torch.tensor([[(2 + 4 / 3) / 2, (-2 / 3 + 4 / 3) / 2, (-2 - 4 / 3) / 2, (2 / 3 - 4 / 3) / 2]]).double()
     torch.testing.assert_close(combine.borda(rewards_PGK), expected, atol=1e-6, rtol=0)
     weighted = combine.borda(rewards_PGK, weights=[3, -1])
     assert weighted[0, 0].item() == pytest.approx((3 * 2 - 4 / 3) / 4, abs=1e-6)
@@ -61,7 +61,7 @@ def test_lexicographic_by_hand() -> None:
     """a decides but for its tie of the first two, where b does; the last two tie in both."""
     rewards_PGK = columns([5.0, 5.0, 1.0, 1.0], [1.0, 2.0, 900.0, 900.0])
     values = combine.lexicographic(rewards_PGK)
-    torch.testing.assert_close(values, torch.tensor([[1 / 3, 1.0, -2 / 3, -2 / 3]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(values, torch.tensor([[1 / 3, 1.0, -2 / 3, -2 / 3]]).double(), atol=1e-6, rtol=0)
     third = columns([1.0, 1.0], [1.0, 1.0], [INF, -INF])
     assert combine.lexicographic(third).tolist() == [[1.0, -1.0]]
 
@@ -82,7 +82,7 @@ def test_z_score_by_hand() -> None:
     """std of (1, 2, 3) is 1, of (0, 0, 30) is 17.32; the mean of both z-scores, so that 30 does not drown 3."""
     values = combine.z_score(columns([1.0, 2.0, 3.0], [0.0, 0.0, 30.0]))
     z_b = [-10 / 17.3206, -10 / 17.3206, 20 / 17.3206]
-    expected = torch.tensor([[(z_a / 1.0001 + b) / 2 for z_a, b in zip([-1, 0, 1], z_b, strict=True)]])
+    expected = torch.tensor([[(z_a / 1.0001 + b) / 2 for z_a, b in zip([-1, 0, 1], z_b, strict=True)]]).double()
     torch.testing.assert_close(values, expected, atol=1e-4, rtol=0)
     assert combine.z_score(columns([NAN, 0.0, 2.0], [1.0, 1.0, 1.0]))[0, 0] == 0  # b is constant: 0
     with pytest.raises(ValueError, match="infinity, which has no magnitude"):

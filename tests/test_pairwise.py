@@ -69,7 +69,7 @@ def test_a_comparator_gives_the_copeland_advantage() -> None:
     wins_PGG = FunctionComparator(longer)([prompt("p")], [group])
     lengths = torch.tensor([[1.0, 4.0, 3.0, 2.0]])
     assert torch.equal(ordinal_from_wins(wins_PGG), ordinal(lengths))
-    torch.testing.assert_close(win_share(wins_PGG), torch.tensor([[0.0, 1.0, 2 / 3, 1 / 3]]))
+    torch.testing.assert_close(win_share(wins_PGG), torch.tensor([[0.0, 1.0, 2 / 3, 1 / 3]], dtype=torch.float64))
     sparse = FunctionComparator(longer, num_opponents=1)([prompt("p")], [group])  # (0, 3) and (1, 2)
     assert ordinal_from_wins(sparse).tolist() == [[-2.0, 2.0, -2.0, 2.0]]
 
@@ -271,7 +271,7 @@ def test_beside_another_source_a_reference_has_its_share_of_wins_too() -> None:
     nothing = FunctionReward(lambda completions: [0.0] * len(completions), name="nothing")
     surely = FunctionComparator(lambda first, second: [0.1 + 0.8 * x for x in longer(first, second)], name="surely")
     result = standing([nothing, surely], "weighted_sum", [["aaa", "bbb"]], [["c"]])
-    torch.testing.assert_close(result.rewards_PG, torch.tensor([[0.9, 0.9]]))
+    torch.testing.assert_close(result.rewards_PG, torch.tensor([[0.9, 0.9]], dtype=torch.float64))
     assert result.win_rate_P.tolist() == [1.0]
 
 
@@ -379,7 +379,7 @@ def test_a_magnitude_baseline_reads_the_share_of_wins(tiny_policy: Path, prompts
     module = make_module(tiny_policy, rewards=[FunctionComparator(longer)], advantage="dr_grpo")
     experience = fit(module, prompts_file, tmp_path, max_steps=1).experiences[0]
     centred = experience.rewards_PG - experience.rewards_PG.nanmean(1, keepdim=True)
-    torch.testing.assert_close(experience.advantages_PG, centred, atol=1e-6, rtol=0)
+    torch.testing.assert_close(experience.advantages_PG, centred.float(), atol=1e-6, rtol=0)
 
 
 def test_fewer_completions_than_asked_are_refused(

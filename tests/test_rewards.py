@@ -18,7 +18,16 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from gopo_lightning.rewards import FunctionReward, SequenceClassifierReward, SourceConfigError, combine, score
+from gopo_lightning import advantages
+from gopo_lightning.rewards import (
+    FunctionReward,
+    SequenceClassifierReward,
+    SourceConfigError,
+    against_reference,
+    combine,
+    score,
+    score_groups,
+)
 from gopo_lightning.structs import Prompt
 from tests.conftest import byte_tokenizer
 
@@ -56,14 +65,35 @@ def fails_on_batches(completions: list[str]) -> list[float]:
 def test_score_stacks_the_sources_and_turns_none_into_nan() -> None:
     sources = [FunctionReward(lengths), FunctionReward(lambda completions: np.arange(3.0), name="numpy")]
     rewards_NK = score(sources, PROMPTS, TEXTS)
-    assert rewards_NK.dtype == torch.float32
-    torch.testing.assert_close(rewards_NK, torch.tensor([[1.0, 0], [24, 1], [math.nan, 2]]), equal_nan=True)
+    assert rewards_NK.dtype == torch.float64
+    torch.testing.assert_close(rewards_NK, torch.tensor([[1.0, 0], [24, 1], [math.nan, 2]]).double(), equal_nan=True)
 
 
 @pytest.mark.parametrize("returned", [[1.0, 2.0], torch.zeros(3, 1), 1.0, "abc", {"a": 1, "b": 2, "c": 3}])
 def test_score_refuses_anything_but_n_numbers(returned: Any) -> None:
     with pytest.raises(RuntimeError, match=r"reward source 'bad' raised ValueError: returned .*"):
         score([FunctionReward(lambda completions: returned, name="bad")], PROMPTS, TEXTS)
+
+
+NANOSECONDS = [1.7e9 + i for i in range(4)]
+NEAR_ONE = [1 + i * 1e-9 for i in range(4)]
+
+
+@pytest.mark.parametrize("returned", [NANOSECONDS, np.array(NEAR_ONE), torch.tensor(NEAR_ONE, dtype=torch.float64)])
+@pytest.mark.parametrize("name", ["weighted_sum", "borda", "lexicographic", "z_score"])
+@pytest.mark.parametrize("num_sources", [1, 2])
+def test_scores_keep_their_order_to_the_last_bit_of_a_float64(returned: Any, name: str, num_sources: int) -> None:
+    """float32 would make all four of them equal."""
+    sources = [FunctionReward(lambda completions: returned, name=f"r{k}") for k in range(num_sources)]
+    scores = score_groups(sources, PROMPTS[:1], [["a", "b", "c", "d"]])
+    assert scores.rewards_PGK.dtype == torch.float64
+    combination = combine.get(name, num_sources=num_sources)
+    rewards_PG = combination(scores.rewards_PGK)
+    assert advantages.ordinal(rewards_PG)[0].tolist() == pytest.approx([-2, -2 / 3, 2 / 3, 2])
+    standing = against_reference(
+        sources, combination, PROMPTS[:1], [["b", "c"]], scores.rewards_PGK[:, 1:3], [["a"]], scores.rewards_PGK[:, :1]
+    )
+    assert standing.win_rate_P.item() == 1 and standing.win_rate_PK.tolist() == [[1.0] * num_sources]
 
 
 def test_score_names_the_source_and_the_first_offending_prompt() -> None:
@@ -321,7 +351,7 @@ def test_a_source_that_is_not_set_up_says_so() -> None:
 def test_weighted_sum_by_hand() -> None:
     rewards_PGK = torch.tensor([[[1.0, 10, math.nan], [2, math.nan, 5]]])
     weighted = combine.get("weighted_sum", num_sources=3, weights=[2, 0.5, 0])
-    torch.testing.assert_close(weighted(rewards_PGK), torch.tensor([[7.0, math.nan]]), equal_nan=True)
+    torch.testing.assert_close(weighted(rewards_PGK), torch.tensor([[7.0, math.nan]]).double(), equal_nan=True)
     assert combine.get("weighted_sum", num_sources=2, weights=None)(rewards_PGK[..., :2])[0, 0] == 11
     infinite_PGK = torch.tensor([[[math.inf, 1.0]]])
     assert combine.weighted_sum(infinite_PGK, weights=[0, 1]).tolist() == [[1.0]]

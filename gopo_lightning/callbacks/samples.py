@@ -45,7 +45,7 @@ def number(value: float, form: str = "+.3f") -> str:
 def group_table(experience: Experience, p: int, max_chars: int = 1000) -> str:
     """Group ``p`` as Markdown, the best completion first, those without a valid reward last."""
     prompt, completions, G = experience.prompts.prompts[p], experience.completions, experience.group_size
-    rewards_G, rewards_GK = experience.rewards_PG[p].float(), experience.rewards_PGK[p].float()
+    rewards_G, rewards_GK = experience.rewards_PG[p], experience.rewards_PGK[p]
     ranks_G, advantages_G = ranks(rewards_G).tolist(), experience.advantages_PG[p].tolist()
     with_sources = rewards_GK.shape[-1] > 1
     header = ["rank", "reward", *(["by source"] if with_sources else []), "advantage", "tokens", "completion"]

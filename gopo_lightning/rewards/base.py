@@ -59,7 +59,7 @@ class RewardSource(ABC):
 
 
 def score(sources: Sequence[RewardSource], prompts_N: Sequence[Prompt], completions_N: Sequence[str]) -> Tensor:
-    """rewards_NK, float32 on the CPU, one column a source; NaN where a source has no valid score.
+    """rewards_NK, float64 on the CPU, one column a source; NaN where a source has no valid score.
 
     Raises:
         RuntimeError: a source raised, or returned something else than N numbers. The message has the source's
@@ -79,13 +79,16 @@ def _column(source: RewardSource, prompts_N: Sequence[Prompt], completions_N: Se
 
 
 def as_tensor(scores: Scores, num_completions: int) -> Tensor:
-    """float32 [N] on the CPU, None → NaN; ValueError on any other shape or a value that is no number."""
+    """float64 [N] on the CPU, None → NaN; ValueError on any other shape or a value that is no number.
+
+    Whole numbers above 2**53 are rounded to float64.
+    """
     if isinstance(scores, Tensor):
-        column = scores.detach().float().cpu()
+        column = scores.detach().cpu().double()
     elif isinstance(scores, str | bytes | Mapping | Set) or not isinstance(scores, Iterable):
         raise ValueError(f"returned {type(scores).__name__}; return a tensor or list with one number each")
     else:
-        column = torch.tensor([math.nan if s is None else float(s) for s in scores], dtype=torch.float32)
+        column = torch.tensor([math.nan if s is None else float(s) for s in scores], dtype=torch.float64)
     if column.shape != (num_completions,):
         raise ValueError(
             f"returned scores of shape {tuple(column.shape)} for {num_completions} completions; return one number each"

@@ -1,8 +1,9 @@
 """Several reward sources → one reward: rewards_PGK → rewards_PG. Shape legend: `structs.py`.
 
-`weighted_sum` adds magnitudes, so every source needs the right scale. `borda` and `lexicographic` read the order
-within each source only: no source's scale matters. `z_score` is the baseline between them. All but `weighted_sum`
-depend on the group, so their values compare completions of one call only.
+All compute in float64 and return it: rewards are not rounded before they are ranked. `weighted_sum` adds magnitudes,
+so every source needs the right scale. `borda` and `lexicographic` read the order within each source only: no source's
+scale matters. `z_score` is the baseline between them. All but `weighted_sum` depend on the group, so their values
+compare completions of one call only.
 """
 
 import inspect
@@ -20,7 +21,7 @@ Combination: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def weighted_sum(rewards_PGK: Tensor, *, weights: Sequence[float] | None = None) -> Tensor:
-    """Σ_k w_k · r_k, in float32 or better.
+    """Σ_k w_k · r_k.
 
     A source of weight 0 is left out, whatever it returned. A NaN of any other source makes the sum NaN: the
     completion has no valid score. So does +inf of one source added to -inf of another.
@@ -32,9 +33,8 @@ def weighted_sum(rewards_PGK: Tensor, *, weights: Sequence[float] | None = None)
     Raises:
         ValueError: the number of weights is not K, a weight is not finite, or all are 0.
     """
-    dtype = torch.promote_types(rewards_PGK.dtype, torch.float32)
-    w_K = _weights(weights, rewards_PGK).to(dtype)
-    return torch.where(w_K == 0, 0.0, rewards_PGK * w_K).sum(-1)
+    w_K = _weights(weights, rewards_PGK)
+    return torch.where(w_K == 0, 0.0, rewards_PGK.double() * w_K).sum(-1)
 
 
 def borda(rewards_PGK: Tensor, *, weights: Sequence[float] | None = None) -> Tensor:
@@ -60,8 +60,8 @@ def z_score(rewards_PGK: Tensor, *, weights: Sequence[float] | None = None) -> T
         ValueError: an infinite reward, which has no magnitude to average.
     """
     alone = rewards_PGK.shape[-2] < 2  # a group of one has no spread
-    columns = [r_PG * 0 if alone else advantages.grpo(r_PG) for r_PG in rewards_PGK.unbind(-1)]
-    scores_PGK = torch.stack(columns, -1).double()
+    columns = [r_PG.double() * 0 if alone else advantages.standardised(r_PG) for r_PG in rewards_PGK.unbind(-1)]
+    scores_PGK = torch.stack(columns, -1)
     return _abstaining_mean(scores_PGK, ~rewards_PGK.isnan(), _weights(weights, rewards_PGK))
 
 
@@ -94,13 +94,13 @@ def lexicographic(rewards_PGK: Tensor, *, tolerances: Sequence[float] | None = N
         outcome_PGG = torch.where(outcome_PGG == 0, order_PGG.masked_fill(near_PGG, 0), outcome_PGG)
     valid_PG = ~rewards_PGK.isnan().all(-1)
     share_PG = outcome_PGG.sum(-1).double() / (valid_PG.sum(-1, keepdim=True) - 1).clamp(min=1)
-    return share_PG.float().masked_fill(~valid_PG, float("nan"))
+    return share_PG.masked_fill(~valid_PG, float("nan"))
 
 
 def _weights(weights: Sequence[float] | None, rewards_PGK: Tensor) -> Tensor:
-    """w_K, float32 on the rewards' device; ValueError unless they are K finite numbers, not all 0."""
+    """w_K, float64 on the rewards' device; ValueError unless they are K finite numbers, not all 0."""
     K = rewards_PGK.shape[-1]
-    w_K = torch.ones(K) if weights is None else torch.tensor(weights, dtype=torch.float32)
+    w_K = torch.tensor([1.0] * K if weights is None else weights, dtype=torch.float64)
     if w_K.shape != (K,):
         raise ValueError(f"weights={weights} for {K} reward sources; give one weight per source.")
     if not w_K.isfinite().all() or not w_K.any():
@@ -109,14 +109,11 @@ def _weights(weights: Sequence[float] | None, rewards_PGK: Tensor) -> Tensor:
 
 
 def _abstaining_mean(values_PGK: Tensor, voted_PGK: Tensor, w_K: Tensor) -> Tensor:
-    """float32 Σ w·v / Σ |w| over the sources that voted; NaN where none of weight ≠ 0 did.
-
-    Summed in float64: in float32 2 − 2/3 and 2/3 + 2/3 differ, and completions that tie would be ranked.
-    """
-    w_PGK = torch.where(voted_PGK, w_K.double(), 0.0)
+    """Σ w·v / Σ |w| over the sources that voted; NaN where none of weight ≠ 0 did."""
+    w_PGK = torch.where(voted_PGK, w_K, 0.0)
     total_PG = w_PGK.abs().sum(-1)
     mean_PG = (w_PGK * torch.where(voted_PGK, values_PGK, 0.0)).sum(-1) / total_PG
-    return mean_PG.masked_fill(total_PG == 0, float("nan")).float()
+    return advantages.without_noise(mean_PG).masked_fill(total_PG == 0, float("nan"))
 
 
 _BY_NAME: dict[str, Callable[..., Tensor]] = {

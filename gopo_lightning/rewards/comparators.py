@@ -92,7 +92,7 @@ class RewardModelComparator(PairComparator):
         return self.reward.models() if isinstance(self.reward, HoldsModels) else []
 
     def compare(self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]) -> Tensor:
-        """float32 [Q]; each text is scored once, however often it is compared."""
+        """float64 [Q]; each text is scored once, however often it is compared."""
         pairs = list(zip([*prompts, *prompts], [*firsts, *seconds], strict=True))
         rows = [(prompt.index, content(text, self.reads_endings)) for prompt, text in pairs]
         unique = dict(zip(rows, pairs, strict=True))
@@ -102,8 +102,9 @@ class RewardModelComparator(PairComparator):
         answers_Q = (scores_2Q[: len(prompts)] - scores_2Q[len(prompts) :]).sigmoid()
         if not self.hard:
             return answers_Q
-        draws_Q = torch.tensor([self._draw(p, a, b) for p, a, b in zip(prompts, firsts, seconds, strict=True)])
-        return torch.where(answers_Q.isnan(), math.nan, (draws_Q < answers_Q).float())
+        draws = [self._draw(p, a, b) for p, a, b in zip(prompts, firsts, seconds, strict=True)]
+        drawn_Q = torch.tensor(draws, dtype=answers_Q.dtype) < answers_Q
+        return torch.where(answers_Q.isnan(), math.nan, drawn_Q.to(answers_Q))
 
     def _draw(self, prompt: Prompt, first: str, second: str) -> float:
         """Uniform in [0, 1), by a hash of seed and texts."""
@@ -148,7 +149,7 @@ class RankingOracle(PairwiseSource):
     def _wins(self, prompt: Prompt, group: Sequence[str]) -> Tensor:
         endings = self._function.endings(group)
         order = self._function.once(prompt, prompt=prompt.text, completions=list(map(str, group)), **endings)
-        places_G = torch.full((len(group),), math.nan)
+        places_G = torch.full((len(group),), math.nan, dtype=torch.float64)
         for place, tied in enumerate(order):
             for number in tied if isinstance(tied, list | tuple) else [tied]:
                 if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(group):

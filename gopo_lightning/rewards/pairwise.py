@@ -39,7 +39,7 @@ class PairwiseSource(ABC):
         """wins_PGG of P groups of G completions; in a run each is a ``structs.Completion``."""
 
     def versus(self, prompts: Sequence[Prompt], groups: Groups, references: Groups) -> Tensor:
-        """float32 [P, G, R], how surely each completion beats each of R reference completions of its prompt.
+        """float64 [P, G, R], how surely each completion beats each of R reference completions of its prompt.
 
         By default the source compares all G + R texts as one group. Both orders count.
         """
@@ -91,7 +91,7 @@ class PairComparator(PairwiseSource):
             )
         cells = [(p, i, j) for p in range(len(groups)) for i, j in round_robin(G, self.num_opponents)]
         answers = self._answers([(prompts[p], groups[p][i], groups[p][j]) for p, i, j in cells])
-        wins_PGG = torch.full((len(groups), G, G), math.nan)
+        wins_PGG = torch.full((len(groups), G, G), math.nan, dtype=torch.float64)
         for (p, i, j), (i_first, j_first) in zip(cells, answers, strict=True):
             wins_PGG[p, i, j], wins_PGG[p, j, i] = i_first, j_first
         return wins_PGG
@@ -100,7 +100,7 @@ class PairComparator(PairwiseSource):
         """All G · R pairs of a completion and a reference are asked, none within either."""
         P, G, R = len(groups), len(groups[0]), len(references[0])
         questions = [(prompts[p], groups[p][g], references[p][r]) for p in range(P) for g in range(G) for r in range(R)]
-        first, second = torch.tensor(self._answers(questions)).unbind(-1)
+        first, second = torch.tensor(self._answers(questions), dtype=torch.float64).unbind(-1)
         return _joined(first, second).view(P, G, R)
 
     def _answers(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[tuple[float, float]]:
@@ -159,7 +159,7 @@ def round_robin(G: int, num_opponents: int | None) -> list[tuple[int, int]]:
 
 
 def check_wins(wins_PGG: Tensor, num_prompts: int, num_completions: int, tolerance: float | None) -> Tensor:
-    """float32 on the CPU, unchanged otherwise.
+    """float64 on the CPU, unchanged otherwise.
 
     Raises:
         ValueError: another shape than [P, G, G], an answer outside [0, 1], or W_ij + W_ji farther than ``tolerance``
@@ -169,7 +169,7 @@ def check_wins(wins_PGG: Tensor, num_prompts: int, num_completions: int, toleran
     if not isinstance(wins_PGG, Tensor) or tuple(wins_PGG.shape) != shape:
         got = tuple(wins_PGG.shape) if isinstance(wins_PGG, Tensor) else type(wins_PGG).__name__
         raise ValueError(f"returned {got} for {num_prompts} groups of {num_completions}; return a tensor of {shape}")
-    wins_PGG = wins_PGG.detach().float().cpu()
+    wins_PGG = wins_PGG.detach().cpu().double()
     off_GG = ~torch.eye(num_completions, dtype=torch.bool)
     if bool((outside := ((wins_PGG < 0) | (wins_PGG > 1)) & off_GG).any()):
         raise ValueError(f"returned the comparison {wins_PGG[outside][0].item()}; it must lie in [0, 1], or be NaN")

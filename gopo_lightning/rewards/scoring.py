@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gopo_lightning.advantages import preferences
+from gopo_lightning.advantages import preferences, without_noise
 from gopo_lightning.distributed import all_or_none, all_reduce_sum
 from gopo_lightning.metrics import win_rate, wins_metrics
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError, score
@@ -24,9 +24,9 @@ class GroupScores:
     """What the K sources say about P groups of G completions."""
 
     rewards_PGK: Tensor
-    """float32, on the CPU. The column of a pairwise source is each completion's share of wins, in [0, 1]."""
+    """float64, on the CPU. The column of a pairwise source is each completion's share of wins, in [0, 1]."""
     wins_PGGK: Tensor | None
-    """float32 comparison matrices, all NaN for a scalar source; None where no source compared."""
+    """float64 comparison matrices, all NaN for a scalar source; None where no source compared."""
 
 
 def score_groups(
@@ -56,22 +56,23 @@ def score_groups(
     P, G = len(groups), len(groups[0])
     prompts_N = [prompt for prompt in prompts for _ in range(G)]
     texts_N = [text for group in groups for text in group]
+    unasked = torch.full((P, G, G), torch.nan, dtype=torch.float64)
     columns, matrices = [], []
     for source in sources:
         with _asking(source, timeout_seconds):
             if isinstance(source, RewardSource):
                 columns.append(score([source], prompts_N, texts_N).view(P, G))
-                matrices.append(torch.full((P, G, G), torch.nan))
+                matrices.append(unasked)
             else:
-                matrices.append(_wins(source, prompts, groups) if compare else torch.full((P, G, G), torch.nan))
+                matrices.append(_wins(source, prompts, groups) if compare else unasked)
                 columns.append(win_share(matrices[-1]))
     compared = compare and any(isinstance(source, PairwiseSource) for source in sources)
     return GroupScores(torch.stack(columns, -1), torch.stack(matrices, -1) if compared else None)
 
 
 def win_share(wins_PGG: Tensor) -> Tensor:
-    """float32 share_PG in [0, 1]: the mean preference over the others it was compared with; NaN for none."""
-    return preferences(wins_PGG).nanmean(-1).float()
+    """float64 share_PG in [0, 1]: the mean preference over the others it was compared with; NaN for none."""
+    return without_noise(preferences(wins_PGG).nanmean(-1))
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def against_reference(
     for k, source in enumerate(sources):
         if isinstance(source, PairwiseSource):
             with _asking(source, timeout_seconds):
-                wins_PGR = _versus(source, prompts, groups, references).to(rewards_PGK.device)
-            columns[k] = torch.cat([wins_PGR.nanmean(2), 1 - wins_PGR.nanmean(1)], dim=1)
+                wins_PGR = _versus(source, prompts, groups, references).to(rewards_PGK)
+            columns[k] = without_noise(torch.cat([wins_PGR.nanmean(2), 1 - wins_PGR.nanmean(1)], dim=1))
             win_rates[k] = wins_PGR.nanmean((1, 2))
     joint_PGK = torch.stack(columns, -1)
     with all_or_none("combining the rewards"):

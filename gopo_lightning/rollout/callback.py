@@ -93,7 +93,7 @@ class RolloutCallback(Callback):
             assert experience.wins_PGGK is not None
             judged = experience.wins_PGGK[..., 0]
         with all_or_none("the advantage"):
-            advantages_PG = self.advantage(judged).float()
+            advantages_PG = self.advantage(judged).float().to(experience.advantages_PG.device)
         batch["experience"] = replace(experience, advantages_PG=advantages_PG)
         batch["seconds"] = seconds
 
@@ -137,7 +137,8 @@ class RolloutCallback(Callback):
         completions, seconds = self._sample(module, model, prompts, num_completions, step)
         with _phase(module, "reward") as reward:
             scores = self._score(module, prompts.prompts, completions.groups(num_completions), compare)
-            rewards_PGK = scores.rewards_PGK.to(prompts.tokens_PL.device)
+            device = _device_of_rewards(prompts.tokens_PL.device)
+            rewards_PGK = scores.rewards_PGK.to(device)
             with all_or_none("combining the rewards"):
                 rewards_PG = self.combine(rewards_PGK)
         experience = Experience(
@@ -145,8 +146,8 @@ class RolloutCallback(Callback):
             completions,
             rewards_PGK,
             rewards_PG,
-            torch.zeros_like(rewards_PG),
-            wins_PGGK=None if scores.wins_PGGK is None else scores.wins_PGGK.to(rewards_PG.device),
+            torch.zeros_like(rewards_PG, dtype=torch.float32, device=prompts.tokens_PL.device),
+            wins_PGGK=None if scores.wins_PGGK is None else scores.wins_PGGK.to(device),
         )
         return experience, {"rollout": seconds, "reward": reward[0]}
 
@@ -274,6 +275,11 @@ class RolloutCallback(Callback):
         folder = run_folder(trainer)  # a broadcast: on all ranks
         writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
         self.reference.share(folder / name if writes else None)
+
+
+def _device_of_rewards(device: torch.device) -> torch.device:
+    """``device``, or the CPU where it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @contextmanager

@@ -61,6 +61,13 @@ class Prompt:
     """The conversation, or None for a plain prompt. Reward models render it with their own template."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The dataset's other columns, for reward functions."""
+    path: str = field(default="", repr=False)
+    """Of the dataset, for error messages."""
+
+    @property
+    def place(self) -> str:
+        """`row 7 (counted from 0) of prompts.jsonl`."""
+        return f"row {self.index} (counted from 0) of {self.path or 'the dataset'}"
 
 
 @dataclass(frozen=True)

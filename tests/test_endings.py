@@ -98,7 +98,7 @@ def test_equal_texts_tie_unless_the_source_reads_how_they_ended() -> None:
     assert by_ending.reads_endings and not FunctionComparator(lambda first: [1.0] * len(first), name="f").reads_endings
     assert by_ending.versus([PROMPT], [[DONE, CUT]], [[CUT, DONE]]).tolist() == [[[1.0, 0.5], [0.5, 0.0]]]
     order = RankingOracle(finished_first)
-    torch.testing.assert_close(order([PROMPT], [[CUT, DONE, CUT]])[0, 0], torch.tensor([0.5, 0.0, 0.5]))
+    torch.testing.assert_close(order([PROMPT], [[CUT, DONE, CUT]])[0, 0], torch.tensor([0.5, 0.0, 0.5]).double())
     for source, expected in ((EndingSource(), 1 / (1 + math.exp(-1))), (OldSource(), 0.5)):
         wins = RewardModelComparator(source).versus([PROMPT], [[DONE]], [[CUT]])
         assert wins.item() == pytest.approx(expected)
@@ -109,8 +109,8 @@ def test_a_column_that_an_argument_would_hide_is_refused(column: str) -> None:
     def named(prompts: Any, completions: Any, truncated: Any, num_tokens: Any) -> list[float]:
         return [0.0] * len(completions)
 
-    rows = [PROMPT, Prompt(5, (1,), "q", columns={column: 1})]
-    with pytest.raises(SourceConfigError, match=rf"'named' takes \['{column}'\].* row 5 .*Rename"):
+    rows = [PROMPT, Prompt(5, (1,), "q", columns={column: 1}, path="p.jsonl")]
+    with pytest.raises(SourceConfigError, match=rf"'named' takes \['{column}'\].* row 5 .*p.jsonl.*Rename"):
         score([FunctionReward(named)], rows, [DONE, CUT])
 
 

@@ -20,6 +20,7 @@ from transformers import (
 
 from gopo_lightning import advantages
 from gopo_lightning.rewards import (
+    FunctionComparator,
     FunctionReward,
     SequenceClassifierReward,
     SourceConfigError,
@@ -130,9 +131,27 @@ def test_function_gets_the_columns_and_options_that_it_names() -> None:
 
 def test_function_without_its_column_lists_the_columns() -> None:
     source = FunctionReward(matches)
-    rows = [prompt("q", answer="a", level=1), prompt("q", level=2)]  # `answer` is missing in the second
-    with pytest.raises(SourceConfigError, match=r"'matches' requires the columns \['answer'\].* have \['level'\]"):
-        score([source], rows, ["a", "a"])
+    rows = [prompt("q", 4, answer="a", level=1), prompt("q", 5, level=2), prompt("q", 6)]
+    message = r"'matches' requires the columns \['answer'\], but row 5 .* of the dataset has only \['level'\].*\[5, 6\]"
+    with pytest.raises(SourceConfigError, match=message):
+        score([source], rows, ["a", "a", "a"])
+
+
+def test_one_row_without_an_optional_column_does_not_hide_it() -> None:
+    """In whichever batch the row is, the others keep their value."""
+    seen: list[list[str | None] | str] = []
+
+    def optional(completions: list[str], gold: Any = "default") -> list[float]:
+        seen.append(gold)
+        return [0.0] * len(completions)
+
+    source = FunctionReward(optional)
+    with_gold = [prompt("q", n, gold="yes") for n in range(2)]
+    source([*with_gold, prompt("q", 2)], ["a"] * 3)
+    source([prompt("q", 2)], ["a"])
+    assert seen == [["yes", "yes", None], "default"]
+    comparator = FunctionComparator(lambda first, gold: [0.5 if g == "yes" else 1.0 for g in gold], name="c")
+    assert comparator.compare(with_gold, ["a", "b"], ["b", "a"]) == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -103,7 +104,7 @@ def _truncated_left(prompt: Prompt, max_tokens: int, bos_token_id: int | None) -
     ids = prompt.token_ids
     head = ids[:1] if bos_token_id is not None and ids[0] == bos_token_id and max_tokens > 1 else ()
     kept = head + ids[len(ids) - (max_tokens - len(head)) :]
-    return Prompt(prompt.index, kept, prompt.text, prompt.messages, prompt.columns)
+    return replace(prompt, token_ids=kept)
 
 
 class PromptDataModule(FingerprintedDataModule):

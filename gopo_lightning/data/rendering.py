@@ -60,7 +60,7 @@ class PromptRenderer:
                 check_unicode(rendered)
             token_ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         columns = {k: v for k, v in row.items() if k != self.source.column}
-        return Prompt(index, tuple(token_ids), text, messages, columns)
+        return Prompt(index, tuple(token_ids), text, messages, columns, self.source.path)
 
     def _system(self, index: int, row: Mapping[str, Any]) -> str | None:
         """The system message that is put first, if there is one; the option's replaces the row's."""

@@ -81,8 +81,8 @@ class DatasetFunction:
                 the trainer fills.
         """
         self._check_columns(prompts)
-        shared = set.intersection(*(set(p.columns) for p in prompts)) if prompts else set()
-        columns = {c: [p.columns[c] for p in prompts] for c in shared}
+        names = {column for prompt in prompts for column in prompt.columns}  # of any: a row without it has None
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         return self._call(columns, {"prompts": [p.text for p in prompts], **filled})
 
     def once(self, row: Prompt, /, **filled: Any) -> Any:
@@ -91,23 +91,25 @@ class DatasetFunction:
         return self._call(dict(row.columns), filled)
 
     def _check_columns(self, prompts: Sequence[Prompt]) -> None:
-        """SourceConfigError for a column that an argument of the same name would hide."""
+        """SourceConfigError for a column that an argument of the same name would hide, or that a row has to have."""
         ours = self._accepted & set(self.filled)
+        required = self._required - {*self.filled, *self.options}
         for prompt in prompts:
             if taken := sorted(ours & set(prompt.columns)):
                 raise SourceConfigError(
-                    f"reward source '{self.name}' takes {taken}, which the trainer fills, but row {prompt.index} of "
-                    "the dataset has columns of the same names. Rename these columns in the dataset, or take the "
-                    "arguments out of the function's signature."
+                    f"reward source '{self.name}' takes {taken}, which the trainer fills, but {prompt.place} has "
+                    "columns of the same names. Rename these columns in the dataset, or take the arguments out of the "
+                    "function's signature."
+                )
+            if missing := sorted(required - set(prompt.columns)):
+                rows = sorted({p.index for p in prompts if not required <= set(p.columns)})
+                raise SourceConfigError(
+                    f"reward source '{self.name}' requires the columns {missing}, but {prompt.place} has only "
+                    f"{sorted(prompt.columns)}. Rows of this batch without them: {rows}. Add them to the dataset, or "
+                    "give the arguments a default in the function's signature."
                 )
 
     def _call(self, columns: dict[str, Any], filled: dict[str, Any]) -> Any:
-        if missing := sorted(self._required - {*self.filled, *self.options} - set(columns)):
-            raise SourceConfigError(
-                f"reward source '{self.name}' requires the columns {missing}, but the data have "
-                f"{sorted(columns)}. Add them to the dataset, name them under its columns, or give them a "
-                "default in the function's signature."
-            )
         arguments = columns | filled | self.options
         return self.function(**{k: v for k, v in arguments.items() if self._takes_all or k in self._accepted})
 
@@ -133,7 +135,8 @@ class FunctionReward(RewardSource):
     """Scores completions with a Python callable.
 
     The callable gets keyword arguments, each a list of N: `prompts` (their text), `completions`, and the
-    dataset's other columns; only those that its signature names, or all of them when it takes `**kwargs`. Where its
+    dataset's other columns (None in a row without it); only those that its signature names, or all of them when it
+    takes `**kwargs`. Where its
     signature names them, it also gets `truncated` (bool: `max_new_tokens` cut the completion off) and `num_tokens`
     (int: its length, EOS included). It returns N numbers, None or NaN where a completion has no valid score:
 

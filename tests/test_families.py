@@ -1,12 +1,19 @@
 """Models of every kind: sampled and trained by their own numbers, whatever they remember, route or see."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, BatchEncoding, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BatchEncoding,
+    PreTrainedModel,
+)
 
 from gopo_lightning.layers import plain_outputs
 from gopo_lightning.logprobs import completion_logprobs, next_token_logits
@@ -31,6 +38,7 @@ from tests.architectures import (
     relative_difference,
 )
 from tests.conftest import byte_tokenizer
+from tests.runs import make_data, make_module, make_trainer
 from tests.test_engine import generate
 
 DECODERS = {
@@ -236,3 +244,44 @@ def test_a_rank_that_waits_for_others_writes_nothing_new(name: str, monkeypatch:
     assert completions.texts == expected.texts
     assert torch.equal(completions.mask_NT, expected.mask_NT)
     assert torch.equal(completions.sampler_logprobs_NT, expected.sampler_logprobs_NT)
+
+
+def saved(folder: Path, kind: str, **options: Any) -> Path:
+    """A random policy over bytes with its tokenizer, as a Hugging Face folder."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    ids = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | options | ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def prompts_file(folder: Path) -> Path:
+    path = folder / "p.jsonl"
+    path.write_text("".join(f'{{"prompt": "say {"ab" * (i % 5 + 1)}"}}\n' for i in range(12)))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["lfm2", "rwkv", "nemotron", "mixtral"])
+def test_a_run_of_several_updates_on_the_numbers_that_were_sampled(kind: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=2, enable_checkpointing=False)
+    module = make_module(saved(tmp_path / "policy", kind, **FAMILIES[kind]), num_minibatches=2, log_reference_kl=True)
+    trainer.fit(module, make_data(prompts_file(tmp_path)))
+    assert trainer.callback_metrics["train/sampler_logprob_diff"] < 1e-4
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    assert trainer.callback_metrics["val/win_rate"].isfinite()
+    assert module._shares_prefix is (kind == "mixtral")
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
+def test_a_run_that_no_position_is_left_for_does_not_start(stage: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "policy", "gpt2", max_position_embeddings=20)
+    run = getattr(make_trainer(tmp_path, enable_checkpointing=False), stage)
+    module = make_module(folder)
+    with pytest.raises(ValueError, match=r"row \d+ .* of .*p.jsonl has 14 tokens, .* positions for 20"):
+        run(module, datamodule=make_data(prompts_file(tmp_path)))

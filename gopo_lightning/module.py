@@ -140,7 +140,7 @@ class GOPOModule(TrainableState, LightningModule):
         self.on_setting_change: OnSettingChange = on_setting_change
         self._settings = {"advantage": advantage, "advantage_options": advantage_options or {}}
         self.phase, self.policy_is_initial = "start", False
-        from_wins = reads_wins(rewards, advantage, advantage_options)
+        from_wins = reads_wins(rewards, advantage, advantage_options, combine, combine_options)
         self.rollout = RolloutCallback(
             engine or TransformersEngine(),
             rewards,

@@ -23,7 +23,7 @@ from gopo_lightning.rewards import (
     combine,
     score_groups,
 )
-from gopo_lightning.rewards.pairwise import check_wins, round_robin
+from gopo_lightning.rewards.pairwise import Groups, check_wins, round_robin
 from gopo_lightning.rewards.scoring import win_share
 from gopo_lightning.structs import Prompt
 from tests.conftest import byte_tokenizer
@@ -244,6 +244,42 @@ def test_an_impossible_order_is_refused(order: list[Any], message: str) -> None:
         score_groups([RankingOracle(lambda completions: order, name="o")], [prompt("p")], [["a", "b", "c"]])
 
 
+def test_an_oracle_sees_each_text_once_and_its_copies_tie() -> None:
+    seen: list[list[str]] = []
+
+    def by_length(completions: list[str], letter: str) -> list[int]:
+        seen.append(completions)
+        return sorted(range(len(completions)), key=lambda n: -len(completions[n]))
+
+    oracle = RankingOracle(by_length)
+    wins_PGG = oracle([prompt("p", letter="x")] * 2, [["b", "aa", "b", "aa"], ["c"] * 4])
+    assert seen == [["b", "aa"]]
+    off = torch.tensor([[0.5, 0.0, 0.5, 0.0], [1.0, 0.5, 1.0, 0.5]] * 2)
+    assert torch.equal(wins_PGG, torch.stack([off, torch.full((4, 4), 0.5)]).double())
+    with pytest.raises(RuntimeError, match=r"returned int; an order is a list.*\[2, \[0, 1\]\]"):
+        score_groups([RankingOracle(lambda completions: 3, name="o")], [prompt("p")], [["a", "b"]])
+
+
+class ByPosition(PairwiseSource):
+    """Prefers what comes first, whatever it says."""
+
+    name = "position"
+
+    def __call__(self, prompts: Sequence[Prompt], groups: Groups) -> torch.Tensor:
+        G = len(groups[0])
+        return (torch.full((G, G), 0.9).triu(1) + torch.full((G, G), 0.1).tril(-1)).expand(len(groups), G, G)
+
+
+@pytest.mark.parametrize("source", [ByPosition(), RankingOracle(longest_first)])
+def test_copies_tie_and_an_unchanged_policy_draws(source: Any) -> None:
+    texts = [["aa", "b", "aa", "d"], ["c", "c", "c", "1"]]
+    wins_PGGK = score_groups([source], [prompt("p", n) for n in range(2)], texts).wins_PGGK
+    assert wins_PGGK is not None
+    assert wins_PGGK[0, 0, 2] == wins_PGGK[1, 0, 1] == wins_PGGK[1, 2, 1] == 0.5
+    assert torch.equal(wins_PGGK[0, 0, [1, 3]], wins_PGGK[0, 2, [1, 3]])  # and fare alike with the others
+    assert standing([source], "weighted_sum", texts, texts).win_rate_P.tolist() == [0.5, 0.5]
+
+
 # --- against the reference -------------------------------------------------------------------------------------------
 
 
@@ -371,6 +407,9 @@ def test_a_run_on_two_rewards(name: str, tiny_policy: Path, prompts_file: Path, 
 def test_options_without_effect_and_shared_names_are_refused(tiny_policy: Path) -> None:
     with pytest.raises(ValueError, match=r"advantage_options=.*comparisons have no such option"):
         make_module(tiny_policy, rewards=[FunctionComparator(longer)], advantage_options={"ties": "average"})
+    for options in ({"combine_options": {"weights": [-1]}}, {"combine": "borda"}):
+        with pytest.raises(ValueError, match=r"only source, 'longer', gives .* nothing is to be combined. Remove both"):
+            make_module(tiny_policy, rewards=[FunctionComparator(longer)], **options)
     with pytest.raises(ValueError, match=r"\['longer'\] names several reward sources"):
         make_module(tiny_policy, rewards=[FunctionComparator(longer), FunctionComparator(longer)])
 

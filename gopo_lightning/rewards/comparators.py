@@ -13,6 +13,10 @@ from gopo_lightning.rewards.function import ENDINGS, DatasetFunction
 from gopo_lightning.rewards.pairwise import Groups, PairComparator, PairwiseSource, content
 from gopo_lightning.structs import Prompt
 
+_ORDER = (
+    "an order is a list of completion numbers from 0 on, the best first, and of lists of those that tie: [2, [0, 1]]"
+)
+
 
 class FunctionComparator(PairComparator):
     """Compares pairs of completions with a Python callable.
@@ -115,11 +119,11 @@ class RewardModelComparator(PairComparator):
 class RankingOracle(PairwiseSource):
     """Asks a Python callable to put the completions of a prompt in order, with ties. It never gives a number.
 
-    The callable is called once a group with `prompt` (its text), `completions` (a list of G), `truncated` and
-    `num_tokens` (lists of G: whether `max_new_tokens` cut a completion off, and its length, EOS included), and the
-    dataset's other columns (each the value of this prompt); only those that its signature names. It returns the
-    numbers of the completions, the best first; those in an inner list tie; those left out are not ranked and leave the
-    loss:
+    Equal texts tie: each is shown once. The callable is called once a group (of two texts or more) with `prompt` (its
+    text), `completions` (a list of G), `truncated` and `num_tokens` (lists of G: whether `max_new_tokens` cut a
+    completion off, and its length, EOS included), and the dataset's other columns (each the value of this prompt); only
+    those that its signature names. It returns the numbers of the completions, the best first; those in an inner list
+    tie; those left out are not ranked and leave the loss:
 
         def oracle(completions: list[str]) -> list[int | list[int]]:
             return [2, [0, 1]]  # number 2 is best, 0 and 1 tie, and any others are not ranked
@@ -147,18 +151,26 @@ class RankingOracle(PairwiseSource):
         return torch.stack([self._wins(prompt, group) for prompt, group in zip(prompts, groups, strict=True)])
 
     def _wins(self, prompt: Prompt, group: Sequence[str]) -> Tensor:
+        contents = [content(completion, self.reads_endings) for completion in group]
+        asked = dict(zip(contents, group, strict=True))  # each once, in the order in which they come
+        places = self._places(prompt, list(asked.values())) if len(asked) > 1 else [0.0]
+        place_of = dict(zip(asked, places, strict=True))
+        places_G = torch.tensor([place_of[c] for c in contents], dtype=torch.float64)
+        before_GG = places_G[:, None] - places_G[None, :]
+        return torch.where(before_GG.isnan(), math.nan, 0.5 - 0.5 * before_GG.sign())
+
+    def _places(self, prompt: Prompt, group: Sequence[str]) -> list[float]:
+        """The place of each completion, NaN where it was left out."""
         endings = self._function.endings(group)
         order = self._function.once(prompt, prompt=prompt.text, completions=list(map(str, group)), **endings)
-        places_G = torch.full((len(group),), math.nan, dtype=torch.float64)
+        if not isinstance(order, list | tuple):
+            raise ValueError(f"returned {type(order).__name__}; {_ORDER}")
+        places = [math.nan] * len(group)
         for place, tied in enumerate(order):
             for number in tied if isinstance(tied, list | tuple) else [tied]:
                 if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(group):
-                    raise ValueError(
-                        f"ranked {number!r}; an order holds completion numbers from 0 to {len(group) - 1}, the best "
-                        "first, and lists of those that tie"
-                    )
-                if not places_G[number].isnan():
+                    raise ValueError(f"ranked {number!r}; {_ORDER}, here below {len(group)}")
+                if not math.isnan(places[number]):
                     raise ValueError(f"ranked completion {number} twice in {order}; name each at most once")
-                places_G[number] = place
-        before_GG = places_G[:, None] - places_G[None, :]
-        return torch.where(before_GG.isnan(), math.nan, 0.5 - 0.5 * before_GG.sign())
+                places[number] = place
+        return places

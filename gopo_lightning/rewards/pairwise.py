@@ -22,7 +22,11 @@ Groups: TypeAlias = Sequence[Sequence[str]]
 
 
 class PairwiseSource(ABC):
-    """Compares the completions of a group with each other. It needs no scalar reward, and none is made up."""
+    """Compares the completions of a group with each other. It needs no scalar reward, and none is made up.
+
+    Whatever it answers, copies of a text tie (if ``reads_endings``, those that also ended alike), and share their
+    answers.
+    """
 
     name: str
     """In logs and error messages."""
@@ -43,7 +47,8 @@ class PairwiseSource(ABC):
 
         By default the source compares all G + R texts as one group. Both orders count.
         """
-        joint_PGG = self(prompts, [[*g, *r] for g, r in zip(groups, references, strict=True)])
+        joint = [[*g, *r] for g, r in zip(groups, references, strict=True)]
+        joint_PGG = tie_copies(self(prompts, joint), joint, self.reads_endings)
         G = len(groups[0])
         return _joined(joint_PGG[:, :G, G:], joint_PGG[:, G:, :G].mT)
 
@@ -180,6 +185,22 @@ def check_wins(wins_PGG: Tensor, num_prompts: int, num_completions: int, toleran
             f"returned W[{i},{j}]={wins_PGG[p, i, j].item():g} and W[{j},{i}]={wins_PGG[p, j, i].item():g} in group "
             f"{p}; they must sum to 1 within {tolerance:g}. Return one of them as NaN, or set the source's tolerance"
         )
+    return wins_PGG
+
+
+def tie_copies(wins_PGG: Tensor, groups: Groups, with_ending: bool) -> Tensor:
+    """The matrices with ½ between copies of a text, and for any other answer its mean over the copies on both sides."""
+    wins_PGG = wins_PGG.to(torch.float64, copy=True)
+    for wins_GG, group in zip(wins_PGG, groups, strict=True):
+        contents = [content(completion, with_ending) for completion in group]
+        if len(set(contents)) == len(contents):
+            continue
+        same_GG = torch.tensor([[a == b for b in contents] for a in contents])
+        asked_GG = ~wins_GG.isnan() & ~torch.eye(len(contents), dtype=torch.bool)
+        copies_GG, counted_GG = same_GG.double(), asked_GG.double()
+        total_GG = copies_GG @ torch.where(asked_GG, wins_GG, 0.0) @ copies_GG
+        mean_GG = total_GG / (copies_GG @ counted_GG @ copies_GG)
+        wins_GG.copy_(torch.where(asked_GG, torch.where(same_GG, 0.5, mean_GG), wins_GG))
     return wins_PGG
 
 

@@ -12,7 +12,7 @@ from gopo_lightning.advantages import preferences, without_noise
 from gopo_lightning.distributed import all_or_none, all_reduce_sum
 from gopo_lightning.metrics import win_rate, wins_metrics
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError, score
-from gopo_lightning.rewards.pairwise import Groups, PairwiseSource, check_wins
+from gopo_lightning.rewards.pairwise import Groups, PairwiseSource, check_wins, tie_copies
 from gopo_lightning.rewards.time_limit import time_limit
 from gopo_lightning.structs import Prompt
 
@@ -123,7 +123,7 @@ def against_reference(
             with _asking(source, timeout_seconds):
                 wins_PGR = _versus(source, prompts, groups, references).to(rewards_PGK)
             columns[k] = without_noise(torch.cat([wins_PGR.nanmean(2), 1 - wins_PGR.nanmean(1)], dim=1))
-            win_rates[k] = wins_PGR.nanmean((1, 2))
+            win_rates[k] = without_noise(wins_PGR.nanmean((1, 2)))
     joint_PGK = torch.stack(columns, -1)
     with all_or_none("combining the rewards"):
         joint_PG = combine(joint_PGK)
@@ -141,9 +141,11 @@ def _asking(source: Source, timeout_seconds: float | None) -> Iterator[None]:
 
 
 def _wins(source: PairwiseSource, prompts: Sequence[Prompt], groups: Groups) -> Tensor:
-    return _guarded(
-        source, prompts, lambda: check_wins(source(prompts, groups), len(groups), len(groups[0]), source.tolerance)
-    )
+    def ask() -> Tensor:
+        wins_PGG = check_wins(source(prompts, groups), len(groups), len(groups[0]), source.tolerance)
+        return tie_copies(wins_PGG, groups, source.reads_endings)
+
+    return _guarded(source, prompts, ask)
 
 
 def _versus(source: PairwiseSource, prompts: Sequence[Prompt], groups: Groups, references: Groups) -> Tensor:
@@ -163,17 +165,29 @@ def _guarded(source: PairwiseSource, prompts: Sequence[Prompt], call: Callable[[
         ) from error
 
 
-def reads_wins(sources: Sequence[Source], advantage: str, options: Mapping[str, Any] | None) -> bool:
+def reads_wins(
+    sources: Sequence[Source],
+    advantage: str,
+    options: Mapping[str, Any] | None,
+    combine: str = "weighted_sum",
+    combine_options: Mapping[str, Any] | None = None,
+) -> bool:
     """Whether the ordinal advantage reads comparison matrices: the only source is pairwise.
 
     Raises:
-        ValueError: it does, and options are given.
+        ValueError: it does, and options are given, or a combination, which would act on the reward alone.
     """
     if len(sources) != 1 or not isinstance(sources[0], PairwiseSource) or advantage != "ordinal":
         return False
     if options:
         raise ValueError(
             f"advantage_options={dict(options)}: comparisons have no such option, ties are ½. Remove advantage_options."
+        )
+    if combine != "weighted_sum" or combine_options:
+        raise ValueError(
+            f"combine={combine}, combine_options={dict(combine_options or {})}: the only source, '{sources[0].name}', "
+            "gives comparisons, and the ordinal advantage reads these: nothing is to be combined. Remove both, or "
+            "turn the source's own answers round for a negative weight."
         )
     return True
 

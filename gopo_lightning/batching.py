@@ -1,6 +1,7 @@
 """What is computed together: whole groups within a budget of tokens, and rows of logits that fit a cache."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,33 +9,49 @@ from torch import Tensor
 from gopo_lightning.structs import Experience
 
 
-def split_groups(
-    experience: Experience,
-    *,
-    budget: int | None,
-    shared: bool,
-    active_P: Tensor | None = None,
-    at_least: int = 1,
+class MicroBatch(NamedTuple):
+    """Groups that are forwarded together."""
+
+    groups_P: Tensor
+    """int64 row numbers, on the CPU."""
+    counts: bool = True
+    """False: it only keeps this rank in step with the others, with weight 0 in loss, denominator and metrics."""
+
+
+def minibatches(
+    num_prompts: int, num_minibatches: int, generator: torch.Generator, rank: int = 0, world_size: int = 1
 ) -> list[Tensor]:
-    """Row numbers of the groups of each micro-batch, longest first.
+    """Row numbers of this rank's groups in each minibatch, which may be none.
+
+    They are drawn over the prompts of all ranks, so that a step does not depend on how many ranks there are.
+
+    >>> rows = [minibatches(2, 2, torch.Generator().manual_seed(1), rank, 2) for rank in (0, 1)]
+    >>> [[part.tolist() for part in parts] for parts in rows]
+    [[[], [1, 0]], [[0, 1], []]]
+
+    Args:
+        num_prompts: of this rank, whose prompt i is number i · W + r of the step (see ``PromptSampler``).
+    """
+    order = torch.randperm(num_prompts * world_size, generator=generator)
+    parts = order.tensor_split(num_minibatches)
+    return [part[part % world_size == rank] // world_size for part in parts]
+
+
+def split_groups(
+    experience: Experience, *, budget: int | None, shared: bool, active_P: Tensor | None = None
+) -> list[Tensor]:
+    """Row numbers (int64, on the CPU) of the groups of each micro-batch, longest first; none without active groups.
 
     Args:
         budget: most tokens of one micro-batch, padding included; a larger group goes alone. None: no limit.
         shared: the prompt is forwarded once per group (L + G·T tokens), not once per completion (G times the longest
             prompt and completion together).
         active_P: bool, groups to forward; the others are left out. All if None.
-        at_least: number of micro-batches wanted, so that every rank runs as many: large ones are split, then inactive
-            groups fill up (their gradient is zero). At most P.
-
-    Returns:
-        At least one micro-batch, each an int64 tensor on the CPU.
     """
     G = experience.group_size
-    prompt_P = experience.prompts.mask_PL.sum(-1).cpu()
-    completion_P = experience.completions.lengths_N.reshape(-1, G).amax(-1).cpu()
-    order = sorted(range(len(experience)), key=lambda p: (-int(completion_P[p]), -int(prompt_P[p]), p))
+    prompt_P, completion_P = _lengths(experience)
+    order = _longest_first(experience)
     chosen = [p for p in order if active_P is None or bool(active_P[p])]
-    idle = [p for p in order if p not in set(chosen)]
 
     def cost(groups: list[int]) -> int:
         if shared:
@@ -47,15 +64,33 @@ def split_groups(
             batches[-1].append(group)
         else:
             batches.append([group])
-    while len(batches) < at_least:
-        largest = max(batches, key=len, default=[])
-        if len(largest) > 1:
-            half = len(largest) // 2
-            batches.append(largest[half:])
-            del largest[half:]
-        else:
-            batches.append([idle.pop()])
     return [torch.tensor(groups) for groups in batches]
+
+
+def in_step(experience: Experience, batches: list[Tensor], number: int) -> list[MicroBatch]:
+    """``number`` micro-batches, the most that a rank has: every rank makes as many forwards, backwards and collectives.
+
+    The largest are halved; when all are single groups, the shortest group of ``experience`` fills up, with weight 0.
+    """
+    batches = list(batches)
+    while len(batches) < number and (largest := max(batches, key=len, default=torch.tensor([]))).numel() > 1:
+        place = next(i for i, batch in enumerate(batches) if batch is largest)
+        half = len(largest) // 2
+        batches[place] = largest[:half]
+        batches.append(largest[half:])
+    filler = MicroBatch(torch.tensor(_longest_first(experience)[-1:]), counts=False)
+    return [*map(MicroBatch, batches), *[filler] * (number - len(batches))]
+
+
+def _lengths(experience: Experience) -> tuple[Tensor, Tensor]:
+    """Tokens of each group's prompt, and of its longest completion; int64 [P] each, on the CPU."""
+    completions_PG = experience.completions.lengths_N.reshape(-1, experience.group_size)
+    return experience.prompts.mask_PL.sum(-1).cpu(), completions_PG.amax(-1).cpu()
+
+
+def _longest_first(experience: Experience) -> list[int]:
+    prompt_P, completion_P = _lengths(experience)
+    return sorted(range(len(experience)), key=lambda p: (-int(completion_P[p]), -int(prompt_P[p]), p))
 
 
 def forwarded_tokens(experience: Experience, shared: bool) -> tuple[int, int]:

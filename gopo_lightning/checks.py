@@ -69,12 +69,12 @@ def check_outputs(trainer: Trainer) -> None:
 
 
 def check_minibatches(trainer: Trainer, num_minibatches: int) -> None:
-    """The prompts of one rank must split into equal minibatches."""
+    """The prompts of one step, over all ranks, must split into equal minibatches."""
     prompts_per_step = getattr(getattr(trainer, "datamodule", None), "prompts_per_step", None)
-    if prompts_per_step is not None and prompts_per_step // trainer.world_size % num_minibatches:
+    if prompts_per_step is not None and prompts_per_step % num_minibatches:
         raise ValueError(
-            f"num_minibatches={num_minibatches} must divide the prompts of one rank, prompts_per_step / world size = "
-            f"{prompts_per_step} / {trainer.world_size}"
+            f"num_minibatches={num_minibatches} must divide data.init_args.prompts_per_step={prompts_per_step}, so "
+            "that minibatches are equal. Change either."
         )
 
 

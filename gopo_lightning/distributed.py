@@ -19,6 +19,11 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def rank() -> int:
+    """Of this process."""
+    return dist.get_rank() if is_distributed() else 0
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks; every rank must call it with the same shape."""
     if not is_distributed():

@@ -111,3 +111,13 @@ def win_rate(rewards_PG: Tensor, reference_PG: Tensor) -> Tensor:
     asked = ~(policy.isnan() | reference.isnan())
     wins = (policy > reference).float() + 0.5 * (policy == reference).float()
     return (wins * asked).sum((1, 2)) / asked.sum((1, 2))
+
+
+def update_metrics(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Curves of one update from sums over its micro-batches and ranks: means over ``tokens``, but for the loss (a sum
+    by itself) and for ``padding``, which is a part of the tokens ``forwarded``."""
+    tokens = sums["tokens"].clamp(min=1)
+    metrics = {"train/loss": sums["loss"], "train/padding_fraction": sums["padding"] / sums["forwarded"]}
+    for key in sorted(sums.keys() - {"tokens", "loss", "padding", "forwarded"}):
+        metrics[f"train/{key}_fraction" if key.startswith("clip") else f"train/{key}"] = sums[key] / tokens
+    return metrics

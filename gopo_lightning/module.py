@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from gopo_lightning import advantages
-from gopo_lightning.batching import forwarded_tokens, split_groups
+from gopo_lightning.batching import MicroBatch, forwarded_tokens, in_step, minibatches, split_groups
 from gopo_lightning.callbacks.lengths import LengthCheck
 from gopo_lightning.callbacks.predictions import PredictionWriter, prediction_records
 from gopo_lightning.callbacks.save_on_signal import SaveOnSignal
@@ -33,11 +33,11 @@ from gopo_lightning.checks import (
     check_timeout,
     check_trainer,
 )
-from gopo_lightning.distributed import all_reduce_sum, gather_objects, gather_rows, world_size
+from gopo_lightning.distributed import all_reduce_sum, gather_objects, gather_rows, rank, world_size
 from gopo_lightning.evaluation import EvaluationMetrics
 from gopo_lightning.logprobs import TokenLogprobs, completion_logprobs
 from gopo_lightning.losses import LossConfig, denominator, loss_mask, policy_loss
-from gopo_lightning.metrics import completion_metrics, reward_metrics
+from gopo_lightning.metrics import completion_metrics, reward_metrics, update_metrics
 from gopo_lightning.placement import PlacementConfig, Reference, load_placed_policy
 from gopo_lightning.policy import Policy, PolicyConfig, eos_token_ids, evaluating, float32_default, load_tokenizer
 from gopo_lightning.prefix_sharing import PrefixSharing, decide_prefix_sharing
@@ -76,7 +76,7 @@ class GOPOModule(TrainableState, LightningModule):
         micro_batch_tokens: most tokens of one forward and backward, in whole groups (a larger one goes alone);
             null takes a minibatch at once. The result does not depend on it, memory does.
         num_inner_epochs: passes over one rollout.
-        num_minibatches: optimiser steps in one pass; must divide the prompts of one rank.
+        num_minibatches: optimiser steps in one pass; must divide the data module's prompts_per_step.
         prefix_sharing: `always` forwards a group's prompt once, `never` with each completion; `auto` shares after
             comparing both on the first step, and else says why not.
         log_entropy: log the policy's entropy.
@@ -227,7 +227,7 @@ class GOPOModule(TrainableState, LightningModule):
     @float32_default()
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         start, experience = perf_counter(), self._with_logprobs(batch["experience"])
-        updates = [self._update(minibatch) for minibatch in self._minibatches(experience)]
+        updates = [self._update(experience, groups_P) for groups_P in self._minibatches(experience)]
         metrics = {key: torch.stack([update[key] for update in updates]).mean() for key in updates[0]}
         if (difference := "train/sampler_logprob_diff") in metrics:
             metrics[difference] = updates[0][difference]  # later ones saw other weights
@@ -255,9 +255,9 @@ class GOPOModule(TrainableState, LightningModule):
         G = experience.group_size
         logprobs_PGT = torch.zeros_like(experience.completions.tokens_NT, dtype=torch.float32).unflatten(0, (-1, G))
         with evaluating(model):
-            for index_P in self._micro_batches(experience):
-                logprobs_NT = self._logprobs(model, experience.select(index_P)).logprobs_NT
-                logprobs_PGT[index_P, :, : logprobs_NT.shape[1]] = logprobs_NT.unflatten(0, (-1, G))
+            for groups_P, _ in self._micro_batches(experience):
+                logprobs_NT = self._logprobs(model, experience.select(groups_P)).logprobs_NT
+                logprobs_PGT[groups_P, :, : logprobs_NT.shape[1]] = logprobs_NT.unflatten(0, (-1, G))
         reshard(model)
         return logprobs_PGT.flatten(0, 1)
 
@@ -271,40 +271,45 @@ class GOPOModule(TrainableState, LightningModule):
             shared_prefix=bool(self._shares_prefix),
         )
 
-    def _minibatches(self, experience: Experience) -> Iterator[Experience]:
-        """num_inner_epochs × num_minibatches experiences; the split is drawn anew each epoch."""
+    def _minibatches(self, experience: Experience) -> Iterator[Tensor]:
+        """This rank's groups of num_inner_epochs × num_minibatches updates; the split is drawn anew each epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.trainer.global_step)
-        for _ in range(self.num_inner_epochs):
-            if self.num_minibatches == 1:
-                yield experience
-                continue
-            order_P = torch.randperm(len(experience), generator=generator)
-            for index_P in order_P.chunk(self.num_minibatches):
-                yield experience.select(index_P)
+        draw = partial(minibatches, len(experience), self.num_minibatches, generator, rank(), world_size())
+        return (groups_P for _ in range(self.num_inner_epochs) for groups_P in draw())
 
-    def _micro_batches(self, experience: Experience, skip_zero: bool = False) -> list[Tensor]:
-        """Whole groups by token budget; every rank gets the same number."""
-        active_P = experience.advantages_PG.ne(0).any(-1) if skip_zero else None
+    def _micro_batches(
+        self, experience: Experience, groups_P: Tensor | None = None, skip_zero: bool = False
+    ) -> list[MicroBatch]:
+        """The groups (None: all) by token budget, as many micro-batches on every rank.
+
+        With ``skip_zero`` those without advantage are left out, unless all are, on all ranks.
+        """
+        wanted_P = torch.ones(len(experience), dtype=torch.bool)
+        if groups_P is not None:
+            wanted_P = torch.zeros_like(wanted_P).index_fill(0, groups_P, True)
+        active_P = wanted_P & experience.advantages_PG.ne(0).any(-1).cpu() if skip_zero else wanted_P
         split = partial(split_groups, experience, budget=self.micro_batch_tokens, shared=bool(self._shares_prefix))
-        count = len(split(active_P=active_P))
-        return split(active_P=active_P, at_least=max(gather_objects(count)))
+        numbers = gather_objects((len(split(active_P=active_P)), len(split(active_P=wanted_P))))
+        num_active, num_wanted = (max(column) for column in zip(*numbers, strict=True))
+        return in_step(experience, split(active_P=active_P if num_active else wanted_P), num_active or num_wanted)
 
-    def _update(self, experience: Experience) -> dict[str, Tensor]:
-        """One optimiser step; the denominator is that of the whole minibatch over all ranks."""
+    def _update(self, experience: Experience, groups_P: Tensor) -> dict[str, Tensor]:
+        """One optimiser step on ``groups_P``; the denominator is that of the whole minibatch over all ranks."""
         config = self.loss_config
+        mask_PGT = self._loss_mask(experience).unflatten(0, (-1, experience.group_size))
         total = all_reduce_sum(
             denominator(
-                self._loss_mask(experience),
+                mask_PGT[groups_P].flatten(0, 1),
                 aggregation=config.aggregation,
                 max_new_tokens=self.sampling.max_new_tokens,
-                num_completions=len(experience.completions),
+                num_completions=len(groups_P) * experience.group_size,
             )
         )
-        micro_batches = self._micro_batches(experience, skip_zero=config.kl_coef == 0)
+        micro_batches = self._micro_batches(experience, groups_P, skip_zero=config.kl_coef == 0)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
-        for i, index_P in enumerate(micro_batches):
+        for i, (micro_P, counts) in enumerate(micro_batches):
             with gradient_sync(self.trainer.strategy, self.policy, sync=i + 1 == len(micro_batches)):
-                self._accumulate(experience.select(index_P), total, sums)
+                self._accumulate(experience.select(micro_P), total, sums, counts)
         return self._step(experience, sums)
 
     def _loss_mask(self, experience: Experience) -> Tensor:
@@ -312,9 +317,9 @@ class GOPOModule(TrainableState, LightningModule):
         valid_N = valid_PG.flatten().to(completions.mask_NT.device)
         return loss_mask(completions.mask_NT, valid_N, completions.truncated_N, self.loss_config)
 
-    def _accumulate(self, experience: Experience, total: Tensor, sums: dict[str, Tensor]) -> None:
-        """Forward and backward of one micro-batch; adds its metrics to ``sums``."""
-        completions, mask_NT = experience.completions, self._loss_mask(experience)
+    def _accumulate(self, experience: Experience, total: Tensor, sums: dict[str, Tensor], counts: bool) -> None:
+        """Forward and backward of one micro-batch, with weight 0 unless it ``counts``; adds its metrics to ``sums``."""
+        completions, mask_NT = experience.completions, self._loss_mask(experience) & counts
         current = self._logprobs(self.policy, experience, with_entropy=self.log_entropy)
         loss, metrics = policy_loss(
             current.logprobs_NT,
@@ -329,7 +334,8 @@ class GOPOModule(TrainableState, LightningModule):
         self.manual_backward(loss * world_size())  # DDP and FSDP average over ranks; the denominator is global
         metrics["tokens"], metrics["loss"] = mask_NT.sum(), loss.detach()
         real, forwarded = forwarded_tokens(experience, shared=bool(self._shares_prefix))
-        metrics["padding"], metrics["forwarded"] = torch.tensor([forwarded - real, forwarded], device=self.device)
+        padding = forwarded - real * counts
+        metrics["padding"], metrics["forwarded"] = torch.tensor([padding, forwarded], device=self.device)
         if current.entropy_NT is not None:
             metrics["entropy"] = current.entropy_NT.detach()[mask_NT].sum()
         if completions.sampler_logprobs_NT is not None:
@@ -351,12 +357,7 @@ class GOPOModule(TrainableState, LightningModule):
         self.policy_is_initial = False
         optimizer.zero_grad()
         scheduler.step()
-        tokens = reduced.pop("tokens").clamp(min=1)
-        padding = reduced.pop("padding") / reduced.pop("forwarded")
-        metrics = {"train/loss": reduced.pop("loss"), "train/grad_norm": grad_norm, "train/lr": torch.tensor(lr)}
-        metrics["train/padding_fraction"] = padding
-        names = {key: f"{key}_fraction" for key in reduced if key.startswith("clip")}
-        return metrics | {f"train/{names.get(key, key)}": value / tokens for key, value in reduced.items()}
+        return {"train/grad_norm": grad_norm, "train/lr": torch.tensor(lr), **update_metrics(reduced)}
 
     def _log_training(self, experience: Experience, metrics: dict[str, Tensor], seconds: dict[str, float]) -> None:
         rewards_PG = gather_rows(experience.rewards_PG)

@@ -27,7 +27,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_llama(folder: Path, **options: Any) -> Path:
-    """A random two-layer Llama over bytes, saved with its tokenizer as a Hugging Face folder."""
+    """A random two-layer Llama over bytes, saved with its tokenizer as a Hugging Face folder.
+
+    Its completions end by themselves, each at a length of its own: EOS has about 0.15 at every token.
+    """
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
@@ -40,9 +43,22 @@ def save_llama(folder: Path, **options: Any) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         **options,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    _end_by_itself(model)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def _end_by_itself(model: LlamaForCausalLM) -> None:
+    """Dimension 0 of the residual stream becomes a constant, and the logit of EOS a multiple of it."""
+    model.model.embed_tokens.weight[:, 0] = 1.5
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0
+        layer.mlp.down_proj.weight[0] = 0
+    model.lm_head.weight[model.config.eos_token_id] = 0
+    model.lm_head.weight[model.config.eos_token_id, 0] = 7.0
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ def run_case(case: Case, tiny_policy: Path, prompts_file: Path, folder: Path, wo
         "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-3, eps=1e-3),
         "max_grad_norm": 0.1,
         "micro_batch_tokens": 60,
-        "sampling": SamplingConfig(max_new_tokens=8, stop_strings=("a", "e", "1", "%", "<", "W", "m")),
+        "sampling": SamplingConfig(max_new_tokens=24, stop_strings=("a", "e", "W")),
     }
     if case.classifier is not None:
         options["rewards"].append(SequenceClassifierReward(case.classifier, micro_batch_size=3))

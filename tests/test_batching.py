@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gopo_lightning.batching import forwarded_tokens, split_groups
+from gopo_lightning.batching import MicroBatch, forwarded_tokens, in_step, minibatches, split_groups
 from gopo_lightning.structs import Completions, Experience, Prompt, PromptBatch
 
 G = 2
@@ -33,21 +33,55 @@ def test_longest_first_within_the_budget() -> None:
     assert groups(split_groups(batch, budget=1, shared=True)) == [[1], [2], [0], [3]]
 
 
-def test_inactive_groups_are_left_out_unless_they_must_fill_up() -> None:
+def test_inactive_groups_are_left_out() -> None:
     batch = experience([4, 4, 4, 4], [3, 8, 5, 1])
     active_P = torch.tensor([False, True, True, False])
     assert groups(split_groups(batch, budget=None, shared=True, active_P=active_P)) == [[1, 2]]
-    assert groups(split_groups(batch, budget=None, shared=True, active_P=active_P, at_least=2)) == [[1], [2]]
-    assert groups(split_groups(batch, budget=None, shared=True, active_P=active_P, at_least=3)) == [[1], [2], [3]]
     none_P = torch.zeros(4, dtype=torch.bool)
-    assert groups(split_groups(batch, budget=None, shared=True, active_P=none_P)) == [[3]]
+    assert groups(split_groups(batch, budget=None, shared=True, active_P=none_P)) == []
+
+
+def numbered(batches: list[MicroBatch]) -> list[tuple[list[int], bool]]:
+    return [(batch.groups_P.tolist(), batch.counts) for batch in batches]
+
+
+def test_ranks_keep_step_by_halving_and_then_by_the_shortest_group_without_weight() -> None:
+    batch = experience([4, 4, 4, 4], [3, 8, 5, 1])
+    assert numbered(in_step(batch, [torch.tensor([1, 2])], 1)) == [([1, 2], True)]
+    assert numbered(in_step(batch, [torch.tensor([1, 2])], 2)) == [([1], True), ([2], True)]
+    assert numbered(in_step(batch, [torch.tensor([1, 2])], 4)) == [([1], True), ([2], True), *[([3], False)] * 2]
+    assert numbered(in_step(batch, [], 2)) == [([3], False)] * 2
+    every = [torch.tensor([p]) for p in range(4)]
+    assert numbered(in_step(batch, every, 6))[4:] == [([3], False)] * 2  # more than this rank has groups
 
 
 @pytest.mark.parametrize("budget", [None, 1, 17, 30, 64])
-@pytest.mark.parametrize("at_least", [1, 2, 4])
-def test_every_group_once(budget: int | None, at_least: int) -> None:
-    batches = split_groups(experience([3, 9, 1, 5], [7, 2, 4, 4]), budget=budget, shared=True, at_least=at_least)
-    assert sorted(torch.cat(batches).tolist()) == [0, 1, 2, 3] and len(batches) >= at_least
+@pytest.mark.parametrize("number", [4, 5])
+def test_every_group_once(budget: int | None, number: int) -> None:
+    batch = experience([3, 9, 1, 5], [7, 2, 4, 4])
+    batches = in_step(batch, split_groups(batch, budget=budget, shared=True), number)
+    assert len(batches) == number
+    assert sorted(torch.cat([groups_P for groups_P, counts in batches if counts]).tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 2, 3, 6])
+def test_minibatches_are_the_same_prompts_on_any_number_of_ranks(num_minibatches: int) -> None:
+    """Of six prompts in all; rank r of W has those that the sampler deals to it, [r::W]."""
+
+    def drawn(world_size: int) -> list[set[int]]:
+        parts: list[set[int]] = [set() for _ in range(num_minibatches)]
+        for rank in range(world_size):
+            generator = torch.Generator().manual_seed(7)
+            mine = list(range(6))[rank::world_size]
+            rows = minibatches(len(mine), num_minibatches, generator, rank=rank, world_size=world_size)
+            for part, rows_P in zip(parts, rows, strict=True):
+                part |= {mine[row] for row in rows_P.tolist()}
+        return parts
+
+    whole = drawn(1)
+    assert [len(part) for part in whole] == [6 // num_minibatches] * num_minibatches
+    assert set().union(*whole) == set(range(6))
+    assert drawn(2) == drawn(3) == drawn(6) == whole
 
 
 def test_forwarded_tokens_count_the_padding() -> None:

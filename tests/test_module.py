@@ -88,16 +88,16 @@ def test_groups_without_advantage_are_not_forwarded(
     forwarded: list[int] = []
     original = GOPOModule._accumulate
 
-    def spy(self: GOPOModule, experience: Any, total: Any, sums: Any) -> None:
+    def spy(self: GOPOModule, experience: Any, *args: Any) -> None:
         forwarded.append(len(experience))
-        original(self, experience, total, sums)
+        original(self, experience, *args)
 
     monkeypatch.setattr(GOPOModule, "_accumulate", spy)
     skipping = fit(make_module(tiny_policy, rewards=invalid_reward()), prompts_file, tmp_path / "a", max_steps=1)
     active = int(skipping.experiences[0].advantages_PG.ne(0).any(-1).sum())
     assert sum(forwarded) == active < 4
     split = GOPOModule._micro_batches
-    monkeypatch.setattr(GOPOModule, "_micro_batches", lambda self, experience, skip_zero=False: split(self, experience))
+    monkeypatch.setattr(GOPOModule, "_micro_batches", lambda self, experience, *_, **__: split(self, experience))
     complete = fit(make_module(tiny_policy, rewards=invalid_reward()), prompts_file, tmp_path / "b", max_steps=1)
     torch.testing.assert_close(complete.weights[0], skipping.weights[0], rtol=0, atol=1e-6)
 

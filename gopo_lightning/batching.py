@@ -67,7 +67,7 @@ def split_groups(
     return [torch.tensor(groups) for groups in batches]
 
 
-def in_step(experience: Experience, batches: list[Tensor], number: int) -> list[MicroBatch]:
+def fill_up(experience: Experience, batches: list[Tensor], number: int) -> list[MicroBatch]:
     """``number`` micro-batches, the most that a rank has: every rank makes as many forwards, backwards and collectives.
 
     The largest are halved; when all are single groups, the shortest group of ``experience`` fills up, with weight 0.

@@ -21,10 +21,17 @@ def check_positive(**values: int) -> None:
             raise ValueError(f"{name}={value} must be at least 1")
 
 
-def check_timeout(seconds: float | None) -> None:
-    """ValueError unless ``seconds`` is positive or None."""
-    if seconds is not None and seconds <= 0:
-        raise ValueError(f"reward_timeout_seconds={seconds} must be above 0; use null to wait for ever")
+def check_above_zero(**limits: float | None) -> None:
+    """ValueError for a limit that is not above 0; None is no limit."""
+    for name, limit in limits.items():
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name}={limit} must be above 0; use null for no limit")
+
+
+def check_group_size(num_completions: int) -> None:
+    """ValueError for a group in which nothing can be ranked."""
+    if num_completions < 2:
+        raise ValueError(f"num_completions={num_completions}: ranking needs at least 2 completions; use 8")
 
 
 def check_sources(sources: Sequence[Source]) -> None:

@@ -6,51 +6,45 @@ batch["experience"] ──▶ log-probs ──▶ loss ──▶ backward ──
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from time import perf_counter
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
-from gopo_lightning import advantages
-from gopo_lightning.batching import MicroBatch, forwarded_tokens, in_step, minibatches, split_groups
+from gopo_lightning import advantages, checks
+from gopo_lightning.batching import MicroBatch, fill_up, forwarded_tokens, minibatches, split_groups
 from gopo_lightning.callbacks.lengths import LengthCheck
 from gopo_lightning.callbacks.predictions import PredictionWriter, prediction_records
 from gopo_lightning.callbacks.save_on_signal import SaveOnSignal
 from gopo_lightning.callbacks.validate_first import ValidateFirst
 from gopo_lightning.checkpoints import TrainableState, install_atomic_saving
-from gopo_lightning.checks import (
-    check_finite,
-    check_minibatches,
-    check_positive,
-    check_sampling,
-    check_sources,
-    check_timeout,
-    check_trainer,
-)
-from gopo_lightning.distributed import all_reduce_sum, gather_objects, gather_rows, rank, world_size
+from gopo_lightning.curves import rollout_metrics
+from gopo_lightning.distributed import all_reduce_sum, gather_objects, rank, world_size
 from gopo_lightning.evaluation import EvaluationMetrics
 from gopo_lightning.logprobs import TokenLogprobs, completion_logprobs
 from gopo_lightning.losses import LossConfig, denominator, loss_mask, policy_loss
-from gopo_lightning.metrics import completion_metrics, reward_metrics, update_metrics
+from gopo_lightning.metrics import update_metrics
+from gopo_lightning.optimisation import OptimisedModule
 from gopo_lightning.placement import PlacementConfig, Reference, load_placed_policy
 from gopo_lightning.policy import Policy, PolicyConfig, eos_token_ids, evaluating, float32_default, load_tokenizer
 from gopo_lightning.prefix_sharing import PrefixSharing, decide_prefix_sharing
-from gopo_lightning.resume import KEY, OnSettingChange, check_checkpoint, plain
-from gopo_lightning.rewards import PairwiseSource, RewardSource, comparison_metrics, reads_wins
+from gopo_lightning.resume import OnSettingChange, plain
+from gopo_lightning.rewards import PairwiseSource, RewardSource, reads_wins
 from gopo_lightning.rewards.combine import get as combination
 from gopo_lightning.rollout import RolloutCallback, RolloutEngine, SamplingConfig, TransformersEngine
+from gopo_lightning.schedules import Schedule, WarmupStart
 from gopo_lightning.sharding import clip_grad_norm, reshard
 from gopo_lightning.strategies import gradient_sync
 from gopo_lightning.structs import Experience
 
 
-class GOPOModule(TrainableState, LightningModule):
+class GOPOModule(TrainableState, OptimisedModule):
     """Group Ordinal Policy Optimization (arXiv 2602.03876) and its baselines.
 
     Args:
@@ -71,7 +65,10 @@ class GOPOModule(TrainableState, LightningModule):
         num_completions: G, completions of one prompt in training; at least 2.
         eval_num_completions: completions of one prompt in validation, test and predict.
         lr_schedule: a schedule of `transformers.get_scheduler`, such as `constant_with_warmup`, `linear`, `cosine`.
-        warmup_steps: optimiser steps over which the learning rate rises from 0.
+        warmup_steps: optimiser steps over which the learning rate rises to its whole.
+        warmup_start: the warm-up's step k = 0, 1, … has (k + 1) / warmup_steps of the learning rate (`first_step`), or
+            k / warmup_steps (`zero`, transformers' rule: the first step changes nothing). A checkpoint keeps its own.
+        lr_schedule_options: keyword arguments of the schedule, such as `min_lr_rate: 0.1` of `cosine_with_min_lr`.
         max_grad_norm: gradients are scaled down to this L2 norm; null for none.
         micro_batch_tokens: most tokens of one forward and backward, in whole groups (a larger one goes alone);
             null takes a minibatch at once. The result does not depend on it, memory does.
@@ -105,6 +102,8 @@ class GOPOModule(TrainableState, LightningModule):
         eval_num_completions: int = 4,
         lr_schedule: str = "constant_with_warmup",
         warmup_steps: int = 10,
+        warmup_start: WarmupStart = "first_step",
+        lr_schedule_options: dict[str, Any] | None = None,
         max_grad_norm: float | None = 1.0,
         micro_batch_tokens: int | None = None,
         num_inner_epochs: int = 1,
@@ -118,27 +117,39 @@ class GOPOModule(TrainableState, LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        check_positive(
+        checks.check_positive(
             eval_num_completions=eval_num_completions,
             num_inner_epochs=num_inner_epochs,
             num_minibatches=num_minibatches,
             micro_batch_tokens=1 if micro_batch_tokens is None else micro_batch_tokens,
         )
-        if num_completions < 2:
-            raise ValueError(f"num_completions={num_completions}: ranking needs at least 2 completions; use 8")
-        check_sources(rewards)
-        check_timeout(reward_timeout_seconds)
+        checks.check_group_size(num_completions)
+        checks.check_sources(rewards)
+        checks.check_above_zero(reward_timeout_seconds=reward_timeout_seconds, max_grad_norm=max_grad_norm)
         self.policy_config, self.sampling, self.loss_config, self.placement = policy, sampling, loss, placement
-        self.optimizer_callable, self.lr_schedule, self.warmup_steps = optimizer, lr_schedule, warmup_steps
+        self.optimizer_callable = optimizer
+        self.schedule = Schedule(lr_schedule, warmup_steps, warmup_start, lr_schedule_options or {})
         self.max_grad_norm, self.micro_batch_tokens = max_grad_norm, micro_batch_tokens
         self.num_inner_epochs, self.num_minibatches = num_inner_epochs, num_minibatches
-        self.prefix_sharing: PrefixSharing = prefix_sharing
+        self.prefix_sharing, self.on_setting_change = prefix_sharing, on_setting_change
         self._shares_prefix: bool | None = None  # decided at the first step
         self.log_entropy, self.log_reference_kl = log_entropy, log_reference_kl
         self.reward_names = [source.name for source in rewards]
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        self.on_setting_change: OnSettingChange = on_setting_change
-        self._settings = {"advantage": advantage, "advantage_options": advantage_options or {}}
+        self._settings = {
+            "seed": self.seed,
+            "num_completions": num_completions,
+            "advantage": advantage,
+            "advantage_options": advantage_options or {},
+            "combine": combine,
+            "combine_options": combine_options or {},
+            "rewards": self.reward_names,
+            "sampling": asdict(sampling),
+            "loss": asdict(loss),
+            "num_inner_epochs": num_inner_epochs,
+            "num_minibatches": num_minibatches,
+            "max_grad_norm": max_grad_norm,
+        }
         self.phase, self.policy_is_initial = "start", False
         from_wins = reads_wins(rewards, advantage, advantage_options, combine, combine_options)
         self.rollout = RolloutCallback(
@@ -172,8 +183,8 @@ class GOPOModule(TrainableState, LightningModule):
         return eos_token_ids(self.policy, self.tokenizer)
 
     @property
-    def updates_per_rollout(self) -> int:
-        """K, optimiser steps per batch."""
+    def updates_per_batch(self) -> int:
+        """K, optimiser steps per rollout."""
         return self.num_inner_epochs * self.num_minibatches
 
     @property
@@ -181,10 +192,12 @@ class GOPOModule(TrainableState, LightningModule):
         return self.loss_config.kl_coef > 0 or self.log_reference_kl
 
     def configure_callbacks(self) -> list[Callback]:
-        check_trainer(self.trainer, updates_per_rollout=self.updates_per_rollout, policy_dtype=self.policy_config.dtype)
+        checks.check_trainer(
+            self.trainer, updates_per_rollout=self.updates_per_batch, policy_dtype=self.policy_config.dtype
+        )
         self.placement.check(self.trainer)
         if self.trainer.state.fn == "fit":
-            check_sampling(self.sampling, updates_per_rollout=self.updates_per_rollout)
+            checks.check_sampling(self.sampling, updates_per_rollout=self.updates_per_batch)
         return [SaveOnSignal(), LengthCheck(), self.rollout, ValidateFirst(), PredictionWriter()]
 
     def configure_model(self) -> None:
@@ -195,29 +208,19 @@ class GOPOModule(TrainableState, LightningModule):
             self.policy_is_initial = True
 
     def run_settings(self) -> dict[str, Any]:
-        """What a checkpoint says of the run, in plain values; compared with this run's where it is resumed."""
-        return plain({"seed": self.seed, "num_completions": self.rollout.num_completions, **self._settings})
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[KEY] = self.run_settings()
+        """Also of what is sampled, ranked and minimised."""
+        return super().run_settings() | plain(self._settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.policy_is_initial = False
-        training = self.trainer.state.fn == "fit"
-        check_checkpoint(checkpoint, self.run_settings(), self.on_setting_change, training=training)
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self._reads_reference:
-            self.reference.load(self.trainer, keep=True)
         install_atomic_saving(self.trainer)
         if stage == "fit":
-            check_minibatches(self.trainer, self.num_minibatches)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_callable([p for p in self.policy.parameters() if p.requires_grad])
-        total = self.trainer.max_steps if self.trainer.max_steps > 0 else int(self.trainer.estimated_stepping_batches)
-        scheduler = get_scheduler(self.lr_schedule, optimizer, self.warmup_steps, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+            checks.check_minibatches(self.trainer, self.num_minibatches)
+            if self._reads_reference:
+                self.reference.load(self.trainer, keep=True)
 
     def on_fit_start(self) -> None:
         self.policy.train()
@@ -242,7 +245,7 @@ class GOPOModule(TrainableState, LightningModule):
             )
             reshard(self.policy)
         old = reference = None
-        if self.updates_per_rollout > 1:
+        if self.updates_per_batch > 1:
             old = self._frozen_logprobs(self.policy, experience)
         if self._reads_reference:
             with self.reference.of(self.policy) as model:
@@ -291,7 +294,7 @@ class GOPOModule(TrainableState, LightningModule):
         split = partial(split_groups, experience, budget=self.micro_batch_tokens, shared=bool(self._shares_prefix))
         numbers = gather_objects((len(split(active_P=active_P)), len(split(active_P=wanted_P))))
         num_active, num_wanted = (max(column) for column in zip(*numbers, strict=True))
-        return in_step(experience, split(active_P=active_P if num_active else wanted_P), num_active or num_wanted)
+        return fill_up(experience, split(active_P=active_P if num_active else wanted_P), num_active or num_wanted)
 
     def _update(self, experience: Experience, groups_P: Tensor) -> dict[str, Tensor]:
         """One optimiser step on ``groups_P``; the denominator is that of the whole minibatch over all ranks."""
@@ -349,7 +352,7 @@ class GOPOModule(TrainableState, LightningModule):
         keys = sorted(sums)
         reduced = dict(zip(keys, all_reduce_sum(torch.stack([sums[key] for key in keys])), strict=True))
         grad_norm = clip_grad_norm(self.policy, self.max_grad_norm or float("inf"))
-        check_finite(self.trainer, experience, reduced["loss"], grad_norm)
+        checks.check_finite(self.trainer, experience, reduced["loss"], grad_norm)
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         lr = optimizer.param_groups[0]["lr"]
@@ -360,16 +363,7 @@ class GOPOModule(TrainableState, LightningModule):
         return {"train/grad_norm": grad_norm, "train/lr": torch.tensor(lr), **update_metrics(reduced)}
 
     def _log_training(self, experience: Experience, metrics: dict[str, Tensor], seconds: dict[str, float]) -> None:
-        rewards_PG = gather_rows(experience.rewards_PG)
-        lengths_N = gather_rows(experience.completions.lengths_N)
-        metrics |= reward_metrics(gather_rows(experience.rewards_PGK), rewards_PG, self.reward_names)
-        if experience.wins_PGGK is not None:
-            metrics |= comparison_metrics(self.rollout.reward_sources, gather_rows(experience.wins_PGGK))
-        metrics |= completion_metrics(lengths_N, gather_rows(experience.completions.truncated_N))
-        for phase in ("rollout", "train"):
-            metrics[f"throughput/{phase}_tokens_per_second"] = lengths_N.sum() / seconds[phase]
-        metrics |= {f"seconds/{phase}": torch.tensor(value) for phase, value in seconds.items()}
-        self._log(metrics)
+        self._log(metrics | rollout_metrics(experience, self.rollout.reward_sources, seconds))
         writer = getattr(self.logger, "experiment", None)
         if hasattr(writer, "add_histogram"):
             writer.add_histogram("advantage/histogram", experience.advantages_PG, self.trainer.global_step)  # type: ignore[union-attr]

@@ -23,6 +23,8 @@ FIXED = (
     "advantage_options",
     "optimizer.class",
     "policy",
+    "model",
+    "objective",
 )
 """Dotted names of settings, each with all below it."""
 
@@ -59,10 +61,14 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 def describe_setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """What differs, in the order of names; a setting that one side does not have is ``absent`` there.
 
-    >>> [str(change) for change in describe_setting_changes({"seed": 1, "loss": {"kl_coef": 0}}, {"seed": 2})]
-    ['loss.kl_coef 0 → absent', 'seed 1 → 2']
+    Sections (first parts of names) that either does not have are not compared: another version wrote the checkpoint.
+
+    >>> before = {"seed": 1, "loss": {"kl_coef": 0}, "other": 1}
+    >>> [str(change) for change in describe_setting_changes(before, {"seed": 2, "loss": {"clip_low": 0.2}})]
+    ['loss.clip_low absent → 0.2', 'loss.kl_coef 0 → absent', 'seed 1 → 2']
     """
-    before, now = _flat(old), _flat(new)
+    sections = old.keys() & new.keys()
+    before, now = (_flat({name: side[name] for name in sections}) for side in (old, new))
     names = sorted(before.keys() | now.keys())
     changes = (Change(name, before.get(name, _ABSENT), now.get(name, _ABSENT)) for name in names)
     return [change for change in changes if change.before != change.now]

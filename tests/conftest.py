@@ -53,12 +53,13 @@ def save_llama(folder: Path, **options: Any) -> Path:
 @torch.no_grad()
 def _end_by_itself(model: LlamaForCausalLM) -> None:
     """Dimension 0 of the residual stream becomes a constant, and the logit of EOS a multiple of it."""
-    model.model.embed_tokens.weight[:, 0] = 1.5
+    model.model.embed_tokens.weight[:, 0] = 1.0
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = 0
         layer.mlp.down_proj.weight[0] = 0
+    model.lm_head.weight[:, 0] = 0
     model.lm_head.weight[model.config.eos_token_id] = 0
-    model.lm_head.weight[model.config.eos_token_id, 0] = 7.0
+    model.lm_head.weight[model.config.eos_token_id, 0] = 10.0
 
 
 @pytest.fixture(scope="session")

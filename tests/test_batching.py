@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gopo_lightning.batching import MicroBatch, forwarded_tokens, in_step, minibatches, split_groups
+from gopo_lightning.batching import MicroBatch, fill_up, forwarded_tokens, minibatches, split_groups
 from gopo_lightning.structs import Completions, Experience, Prompt, PromptBatch
 
 G = 2
@@ -47,19 +47,19 @@ def numbered(batches: list[MicroBatch]) -> list[tuple[list[int], bool]]:
 
 def test_ranks_keep_step_by_halving_and_then_by_the_shortest_group_without_weight() -> None:
     batch = experience([4, 4, 4, 4], [3, 8, 5, 1])
-    assert numbered(in_step(batch, [torch.tensor([1, 2])], 1)) == [([1, 2], True)]
-    assert numbered(in_step(batch, [torch.tensor([1, 2])], 2)) == [([1], True), ([2], True)]
-    assert numbered(in_step(batch, [torch.tensor([1, 2])], 4)) == [([1], True), ([2], True), *[([3], False)] * 2]
-    assert numbered(in_step(batch, [], 2)) == [([3], False)] * 2
+    assert numbered(fill_up(batch, [torch.tensor([1, 2])], 1)) == [([1, 2], True)]
+    assert numbered(fill_up(batch, [torch.tensor([1, 2])], 2)) == [([1], True), ([2], True)]
+    assert numbered(fill_up(batch, [torch.tensor([1, 2])], 4)) == [([1], True), ([2], True), *[([3], False)] * 2]
+    assert numbered(fill_up(batch, [], 2)) == [([3], False)] * 2
     every = [torch.tensor([p]) for p in range(4)]
-    assert numbered(in_step(batch, every, 6))[4:] == [([3], False)] * 2  # more than this rank has groups
+    assert numbered(fill_up(batch, every, 6))[4:] == [([3], False)] * 2  # more than this rank has groups
 
 
 @pytest.mark.parametrize("budget", [None, 1, 17, 30, 64])
 @pytest.mark.parametrize("number", [4, 5])
 def test_every_group_once(budget: int | None, number: int) -> None:
     batch = experience([3, 9, 1, 5], [7, 2, 4, 4])
-    batches = in_step(batch, split_groups(batch, budget=budget, shared=True), number)
+    batches = fill_up(batch, split_groups(batch, budget=budget, shared=True), number)
     assert len(batches) == number
     assert sorted(torch.cat([groups_P for groups_P, counts in batches if counts]).tolist()) == [0, 1, 2, 3]
 

@@ -241,6 +241,9 @@ def test_trainer_options_that_would_be_ignored_are_refused(
         ({"rewards": []}, "rewards is empty"),
         ({"advantage": "nonsense"}, "nonsense"),
         ({"num_minibatches": 0}, "num_minibatches=0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be above 0; use null"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm=nan"),
         ({"advantage_options": {"tie": "average"}}, "tie"),
     ],
 )

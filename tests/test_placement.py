@@ -194,7 +194,7 @@ def greedy_tokens(model: nn.Module, prompts: PromptBatch, max_rows: int | None =
         byte_tokenizer(),
         prompts,
         2,
-        SamplingConfig(max_new_tokens=10, temperature=0.0),
+        SamplingConfig(max_new_tokens=10, min_new_tokens=10, temperature=0.0),  # EOS is the likeliest everywhere
         seeds_N=[0] * 2 * len(prompts),
         eos_token_ids=[257],
     )

@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import BatchEncoding, PreTrainedModel, get_scheduler
+from transformers import BatchEncoding, PreTrainedModel
 
 from gopo_lightning.adapters import add_lora, lora_config
 from gopo_lightning.callbacks.save_on_signal import SaveOnSignal
@@ -24,7 +22,9 @@ from gopo_lightning.data.comparisons import Text
 from gopo_lightning.data.preferences import PreferenceDataModule
 from gopo_lightning.distributed import all_or_none, all_reduce_sum, world_size
 from gopo_lightning.export_folder import check_export_folder, write_export
+from gopo_lightning.optimisation import OptimisedModule
 from gopo_lightning.prefix_sharing import PrefixSharing
+from gopo_lightning.resume import OnSettingChange, plain
 from gopo_lightning.reward_model.losses import bradley_terry, centring, plackett_luce
 from gopo_lightning.reward_model.metrics import ComparisonMetrics
 from gopo_lightning.reward_model.scoring import Scorer
@@ -37,12 +37,13 @@ from gopo_lightning.rewards.loading import (
     max_length_of,
     set_pad_token,
 )
+from gopo_lightning.schedules import Schedule, WarmupStart
 from gopo_lightning.sharding import clip_grad_norm
 
 Objective: TypeAlias = Literal["bradley_terry", "plackett_luce"]
 
 
-class RewardModelModule(LightningModule):
+class RewardModelModule(OptimisedModule):
     """Fine-tunes a sequence classifier with one label on comparisons.
 
     Logs `train/loss`, and of held-out data log-loss, accuracy over pairs (also by gap of ratings), calibration error,
@@ -60,7 +61,7 @@ class RewardModelModule(LightningModule):
         optimizer: built on the model's parameters; AdamW by default.
         lr_schedule: a schedule of `transformers.get_scheduler`, such as `linear` (to 0 at the last step),
             `cosine`, `constant_with_warmup`.
-        warmup_steps: optimiser steps over which the learning rate rises from 0.
+        warmup_steps: optimiser steps over which the learning rate rises to its whole.
         trust_remote_code: run Python code that comes with the model. Only for sources you trust.
         objective: `bradley_terry` compares pairs (all pairs of a ranked list); `plackett_luce` takes each ranked list
             as choices of the best from what is left, and needs lists without ties.
@@ -70,6 +71,11 @@ class RewardModelModule(LightningModule):
         lora: arguments of `peft.LoraConfig` (r, lora_alpha, target_modules, …), merged into the weights at export;
             null trains all weights.
         gap_bounds: edges between gaps of ratings for which `val/pair_accuracy_gap_<low>-<high>` is logged.
+        warmup_start: the warm-up's step k = 0, 1, … has (k + 1) / warmup_steps of the learning rate (`first_step`), or
+            k / warmup_steps (`zero`, transformers' rule: the first step changes nothing). A checkpoint keeps its own.
+        lr_schedule_options: keyword arguments of the schedule, such as `min_lr_rate: 0.1` of `cosine_with_min_lr`.
+        on_setting_change: what happens when a run is resumed with another optimiser class or model: `refuse`, or `warn`
+            and go on. Any other setting may change, and acts from the resume on.
         prefix_sharing: forward the tokens with which the texts of a pair or list begin once: `auto` where the model can
             (a causal one; it checks itself on the first pairs) and it saves tokens, `always` or an error, `never`.
     """
@@ -92,6 +98,9 @@ class RewardModelModule(LightningModule):
         lora: dict[str, Any] | None = None,
         gap_bounds: list[float] | None = None,
         prefix_sharing: PrefixSharing = "auto",
+        warmup_start: WarmupStart = "first_step",
+        lr_schedule_options: dict[str, Any] | None = None,
+        on_setting_change: OnSettingChange = "refuse",
     ) -> None:
         super().__init__()
         if objective not in get_args(Objective):
@@ -106,7 +115,15 @@ class RewardModelModule(LightningModule):
         self.objective, self.margin_scale, self.centring_coef = objective, margin_scale, centring_coef
         self.export_dir = None if export_dir is None else Path(export_dir)
         self.truncation, self.optimizer_callable = truncation, optimizer
-        self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
+        self.schedule = Schedule(lr_schedule, warmup_steps, warmup_start, lr_schedule_options or {})
+        self.on_setting_change: OnSettingChange = on_setting_change
+        self._settings: dict[str, Any] = {
+            "model": model,
+            "revision": revision,
+            "lora": lora or {},
+            "objective": objective,
+        }
+        self._settings |= {"margin_scale": margin_scale, "centring_coef": centring_coef}
         self.tokenizer = load_tokenizer(tokenizer or model, revision, trust_remote_code)
         if self.tokenizer.pad_token_id is None:
             raise ValueError(
@@ -201,12 +218,9 @@ class RewardModelModule(LightningModule):
         shown = ", ".join(f"{name} {value.item():.3f}" for name, value in values.items() if "gap" not in name)
         rank_zero_info(f"step {self.trainer.global_step}, held-out data: {shown}")
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The configured optimiser, and a schedule stepped with every optimiser step."""
-        optimizer = self.optimizer_callable([p for p in self.model.parameters() if p.requires_grad])
-        num_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = get_scheduler(self.lr_schedule, optimizer, self.warmup_steps, num_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def run_settings(self) -> dict[str, Any]:
+        """Also of the model and its loss."""
+        return super().run_settings() | plain(self._settings)
 
     def on_train_end(self) -> None:
         """Export, by rank 0. A `fast_dev_run` writes nothing, as everywhere in Lightning."""

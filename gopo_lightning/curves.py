@@ -1,0 +1,33 @@
+"""What a training step logs of its rollout, over all ranks."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gopo_lightning.distributed import gather_rows
+from gopo_lightning.metrics import completion_metrics, reward_metrics
+from gopo_lightning.rewards import Source, comparison_metrics
+from gopo_lightning.structs import Experience
+
+
+def rollout_metrics(
+    experience: Experience, sources: Sequence[Source], seconds: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Rewards, comparisons, lengths, and how fast this rank was; a collective.
+
+    Args:
+        experience: of this rank.
+        sources: of its rewards.
+        seconds: by phase, ``rollout``, ``reward`` and ``train``.
+    """
+    rewards_PG = gather_rows(experience.rewards_PG)
+    lengths_N = gather_rows(experience.completions.lengths_N)
+    names = [source.name for source in sources]
+    metrics = reward_metrics(gather_rows(experience.rewards_PGK), rewards_PG, names)
+    if experience.wins_PGGK is not None:
+        metrics |= comparison_metrics(sources, gather_rows(experience.wins_PGGK))
+    metrics |= completion_metrics(lengths_N, gather_rows(experience.completions.truncated_N))
+    for phase in ("rollout", "train"):
+        metrics[f"throughput/{phase}_tokens_per_second"] = lengths_N.sum() / seconds[phase]
+    return metrics | {f"seconds/{phase}": torch.tensor(value) for phase, value in seconds.items()}

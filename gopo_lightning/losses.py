@@ -160,12 +160,15 @@ def importance_ratio(logprobs_NT: Tensor, old_logprobs_NT: Tensor, mask_NT: Tens
     token, GSPO (arXiv 2507.18071 eq. 7), written as GSPO-token (ibid., sec. 4.3): ``s_nt = sg[s_n] policy_t /
     sg[policy_t]``. The value is that of GSPO and so is the gradient, as a completion has one advantage; with
     token weights each token keeps its own.
+
+    Beyond the range of the type a ratio is inf, without gradient: 0 where a clip acts, and else the loss is inf.
     """
     log_ratio_NT = logprobs_NT - old_logprobs_NT
     if kind == "sequence":
         mean_N1 = torch.where(mask_NT, log_ratio_NT, 0.0).sum(-1, keepdim=True) / _lengths(mask_NT)
         log_ratio_NT = mean_N1.detach() + logprobs_NT - logprobs_NT.detach()
-    return torch.exp(log_ratio_NT)
+    beyond_NT = torch.exp(log_ratio_NT.detach()).isinf()  # exp's own gradient would be 0 * inf there
+    return torch.exp(log_ratio_NT.masked_fill(beyond_NT, 0.0)).masked_fill(beyond_NT, math.inf)
 
 
 def clipped_surrogate(ratio_NT: Tensor, advantages_NT: Tensor, config: LossConfig) -> Tensor:
@@ -173,11 +176,12 @@ def clipped_surrogate(ratio_NT: Tensor, advantages_NT: Tensor, config: LossConfi
     eq. 10).
 
     With ``clip_ceiling`` the first r is min(r, ceiling), which bounds the loss where A < 0 (two-sided clip of
-    INTELLECT-2, arXiv 2505.07291 sec. 3.4).
+    INTELLECT-2, arXiv 2505.07291 sec. 3.4). It is 0 where A is, also for an infinite ratio.
     """
     capped_NT = ratio_NT if config.clip_ceiling is None else ratio_NT.clamp(max=config.clip_ceiling)
     clipped_NT = ratio_NT.clamp(1 - config.clip_low, 1 + config.clip_high)
-    return torch.minimum(capped_NT * advantages_NT, clipped_NT * advantages_NT)
+    surrogate_NT = torch.minimum(capped_NT * advantages_NT, clipped_NT * advantages_NT)
+    return surrogate_NT.masked_fill(advantages_NT == 0, 0.0)
 
 
 def sampler_correction(old_logprobs_NT: Tensor, sampler_logprobs_NT: Tensor, cap: float) -> Tensor:

@@ -194,6 +194,43 @@ def test_clipping_by_hand(
     assert {k for k, v in metrics.items() if v} == ({clipped} if clipped else set())
 
 
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+@pytest.mark.parametrize(
+    ("advantage", "ceiling", "expected"),
+    [
+        (2.0, None, -2.4),  # the clip at 1.2 acts
+        (0.0, None, 0.0),
+        (-2.0, 3.0, 6.0),  # the ceiling acts
+        (-2.0, None, math.inf),  # nothing bounds the loss; the run is stopped
+    ],
+)
+def test_a_ratio_beyond_float32(kind: str, advantage: float, ceiling: float | None, expected: float) -> None:
+    config = LossConfig(clip_ceiling=ceiling, importance_sampling=kind)
+    logprobs_NT = torch.tensor([[-1.0]], requires_grad=True)
+    loss, metrics = losses.policy_loss(
+        logprobs_NT,
+        torch.tensor([[-90.0]]),
+        None,
+        torch.tensor([advantage]),
+        torch.ones(1, 1, dtype=torch.bool),
+        config=config,
+        denominator=torch.tensor(1.0),
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(expected)
+    assert logprobs_NT.grad.item() == 0
+    assert metrics["ratio"].item() == math.inf
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_the_largest_ratios_of_float32_keep_their_gradient(kind: str) -> None:
+    logprobs_NT = torch.tensor([[-1.0]], requires_grad=True)
+    mask_NT = torch.ones(1, 1, dtype=torch.bool)
+    ratio_NT = losses.importance_ratio(logprobs_NT, torch.tensor([[-89.5]]), mask_NT, kind)
+    ratio_NT.sum().backward()
+    assert ratio_NT.item() == torch.exp(torch.tensor(88.5)).item() == logprobs_NT.grad.item()
+
+
 def test_denominators_by_hand() -> None:
     mask_NT = losses.loss_mask(
         torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool(),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 
 from gopo_lightning.data.fingerprint import Digest
 from gopo_lightning.data.preferences import PreferenceDataModule
@@ -96,6 +96,60 @@ def test_a_checkpoint_validates_on_any_data(tiny_policy: Path, prompts: Path, tm
     path = first_step(tmp_path, tiny_policy, prompts)
     edit(prompts, "prompt")
     make_trainer(tmp_path).validate(make_module(tiny_policy), make_data(prompts), ckpt_path=path, verbose=False)
+
+
+class Rows(Callback):
+    """The rows of every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[int]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append([prompt.index for prompt in batch["prompts"].prompts])
+
+
+def order(epoch: int, seed: int = 0) -> list[int]:
+    return torch.randperm(12, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+
+
+def rows_after(folder: Path, policy: Path, prompts: Path, max_steps: int, **data: Any) -> list[list[int]]:
+    """Go on from the checkpoint of the first step, and leave that of the last."""
+    rows = Rows()
+    trainer = make_trainer(folder, max_steps=max_steps, callbacks=[rows], val_check_interval=None)
+    trainer.fit(make_module(policy), make_data(prompts, **data), ckpt_path=folder / "first.ckpt")
+    trainer.save_checkpoint(folder / "first.ckpt")
+    return rows.steps
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [({"prompts_per_step": 3}, "prompts_per_step 4 → 3"), ({"seed": 9}, "seed 0 → 9")],
+)
+def test_another_order_is_refused(
+    data: dict[str, Any], said: str, tiny_policy: Path, prompts: Path, tmp_path: Path
+) -> None:
+    first_step(tmp_path, tiny_policy, prompts, validation=None)
+    with pytest.raises(ValueError, match=f"{said}.*on_data_change: warn"):
+        resume(tmp_path, tiny_policy, prompts, validation=None, **data)
+
+
+def test_with_another_prompts_per_step_no_prompt_is_skipped_or_repeated(
+    tiny_policy: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Four prompts, then steps of two, resumed once more on the way: two epochs of twelve."""
+    first_step(tmp_path, tiny_policy, prompts, validation=None)
+    smaller: dict[str, Any] = {"validation": None, "prompts_per_step": 2}
+    with pytest.warns(UserWarning, match="prompts_per_step 4 → 2. Going on after the 4 prompts that epoch 0 has read"):
+        rows = rows_after(tmp_path, tiny_policy, prompts, 4, **smaller, on_data_change="warn")
+    rows += rows_after(tmp_path, tiny_policy, prompts, 11, **smaller)  # which is no change any more
+    assert [row for step in rows for row in step] == order(0)[4:] + order(1)
+
+
+def test_another_seed_begins_a_new_epoch(tiny_policy: Path, prompts: Path, tmp_path: Path) -> None:
+    first_step(tmp_path, tiny_policy, prompts, validation=None)
+    with pytest.warns(UserWarning, match="seed 0 → 9. Going on with the new data, .* the beginning of epoch 1"):
+        rows = rows_after(tmp_path, tiny_policy, prompts, 4, validation=None, seed=9, on_data_change="warn")
+    assert [row for step in rows for row in step] == order(1, seed=9)
 
 
 def test_every_process_gets_the_same_fingerprint(prompts: Path) -> None:

@@ -12,7 +12,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from gopo_lightning.data.sampler import InOrderSampler, PromptSampler
+from gopo_lightning.data.sampler import InOrderSampler, Place, PromptSampler
 
 
 def flat(steps: Iterable[list[int]]) -> list[int]:
@@ -53,6 +53,30 @@ def test_the_position_is_read_when_the_iteration_begins() -> None:
     iterator = iter(sampler)
     now[0] = 2
     assert next(iterator) == sampler.step(0)
+
+
+@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize("P", [1, 2, 3, 5, 6])
+def test_with_another_step_size_the_order_goes_on_after_the_same_prompts(at: int, P: int) -> None:
+    """13 prompts in steps of 4, then of P: an epoch is read as one shuffling, and what does not fill a step is left."""
+    before = PromptSampler(13, 4, seed=5)
+    place = before.place(at)
+    after = PromptSampler(13, P, seed=5, origin=lambda: place)
+    read = [before.step(n) for n in range(at - at % 3, at)] + [after.step(n) for n in range(at, at + 20)]
+    epoch = torch.randperm(13, generator=torch.Generator().manual_seed(5 + at // 3)).tolist()
+    left = 13 - place.offset
+    assert flat(read)[: 13 - left % P] == epoch[: 13 - left % P]
+    following = torch.randperm(13, generator=torch.Generator().manual_seed(6 + at // 3)).tolist()
+    assert flat(read)[13 - left % P :][:P] == following[:P]
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_a_place_is_a_whole_origin(at: int) -> None:
+    sampler = PromptSampler(13, 4, seed=5)
+    again = PromptSampler(13, 4, seed=5, origin=lambda: sampler.place(at))
+    assert [again.step(n) for n in range(at, at + 9)] == [sampler.step(n) for n in range(at, at + 9)]
+    assert again.place(at + 5) == sampler.place(at + 5)
+    assert sampler.place(4) == Place(4, epoch=1, offset=4)
 
 
 def test_in_order_covers_every_row_once_and_marks_padding() -> None:

@@ -60,28 +60,51 @@ class FingerprintedDataModule(LightningDataModule):
         """Of each part that ``fit`` reads: its path, and plain values that tell whether it is the same."""
         raise NotImplementedError
 
+    @property
+    def order_settings(self) -> dict[str, Any]:
+        """Plain values of the settings on which the order of the training data depends, their seed among them."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
-        """The fingerprints."""
-        return {"fingerprints": self.fingerprints}
+        """The fingerprints, and how the data are read."""
+        return {"fingerprints": self.fingerprints, "order": self.order_settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare, where a run is resumed; a validation of the checkpoint may well read other data.
 
         Raises:
-            ValueError: the data have changed, and ``on_data_change`` is refuse.
+            ValueError: the data or their order have changed, and ``on_data_change`` is refuse.
         """
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
-        changes = describe_changes(state_dict["fingerprints"], self.fingerprints)
-        if not changes:
-            return
-        message = f"the data are not those that the checkpoint was made with: {'; '.join(changes)}. "
-        if self.on_data_change == "refuse":
+        before, now = state_dict["fingerprints"], self.fingerprints
+        order_before, order_now = state_dict.get("order", self.order_settings), self.order_settings
+        changes = describe_changes(before, now) + describe_order_changes(order_before, order_now)
+        what = f"the data are not those of the checkpoint, or are read otherwise: {'; '.join(changes)}. "
+        if changes and self.on_data_change == "refuse":
             raise ValueError(
-                f"{message}The run would not be the one that was interrupted. Restore the data, or set "
+                f"{what}The run would not be the one that was interrupted. Restore the data, or set "
                 "data.init_args.on_data_change: warn to go on with the new ones."
             )
-        rank_zero_warn(f"{message}Going on with the new data, in an order drawn anew (on_data_change: warn).")
+        drawn_anew = order_before.get("seed") != order_now.get("seed") or bool(
+            describe_changes(_of_train(before), _of_train(now))
+        )
+        where = self.go_on(state_dict, drawn_anew)
+        if changes:
+            rank_zero_warn(f"{what}Going on {where} (on_data_change: warn).")
+
+    def go_on(self, state_dict: dict[str, Any], drawn_anew: bool) -> str:
+        """Find the place at which to go on in the training data, whose order may be another, and say it."""
+        return "with the new data, in an order drawn anew" if drawn_anew else "in the same order"
+
+
+def describe_order_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One part of a sentence for each setting that differs.
+
+    >>> describe_order_changes({"prompts_per_step": 4, "seed": 0}, {"prompts_per_step": 6, "seed": 0})
+    ['prompts_per_step 4 → 6']
+    """
+    return [f"{name} {before.get(name)} → {value}" for name, value in now.items() if before.get(name) != value]
 
 
 def describe_changes(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -94,6 +117,10 @@ def describe_changes(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, 
             said = [_said(key, before[part].get(key), now[part][key]) for key in differing]
             changes.append(f"{part} ({now[part]['path']}) differs in {', '.join(said)}")
     return changes
+
+
+def _of_train(fingerprints: Mapping[str, Any]) -> dict[str, Any]:
+    return {part: fingerprint for part, fingerprint in fingerprints.items() if part == "train"}
 
 
 def _said(key: str, before: Any, now: Any) -> str:

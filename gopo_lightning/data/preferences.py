@@ -79,7 +79,8 @@ class PreferenceDataModule(FingerprintedDataModule):
         limit: use the first this many rows of `source`.
         prompt_column: column of the prompt, where several columns might be or none has a known name; null tells it by
             its name.
-        on_data_change: what happens when a run is resumed and its data have changed since: refuse, or warn and go on.
+        on_data_change: what happens when a run is resumed and its data, batch_size or seed have changed since: refuse,
+            or warn and go on.
     """
 
     def __init__(
@@ -156,6 +157,11 @@ class PreferenceDataModule(FingerprintedDataModule):
         return {
             part: self._fingerprint(rows) for part, rows in (("train", self.train), ("validation", self.validation))
         }
+
+    @property
+    def order_settings(self) -> dict[str, Any]:
+        """Of the training batches."""
+        return {"batch_size": self.batch_size, "seed": self.seed}
 
     def _fingerprint(self, rows: Sequence[Row]) -> dict[str, Any]:
         digest = Digest()

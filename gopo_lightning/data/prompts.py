@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from gopo_lightning.data.batch import collate_with
 from gopo_lightning.data.fingerprint import Digest, FingerprintedDataModule, OnDataChange
 from gopo_lightning.data.rendering import PromptRenderer, Template
-from gopo_lightning.data.sampler import InOrderSampler, PromptSampler
+from gopo_lightning.data.sampler import InOrderSampler, Place, PromptSampler
 from gopo_lightning.data.sources import PromptSource, columns_of, load_rows
 from gopo_lightning.structs import Prompt
 
@@ -128,8 +128,9 @@ class PromptDataModule(FingerprintedDataModule):
         overlong: what happens to a longer one: error, drop, or truncate_left, which keeps a BOS and the last
             tokens. How many were is logged and kept in num_overlong.
         seed: of the order of the training prompts; the value of seed_everything when null.
-        on_data_change: what happens when a run is resumed and its training or validation prompts have changed since:
-            refuse, or warn and go on.
+        on_data_change: what happens when a run is resumed and its training or validation prompts, prompts_per_step or
+            seed have changed since: refuse, or warn and go on. With another prompts_per_step it goes on after the same
+            prompts; with other prompts or another seed, with a new epoch.
     """
 
     def __init__(
@@ -168,6 +169,8 @@ class PromptDataModule(FingerprintedDataModule):
             "chat_template_kwargs": chat_template_kwargs,
         }
         self._datasets: dict[str, PromptDataset] = {}
+        self._origin = Place()
+        self._sampler: PromptSampler | None = None
 
     @property
     def fingerprints(self) -> dict[str, dict[str, Any]]:
@@ -181,6 +184,24 @@ class PromptDataModule(FingerprintedDataModule):
             part: (dataset.longest[0], f"row {dataset.longest[1]} (counted from 0) of {dataset.render.source.path}")
             for part, dataset in self._datasets.items()
         }
+
+    @property
+    def order_settings(self) -> dict[str, Any]:
+        """Of the training prompts."""
+        return {"prompts_per_step": self.prompts_per_step, "seed": self.seed}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also where the next step begins."""
+        place = self._origin if self._sampler is None else self._sampler.place(self._sampler.position())
+        return {**super().state_dict(), "place": asdict(place)}
+
+    def go_on(self, state_dict: dict[str, Any], drawn_anew: bool) -> str:
+        """After the same prompts, however many make a step; another order begins with a new epoch."""
+        self._origin = place = Place(**state_dict.get("place", {}))
+        if not drawn_anew:
+            return f"after the {place.offset} prompts that epoch {place.epoch} has read: none is skipped or repeated"
+        self._origin = Place(place.step, place.epoch + 1)
+        return f"with the new data, in an order drawn anew, from the beginning of epoch {place.epoch + 1}"
 
     def prepare_data(self) -> None:
         """Fetch what is not local, on one process per node; ``setup`` then reads the cache."""
@@ -210,14 +231,15 @@ class PromptDataModule(FingerprintedDataModule):
         # Said on resume of every loader without a state; the order of ours needs none.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         dataset, progress = self._datasets["train"], trainer.fit_loop.epoch_loop.batch_progress
-        sampler = PromptSampler(
+        self._sampler = PromptSampler(
             len(dataset),
             self.prompts_per_step,
             seed=self.seed,
             position=lambda: progress.total.processed,
+            origin=lambda: self._origin,
             **self._shard(),
         )
-        return self._loader(dataset, sampler)
+        return self._loader(dataset, self._sampler)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """All validation prompts in order; nothing if none are given."""

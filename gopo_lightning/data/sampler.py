@@ -6,19 +6,33 @@ takes ``[r::W]``, so that one process and many ranks train on the same prompts i
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in the order of prompts a step begins; a checkpoint keeps it."""
+
+    step: int = 0
+    """Steps done before."""
+    epoch: int = 0
+    """Number of the shuffling."""
+    offset: int = 0
+    """Prompts of this shuffling that were read before."""
+
+
 class PromptSampler(Sampler[list[int]]):
     """The training order: an endless stream of steps, shuffled epoch by epoch, that resumes anywhere.
 
-    Step s of a run is a pure function of (seed, s): epoch ``e = s // steps_per_epoch`` is cut from
-    ``randperm(seed + e)`` into steps of P prompts, and the incomplete last one is dropped. Each iteration
-    starts at ``position()``, the number of steps done so far, so a run that was interrupted in mid-epoch or
-    at its end continues with the prompts that the uninterrupted one would have read; Lightning's own epoch
-    counters do not enter (they differ between checkpoints saved after the last batch and after the epoch).
+    Step s of a run is a pure function of (seed, origin, s): epoch ``e`` is cut from ``randperm(seed + e)`` into steps
+    of P prompts, and the incomplete last one is dropped. Each iteration starts at ``position()``, the number of steps
+    done so far, so a run that was interrupted in mid-epoch or at its end continues with the prompts that the
+    uninterrupted one would have read; Lightning's own epoch counters do not enter (they differ between checkpoints
+    saved after the last batch and after the epoch). With another P it continues after the same prompts: the origin of
+    a resumed run is a place in prompts, not in steps.
 
     Args:
         num_prompts: rows of the dataset.
@@ -27,6 +41,7 @@ class PromptSampler(Sampler[list[int]]):
         rank: of this process among those that read different data.
         world_size: how many those are.
         position: steps done so far, read whenever an iteration begins.
+        origin: where this run, or its resume, begins; read likewise.
 
     Raises:
         ValueError: P is not positive, the world size does not divide P, or there are fewer than P rows.
@@ -41,6 +56,7 @@ class PromptSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         position: Callable[[], int] = lambda: 0,
+        origin: Callable[[], Place] = Place,
     ) -> None:
         _check_step("prompts_per_step", prompts_per_step, world_size)
         if num_prompts < prompts_per_step:
@@ -54,6 +70,7 @@ class PromptSampler(Sampler[list[int]]):
         self.rank = rank
         self.world_size = world_size
         self.position = position
+        self.origin = origin
 
     def __len__(self) -> int:
         """Steps per epoch."""
@@ -66,10 +83,18 @@ class PromptSampler(Sampler[list[int]]):
 
     def step(self, number: int) -> list[int]:
         """This rank's rows in step ``number`` of the run, counted from 0."""
-        epoch, within = divmod(number, len(self))
-        first = within * self.prompts_per_step
-        order = torch.randperm(self.num_prompts, generator=torch.Generator().manual_seed(self.seed + epoch))
-        return order[first : first + self.prompts_per_step][self.rank :: self.world_size].tolist()
+        place = self.place(number)
+        order = torch.randperm(self.num_prompts, generator=torch.Generator().manual_seed(self.seed + place.epoch))
+        return order[place.offset : place.offset + self.prompts_per_step][self.rank :: self.world_size].tolist()
+
+    def place(self, number: int) -> Place:
+        """Where step ``number``, the origin's or a later one, begins."""
+        origin, P = self.origin(), self.prompts_per_step
+        steps, left = number - origin.step, (self.num_prompts - origin.offset) // P
+        if steps < left:
+            return Place(number, origin.epoch, origin.offset + steps * P)
+        epoch, within = divmod(steps - left, len(self))
+        return Place(number, origin.epoch + 1 + epoch, within * P)
 
 
 class InOrderSampler(Sampler[list[int]]):

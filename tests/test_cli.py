@@ -51,10 +51,10 @@ def config(tmp_path: Path, tiny_policy: Path, prompts_file: Path) -> Path:
                         "init_args": {"function": "tests.runs.some_invalid", "name": "vowels"},
                     }
                 ],
-                "sampling": {"max_new_tokens": 6},
+                "sampling": {"max_new_tokens": 24},
                 "num_completions": 4,
                 "eval_num_completions": 2,
-                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0, "fused": False}},
+                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.003, "fused": False}},
                 "lr_schedule": "constant",
                 "warmup_steps": 0,
             },

@@ -46,7 +46,8 @@ def invalid_reward() -> list[Any]:
 
 def test_one_step_is_the_gradient_of_the_formula(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
     """The change of weights under SGD with lr 1, against one plain forward per completion and the formula by hand."""
-    module = make_module(tiny_policy, rewards=invalid_reward())
+    sgd = {"optimizer": lambda params: torch.optim.SGD(params, lr=1.0)}
+    module = make_module(tiny_policy, rewards=invalid_reward(), **sgd)
     experience = (keep := fit(module, prompts_file, tmp_path, max_steps=1)).experiences[0]
     model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
     completions = experience.completions

@@ -36,7 +36,9 @@ TRAINER_DEFAULTS = {
 
 
 class _Parser(LightningArgumentParser):
-    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+    def parse_args(  # type: ignore[override]  # of two overloads
+        self, args: Sequence[str] | None = None, *more: Any, **options: Any
+    ) -> Any:
         """Null is null at any depth: jsonargparse hands it from a class to its fields as the text None."""
         given = sys.argv[1:] if args is None else args
         return super().parse_args([re.sub(r"\A(--[\w.]+)=None\Z", r"\1=null", arg) for arg in given], *more, **options)

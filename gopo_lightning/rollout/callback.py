@@ -16,7 +16,7 @@ from gopo_lightning.placement import on_device, set_up_source
 from gopo_lightning.policy import evaluating, float32_default, warn_of_endless_turns
 from gopo_lightning.rewards import GroupScores, HoldsModels, Source, against_reference, score_groups
 from gopo_lightning.rewards.pairwise import Groups
-from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
+from gopo_lightning.rollout.engine import ChecksSampling, RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.reference import ReferenceCompletions
 from gopo_lightning.rollout.streams import stream_seeds
 from gopo_lightning.run_folder import run_folder
@@ -71,6 +71,9 @@ class RolloutCallback(Callback):
         self._turns_are_checked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(self.engine, ChecksSampling):
+            cap = cast("GOPOModule", pl_module).loss_config.sampler_correction_cap
+            self.engine.check_sampling(self.sampling, logprobs=stage == "fit" and cap is not None)
         for source in self.reward_sources:
             with all_or_none(f"the set-up of reward source '{source.name}'"):
                 set_up_source(source, cast("GOPOModule", pl_module).placement, trainer)

@@ -82,6 +82,15 @@ class RolloutEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class ChecksSampling(Protocol):
+    """An engine that cannot sample in every way, and says so before a run begins."""
+
+    def check_sampling(self, sampling: SamplingConfig, *, logprobs: bool) -> None:
+        """ValueError for what it cannot do; ``logprobs``: the loss reads the sampler's log-probs."""
+        ...
+
+
 def sampling_dtype(option: SamplingDtype, model: nn.Module) -> torch.dtype:
     """``auto`` is the type of the autocast around, or else that of the weights."""
     if option != "auto":

@@ -1,19 +1,15 @@
 """The rollout engine for GPUs: vLLM inside the training process, with a copy of the policy's weights."""
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from gopo_lightning.distributed import world_size
 from gopo_lightning.gathering import compute_device
 from gopo_lightning.layers import base_of
 from gopo_lightning.logprobs import completion_logprobs
@@ -25,12 +21,19 @@ from gopo_lightning.rollout.engine import (
     padding_token,
     sampling_dtype,
 )
+from gopo_lightning.rollout.vllm_start import (
+    OWN,
+    LogprobsMode,
+    check_options,
+    check_supported,
+    logprob_temperature,
+    logprobs_mode,
+    start,
+    undisturbed,
+)
 from gopo_lightning.rollout.weights import merged_weights
 from gopo_lightning.structs import Completions, PromptBatch
 
-_OWN = ("model", "tokenizer", "dtype", "load_format", "tensor_parallel_size", "pipeline_parallel_size",
-        "distributed_executor_backend", "enable_sleep_mode", "logprobs_mode", "generation_config")  # fmt: skip
-"""Arguments of ``vllm.LLM`` that the engine decides by itself."""
 _TOLERANCE = 0.25
 """Nats: bfloat16 makes 0.02 to 0.05, weights that did not arrive several."""
 
@@ -49,6 +52,8 @@ class VLLMEngine:
         max_model_len: most tokens of a prompt with its completion, for which the cache must have room; None for the
             model's own limit.
         sleep: give vLLM's memory back between rollouts. GPUs only.
+        check_every_n_rollouts: how often the policy computes the log-probs of a completion too, which stops the run
+            where vLLM's differ: weights may be lost on the way. It costs a forward of one completion.
         options: more arguments of ``vllm.LLM``: ``enforce_eager``, ``kv_cache_memory_bytes``, ``max_num_seqs``, …
 
     Raises:
@@ -61,18 +66,31 @@ class VLLMEngine:
         gpu_memory_utilization: float = 0.3,
         max_model_len: int | None = None,
         sleep: bool = False,
+        check_every_n_rollouts: int = 1,
         options: dict[str, Any] | None = None,
     ) -> None:
         if find_spec("vllm") is None:
             raise ValueError("VLLMEngine needs vLLM: pip install 'gopo-lightning[vllm]'. Or use TransformersEngine.")
         check_dtype(dtype)
+        if check_every_n_rollouts < 1:
+            raise ValueError(
+                f"check_every_n_rollouts={check_every_n_rollouts} must be at least 1; 1 checks each rollout"
+            )
         fields = {"gpu_memory_utilization": gpu_memory_utilization, "max_model_len": max_model_len}
         self.dtype, self.sleep, self.options = dtype, sleep, fields | (options or {})
         for name, value in (options or {}).items():
-            if name in _OWN or name in fields:
+            if name in OWN or name in fields:
                 where = "set the engine's own field" if name in fields else "the engine decides it; take it out"
                 raise ValueError(f"{name}={value!r} among the options of VLLMEngine: {where}.")
+        self.check_every_n_rollouts, self._rollouts = check_every_n_rollouts, 0
         self._llm: Any = None
+        self._mode: LogprobsMode = "raw_logprobs"
+        self._started_with: dict[str, Any] = {}
+
+    def check_sampling(self, sampling: SamplingConfig, *, logprobs: bool) -> None:
+        """See :class:`ChecksSampling`."""
+        check_supported(sampling, logprobs=logprobs)
+        check_options(self.options)
 
     @torch.no_grad()
     def generate(
@@ -89,60 +107,51 @@ class VLLMEngine:
         """See :class:`RolloutEngine`.
 
         Raises:
-            ValueError: a sequence may become longer than ``max_model_len``; or, at the first call, vLLM's log-probs
-                are not those of ``model``.
+            ValueError: a sequence may become longer than ``max_model_len``; vLLM does not start, or was started for
+                another model, device or precision; or its log-probs are not those of ``model``.
         """
-        device, dtype, first = compute_device(model), sampling_dtype(self.dtype, model), self._llm is None
-        with torch.autocast(device.type, enabled=False), _undisturbed():
-            if first:
-                self._llm = self._start(model, tokenizer, device, dtype, sampling)
+        device, dtype = compute_device(model), sampling_dtype(self.dtype, model)
+        check_supported(sampling, logprobs=False)
+        with torch.autocast(device.type, enabled=False), undisturbed():
+            if self._llm is None:
+                self._mode = logprobs_mode(sampling)
+                self._llm = self._start(model, tokenizer, device, dtype)
                 self._sleep()
+            self._check_same(model, device, dtype)
             self._check_lengths(prompts, sampling)
             self._load(model, dtype)
             outputs = self._sample(prompts, num_completions, sampling, seeds_N, eos_token_ids)
             self._sleep()
-        check_drawn(pad_sequence([_logprobs(output) for output in outputs], batch_first=True), prompts)
-        completions = _completions(outputs, tokenizer, padding_token(tokenizer, eos_token_ids), sampling)
-        completions = completions.to(device)
-        if first:
-            _check_logprobs(model, prompts, completions, outputs, sampling)
+        logprobs_NT = pad_sequence([_logprobs(output) for output in outputs], batch_first=True)
+        check_drawn(logprobs_NT, prompts)
+        reported_at = logprob_temperature(self._mode, sampling)
+        own = reported_at == (sampling.temperature or 1.0)
+        completions = _completions(outputs, tokenizer, padding_token(tokenizer, eos_token_ids))
+        completions = replace(completions, sampler_logprobs_NT=logprobs_NT if own else None).to(device)
+        if self._rollouts % self.check_every_n_rollouts == 0 and reported_at is not None:
+            _check_logprobs(model, prompts, completions, logprobs_NT, reported_at)
+        self._rollouts += 1
         return completions
 
     def _start(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        device: torch.device,
-        dtype: torch.dtype,
-        sampling: SamplingConfig,
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
     ) -> Any:
-        """An engine without weights for models like ``model``."""
         if self.sleep and device.type == "cpu":
             raise ValueError("sleep=True of VLLMEngine needs a GPU, but the policy is on CPUs; leave it out.")
-        options: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "enable_sleep_mode": self.sleep}
-        if world_size() > 1:
-            options["distributed_executor_backend"] = "external_launcher"  # it joins the process group that there is
-            os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
-            os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
-        elif device.index:
-            raise ValueError(
-                f"VLLMEngine in one process takes the first GPU, but the policy is on {device}; set "
-                f"CUDA_VISIBLE_DEVICES={device.index} and trainer.devices: 1"
-            )
-        from vllm import LLM
+        options = {**self.options, "enable_sleep_mode": True} if self.sleep else self.options
+        return start(model, tokenizer, device, dtype, self._mode, options)
 
-        with TemporaryDirectory() as folder:
-            config: Any = base_of(model).config
-            config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            return LLM(
-                folder,
-                load_format="dummy",
-                logprobs_mode="processed_logprobs" if _processed(sampling) else "raw_logprobs",
-                generation_config="vllm",  # no defaults from a file
-                **options,
-                **self.options,
-            )
+    def _check_same(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        """What vLLM was started with cannot change; the temperature may, for log-probs are then given or not."""
+        now = {"model": type(base_of(model)).__name__, "device": str(device), "dtype": str(dtype)}
+        self._started_with = self._started_with or now
+        for name, value in now.items():
+            if value != self._started_with[name]:
+                raise ValueError(
+                    f"VLLMEngine was started with {name} {self._started_with[name]} and is now asked for {value}, "
+                    "which cannot change. Use an engine for each, in processes of their own; set the engine's dtype if "
+                    "only the Trainer's precision differs."
+                )
 
     def _check_lengths(self, prompts: PromptBatch, sampling: SamplingConfig) -> None:
         longest, limit = max(len(p.token_ids) for p in prompts.prompts), self._llm.model_config.max_model_len
@@ -207,27 +216,15 @@ class VLLMEngine:
         return [output.outputs[0] for output in outputs]
 
 
-def _processed(sampling: SamplingConfig) -> bool:
-    """Whether vLLM is to report log-probs at the temperature; they are also after filters and bans, if there are any.
-
-    Else at temperature 1, before everything.
-    """
-    return sampling.temperature not in (0, 1) and not sampling.filters and not sampling.min_new_tokens
-
-
-def _completions(
-    outputs: Sequence[Any], tokenizer: PreTrainedTokenizerBase, pad: int, sampling: SamplingConfig
-) -> Completions:
+def _completions(outputs: Sequence[Any], tokenizer: PreTrainedTokenizerBase, pad: int) -> Completions:
     rows = [torch.tensor(output.token_ids) for output in outputs]
     tokens_NT = pad_sequence(rows, batch_first=True, padding_value=pad)
     lengths_N = torch.tensor([len(row) for row in rows])
-    known = _processed(sampling) or sampling.temperature in (0, 1)
     return Completions(
         tokens_NT,
         torch.arange(tokens_NT.shape[1]) < lengths_N[:, None],
         torch.tensor([output.finish_reason == "length" for output in outputs]),
         tuple(tokenizer.batch_decode([list(output.token_ids) for output in outputs], skip_special_tokens=True)),
-        pad_sequence([_logprobs(output) for output in outputs], batch_first=True) if known else None,
     )
 
 
@@ -238,31 +235,16 @@ def _logprobs(output: Any) -> torch.Tensor:
 
 
 def _check_logprobs(
-    model: nn.Module, prompts: PromptBatch, completions: Completions, outputs: Sequence[Any], sampling: SamplingConfig
+    model: nn.Module, prompts: PromptBatch, completions: Completions, theirs_NT: torch.Tensor, temperature: float
 ) -> None:
-    """ValueError unless both give the first completion the same log-probs: weights may have been lost on the way."""
-    first = torch.zeros(1, dtype=torch.int64)
-    few = completions.select(first.to(completions.tokens_NT.device))
-    temperature = sampling.temperature if _processed(sampling) else 1.0
-    ours_T = completion_logprobs(model, prompts.select(first), few, temperature=temperature).logprobs_NT[0]
-    difference = float((ours_T.cpu() - _logprobs(outputs[0])).abs().mean())
+    """ValueError unless both give the longest completion the same log-probs: weights may be lost on the way."""
+    n = completions.lengths_N.argmax()
+    few, prompt = completions.select(n[None]), prompts.select(n[None] * len(prompts) // len(completions))
+    ours_T = completion_logprobs(model, prompt, few, temperature=temperature).logprobs_NT[0].cpu()
+    difference = float((ours_T - theirs_NT[int(n), : len(ours_T)]).abs().mean())
     if not difference <= _TOLERANCE:
         raise ValueError(
             f"vLLM's log-probs differ from those of {type(base_of(model)).__name__} by {difference:.2f} nats a token "
-            f"(at most {_TOLERANCE}): it runs this model otherwise, or its weights have other names. Use "
+            f"(at most {_TOLERANCE}): it runs this model otherwise, or not all weights arrive under its names. Use "
             "TransformersEngine."
         )
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """vLLM leaves random generators, threads and the process's settings as they were."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the weights are
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    with isolate_rng():
-        try:
-            yield
-        finally:
-            torch.set_num_threads = set_num_threads
-            torch.set_num_threads(threads)

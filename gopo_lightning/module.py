@@ -80,6 +80,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         log_reference_kl: log the KL divergence to the reference although kl_coef is 0 (one more forward a step).
         reward_timeout_seconds: longest time of one reward source for one batch; beyond it the run ends with an error on
             all ranks. Null waits for ever.
+        max_invalid_steps: so many steps in a row without any valid score of a reward source end the run; null warns.
         seed: of the completions' random streams; the value of seed_everything when null.
         on_setting_change: what happens when a run is resumed with another seed, num_completions, advantage, optimiser
             class or policy: `refuse`, or `warn` and go on. Any other setting may change, and acts from the resume on.
@@ -112,6 +113,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         log_entropy: bool = True,
         log_reference_kl: bool = False,
         reward_timeout_seconds: float | None = 1200.0,
+        max_invalid_steps: int | None = None,
         seed: int | None = None,
         on_setting_change: OnSettingChange = "refuse",
     ) -> None:
@@ -165,6 +167,7 @@ class GOPOModule(TrainableState, OptimisedModule):
             eval_num_completions=eval_num_completions,
             seed=self.seed,
             reward_timeout_seconds=reward_timeout_seconds,
+            max_invalid_steps=max_invalid_steps,
         )
         self.policy: Policy = cast(Policy, None)  # see configure_model
         self.reference = Reference(policy, placement)  # no module: hidden from state_dict, checkpoints and the strategy

@@ -241,6 +241,17 @@ def loaded(folder: Path, **options: Any) -> SequenceClassifierReward:
     return source
 
 
+def test_an_empty_completion_has_no_score(llama: Path) -> None:
+    """Where there is nothing to read; the others are scored as ever, also in a batch of nothing but empty ones."""
+    source = loaded(llama, include_prompt=False, micro_batch_size=2)
+    texts = ["", "abc", ""]
+    scores_N = source(PROMPTS, texts)
+    assert scores_N.isnan().tolist() == [True, False, True]
+    torch.testing.assert_close(scores_N[1:2], source(PROMPTS[:1], ["abc"]))
+    assert source(PROMPTS, ["", "", ""]).isnan().all()
+    assert not loaded(llama)(PROMPTS, texts).isnan().any()  # the prompt is there
+
+
 def one_by_one(folder: Path, texts: Sequence[str]) -> Tensor:
     """What plain transformers gives each text alone."""
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -1,6 +1,7 @@
 """A reward model: any Hugging Face sequence classifier, with its own tokenizer and chat template."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -24,6 +25,9 @@ from gopo_lightning.structs import Prompt
 
 OutputField: TypeAlias = Literal["logits", "score"]
 Template: TypeAlias = Literal["auto", "chat", "plain"]
+
+_STAND_IN = "."
+"""Forwarded for a text without tokens, since a rank forwards as often as the others; its score is not read."""
 
 
 class SequenceClassifierReward(RewardSource):
@@ -104,7 +108,9 @@ class SequenceClassifierReward(RewardSource):
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        """float32 scores [N], on the model's device.
+        """float32 scores [N], on the model's device; NaN where the text has no tokens.
+
+        That is an empty completion under `include_prompt: false`, where the tokenizer adds no special tokens.
 
         Raises:
             ValueError: a text longer than max_length under `truncation: error`.
@@ -112,7 +118,11 @@ class SequenceClassifierReward(RewardSource):
         if self.model is None or self.tokenizer is None:
             raise RuntimeError(f"reward source '{self.name}' is not loaded; call setup(device) first")
         texts, special_tokens = self.render(prompts, completions)
-        encoded = encode(self.tokenizer, texts, self.max_length, self.truncation, special_tokens)
+        tokenize = partial(encode, self.tokenizer, max_length=self.max_length, truncation=self.truncation)
+        encoded = tokenize(texts, add_special_tokens=special_tokens, may_be_empty=True)
+        if empty := [n for n, ids in enumerate(encoded["input_ids"]) if not ids]:
+            texts = [text if ids else _STAND_IN for text, ids in zip(texts, encoded["input_ids"], strict=True)]
+            encoded = tokenize(texts, add_special_tokens=special_tokens)
         lengths_N = [len(ids) for ids in encoded["input_ids"]]
         order = sorted(range(len(texts)), key=lambda n: lengths_N[n])
         scores_N = torch.empty(len(texts), dtype=torch.float32, device=compute_device(self.model))
@@ -120,6 +130,7 @@ class SequenceClassifierReward(RewardSource):
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         for rows in in_step(batches, self.model, spare=order[:1]):
             scores_N[rows] = self._forward(pad(self.tokenizer, encoded, rows).to(scores_N.device))
+        scores_N[empty] = torch.nan
         return scores_N
 
     def models(self) -> list[nn.Module]:

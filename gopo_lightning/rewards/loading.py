@@ -114,11 +114,13 @@ def encode(
     max_length: int | None,
     truncation: Truncation,
     add_special_tokens: bool = True,
+    *,
+    may_be_empty: bool = False,
 ) -> BatchEncoding:
     """Tokens of each text, unpadded, at most ``max_length``; special tokens survive truncation.
 
     Raises:
-        ValueError: a text is longer under `truncation="error"`, or has no tokens at all.
+        ValueError: a text is longer under `truncation="error"`, or has no tokens at all and not ``may_be_empty``.
     """
     cut = truncation != "error" and max_length is not None
     if cut:
@@ -137,7 +139,7 @@ def encode(
                 "truncation: left or right, a larger max_length if the model allows it, or drop long "
                 "prompts."
             )
-        if not ids:
+        if not ids and not may_be_empty:
             raise ValueError(f"the text {text!r} has no tokens, so there is nothing to score. Drop empty texts.")
     return encoded
 

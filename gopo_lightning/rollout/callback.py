@@ -1,7 +1,7 @@
 """Fills ``batch["experience"]``: sample, score, rank. Nothing but the batch is written; the module only reads it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +16,9 @@ from gopo_lightning.placement import on_device, set_up_source
 from gopo_lightning.policy import evaluating, float32_default, warn_of_endless_turns
 from gopo_lightning.rewards import GroupScores, HoldsModels, Source, against_reference, score_groups
 from gopo_lightning.rewards.pairwise import Groups
+from gopo_lightning.rewards.validity import InvalidSteps
 from gopo_lightning.rollout.engine import ChecksSampling, RolloutEngine, SamplingConfig
+from gopo_lightning.rollout.phases import device_of_rewards, phase
 from gopo_lightning.rollout.reference import ReferenceCompletions
 from gopo_lightning.rollout.streams import stream_seeds
 from gopo_lightning.run_folder import run_folder
@@ -43,6 +45,7 @@ class RolloutCallback(Callback):
         eval_num_completions: G in validation, test and predict.
         seed: of the random streams; a completion's stream is keyed by (seed, step, prompt row, completion index).
         reward_timeout_seconds: longest time of one source for one batch.
+        max_invalid_steps: so many training steps in a row without any score of a source end the run.
 
     What fails on one rank fails on all: each stage that can fail is ``all_or_none``, one after the other and never one
     inside another, so that every rank takes part in equally many collectives.
@@ -61,6 +64,7 @@ class RolloutCallback(Callback):
         eval_num_completions: int,
         seed: int,
         reward_timeout_seconds: float | None = None,
+        max_invalid_steps: int | None = None,
     ) -> None:
         self.engine, self.reward_sources = engine, rewards
         self.combine, self.advantage, self.from_wins = combine, advantage, from_wins
@@ -68,6 +72,7 @@ class RolloutCallback(Callback):
         self.num_completions, self.eval_num_completions = num_completions, eval_num_completions
         self.reward_timeout_seconds = reward_timeout_seconds
         self.reference = ReferenceCompletions()
+        self.invalid = InvalidSteps([source.name for source in rewards], max_invalid_steps)
         self._turns_are_checked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -80,16 +85,18 @@ class RolloutCallback(Callback):
         self.reference.begin(self._made_by(cast("GOPOModule", pl_module)))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reference": self.reference.state_dict()}
+        return {"reference": self.reference.state_dict(), "invalid": self.invalid.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.reference.load_state_dict(state_dict["reference"])
+        self.invalid.load_state_dict(state_dict.get("invalid", {}))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         module = cast("GOPOModule", pl_module)
         experience, seconds = self.roll_out(
             module, module.policy, batch["prompts"], self.num_completions, step=trainer.global_step
         )
+        self.invalid.update(trainer.global_step, experience.rewards_PGK)
         module.phase = "train"
         judged = experience.rewards_PG
         if self.from_wins:
@@ -138,9 +145,9 @@ class RolloutCallback(Callback):
         Without ``compare`` pairwise sources are not asked to compare a group with itself, and their columns are NaN.
         """
         completions, seconds = self._sample(module, model, prompts, num_completions, step)
-        with _phase(module, "reward") as reward:
+        with phase(module, "reward") as reward:
             scores = self._score(module, prompts.prompts, completions.groups(num_completions), compare)
-            device = _device_of_rewards(prompts.tokens_PL.device)
+            device = device_of_rewards(prompts.tokens_PL.device)
             rewards_PGK = scores.rewards_PGK.to(device)
             with all_or_none("combining the rewards"):
                 rewards_PG = self.combine(rewards_PGK)
@@ -167,7 +174,7 @@ class RolloutCallback(Callback):
         autocast = module.trainer.precision_plugin.forward_context()  # hooks run outside of it
         gather = gathered(model, module.placement.rollout_gather)
         with (
-            _phase(module, "rollout") as rollout,
+            phase(module, "rollout") as rollout,
             evaluating(model),
             torch.no_grad(),
             gather,
@@ -278,21 +285,3 @@ class RolloutCallback(Callback):
         folder = run_folder(trainer)  # a broadcast: on all ranks
         writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
         self.reference.share(folder / name if writes else None)
-
-
-def _device_of_rewards(device: torch.device) -> torch.device:
-    """``device``, or the CPU where it has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-@contextmanager
-def _phase(module: "GOPOModule", name: str) -> Iterator[list[float]]:
-    """Name the phase for the progress bar and measure its seconds (with the device's queue empty at both ends)."""
-    module.phase = name
-    seconds = [0.0]
-    synchronize = torch.cuda.synchronize if module.device.type == "cuda" else nullcontext
-    synchronize()
-    start = perf_counter()
-    yield seconds
-    synchronize()
-    seconds[0] = perf_counter() - start

@@ -397,6 +397,10 @@ def best(rewards_PGK: Tensor) -> Tensor:
     return rewards_PGK.amax(-1)
 
 
+def wrong_kind(rewards_PGK: Tensor) -> list[float]:
+    return [0.0]
+
+
 def wrong_shape(rewards_PGK: Tensor) -> Tensor:
     return rewards_PGK
 
@@ -415,7 +419,12 @@ def wrong_shape(rewards_PGK: Tensor) -> Tensor:
         ),
         ("borda", {"weights": [1.0]}, r"weights=\[1.0\] for 2 reward sources"),
         ("lexicographic", {"tolerances": [0.0, -1.0]}, r"tolerances=\[0.0, -1.0\] for 2 reward sources.*at least 0"),
-        ("tests.test_rewards.wrong_shape", {}, r"returned shape \(1, 2, 2\)"),
+        (
+            "tests.test_rewards.wrong_shape",
+            {},
+            r"returned torch.float64 \(1, 2, 2\) .*wrong_shape\(rewards_PGK: Tensor",
+        ),
+        ("tests.test_rewards.wrong_kind", {}, r"returned list for .*wrong_kind\(rewards_PGK: Tensor"),
     ],
 )
 def test_bad_combinations_are_refused(name: str, options: dict[str, Any], message: str) -> None:

@@ -144,13 +144,24 @@ def get(name: str, *, num_sources: int, **options: Any) -> Combination:
         )
     function = _BY_NAME.get(name) or load_callable(name)
     _check_options(name, function, options)
-    combination = partial(function, **options)
-    shape = tuple(combination(torch.zeros(1, 2, num_sources)).shape)
-    if shape != (1, 2):
-        raise ValueError(
-            f"combination '{name}' returned shape {shape} for rewards of shape (1, 2, {num_sources}); return (1, 2)."
-        )
+    combination = partial(_checked, partial(function, **options), name)
+    combination(torch.zeros(1, 2, num_sources, dtype=torch.float64))
     return combination
+
+
+def _checked(function: Combination, name: str, rewards_PGK: Tensor) -> Tensor:
+    """``function(rewards_PGK)``; ValueError unless that is a number for each completion."""
+    rewards_PG = function(rewards_PGK)
+    is_tensor = isinstance(rewards_PG, Tensor)
+    got = f"{rewards_PG.dtype} {tuple(rewards_PG.shape)}" if is_tensor else type(rewards_PG).__name__
+    is_real = is_tensor and not rewards_PG.is_complex() and rewards_PG.dtype != torch.bool
+    if not is_real or rewards_PG.shape != rewards_PGK.shape[:-1]:
+        raise ValueError(
+            f"combination '{name}' returned {got} for rewards {tuple(rewards_PGK.shape)} [prompts, completions, "
+            f"sources]; it must return a tensor of real numbers of shape {tuple(rewards_PGK.shape[:-1])}. Its "
+            f"signature is {name.rpartition('.')[2]}(rewards_PGK: Tensor, **options) -> Tensor."
+        )
+    return rewards_PG
 
 
 def _check_options(name: str, function: Callable[..., Tensor], options: dict[str, Any]) -> None:

@@ -143,7 +143,8 @@ class VLLMEngine:
 
     def _check_same(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """What vLLM was started with cannot change; the temperature may, for log-probs are then given or not."""
-        now = {"model": type(base_of(model)).__name__, "device": str(device), "dtype": str(dtype)}
+        config: Any = base_of(model).config  # FSDP2 renames classes
+        now = {"model": config.model_type, "device": str(device), "dtype": str(dtype)}
         self._started_with = self._started_with or now
         for name, value in now.items():
             if value != self._started_with[name]:

@@ -257,6 +257,49 @@ def test_an_interrupted_run_is_saved_and_ends_like_one_that_was_not(data: Prefer
     assert all(torch.equal(rest[name], value) for name, value in whole.items())
 
 
+def test_a_resumed_run_takes_the_settings_it_is_given(data: PreferenceDataModule, tmp_path: Path) -> None:
+    base = str(save_bert(tmp_path / "base"))
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "use_distributed_sampler": False,
+    }
+
+    def train(max_steps: int, resume: Path | None = None, **options: Any) -> Trainer:
+        trainer = Trainer(max_steps=max_steps, accelerator="cpu", **quiet)  # type: ignore[arg-type]
+        trainer.fit(RewardModelModule(base, warmup_steps=0, **options), data, ckpt_path=resume)
+        return trainer
+
+    train(2).save_checkpoint(path := tmp_path / "first.ckpt")
+    resumed = train(4, path, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
+    assert resumed.lr_scheduler_configs[0].scheduler.base_lrs == [1e-3]
+    assert resumed.optimizers[0].param_groups[0]["initial_lr"] == 1e-3
+    with pytest.raises(ValueError, match="optimizer.class AdamW → SGD.*on_setting_change: warn"):
+        train(4, path, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3))
+    with pytest.raises(ValueError, match="objective bradley_terry → plackett_luce"):
+        train(4, path, objective="plackett_luce")
+    data.batch_size -= 1
+    with pytest.raises(ValueError, match="batch_size .*on_data_change: warn"):
+        train(4, path)
+
+
+@pytest.mark.parametrize(("options", "expected"), [({"max_steps": -1, "max_epochs": 2}, 2), ({"max_steps": 3}, None)])
+def test_a_schedule_ends_with_the_run(
+    options: dict[str, int], expected: int | None, data: PreferenceDataModule, tmp_path: Path
+) -> None:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "use_distributed_sampler": False,
+    }
+    trainer = Trainer(accelerator="cpu", **options, **quiet)  # type: ignore[arg-type]
+    trainer.fit(RewardModelModule(str(save_bert(tmp_path / "base")), warmup_steps=0), data)
+    assert trainer.lr_scheduler_configs[0].scheduler.get_last_lr() == [0.0]
+    assert trainer.global_step == (3 if expected is None else expected * trainer.num_training_batches)
+
+
 def test_a_short_run_learns_logs_and_exports_what_the_reward_loads(
     trained: Trainer, data: PreferenceDataModule, tmp_path: Path
 ) -> None:

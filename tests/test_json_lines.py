@@ -52,3 +52,8 @@ def test_a_malformed_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n\n{"a": \n')
     with pytest.raises(ValueError, match=r"rows.jsonl, line 3: not JSON"):
         list(read_jsonl(path))
+
+
+def test_a_carriage_return_between_values_ends_no_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"a":\r1}\r\n{"a": 2}')
+    assert list(read_jsonl(tmp_path / "rows.jsonl")) == [{"a": 1}, {"a": 2}]

@@ -1,6 +1,7 @@
-"""Draw TensorBoard curves of several runs into one picture, a panel a tag.
+r"""Draw TensorBoard curves of several runs into one picture, a panel a tag.
 
-python scripts/plot.py --tags val/reward val/win_rate --output docs/quickstart.png runs/quickstart/gopo-seed*
+python scripts/plot.py --tags val/sentiment/reward val/sentiment/win_rate val/length_mean val/truncated_fraction \
+    --output docs/quickstart.png runs/quickstart/gopo-seed[123]
 """
 
 import argparse

@@ -80,11 +80,16 @@ MAGNITUDES = {"grpo", "dr_grpo", "rloo", "batch"}
 """Advantages that need numbers, so no infinities."""
 
 
+COMPARED = {"comparator", "oracle"}
+"""Sources of which `ordinal` reads the comparisons themselves, so that there is nothing to combine."""
+
+
 def valid(row: Row) -> bool:
     """Whether the values of ``row``, which may not be complete, can stand together."""
-    return row.get("sources") != "infinite" or not (
-        row.get("advantage") in MAGNITUDES or row.get("combine") == "z_score"
-    )
+    sources, advantage, combine = row.get("sources"), row.get("advantage"), row.get("combine", "weighted_sum")
+    if sources == "infinite":
+        return advantage not in MAGNITUDES and combine != "z_score"
+    return not (sources in COMPARED and advantage == "ordinal" and combine != "weighted_sum")
 
 
 def rows(seed: int) -> list[Row]:
@@ -109,12 +114,15 @@ def rows(seed: int) -> list[Row]:
 
 
 def _repaired(row: Row) -> list[Row]:
-    """``row``, or two valid ones that have all of its pairs but those that cannot be."""
+    """``row``, or some valid ones that together have all of its pairs but those that cannot be."""
     if valid(row):
         return [row]
-    ordinal = {"advantage": "ordinal"} if row["advantage"] in MAGNITUDES else {}
-    ranked = {"combine": "borda"} if row["combine"] == "z_score" else {}
-    return [row | {"sources": "function"}, row | ordinal | ranked]
+    found = [row | {"sources": "function"}]
+    if row["sources"] == "infinite":
+        ordinal = {"advantage": "ordinal"} if row["advantage"] in MAGNITUDES else {}
+        ranked = {"combine": "borda"} if row["combine"] == "z_score" else {}
+        return [*found, row | ordinal | ranked]
+    return [*found, row | {"combine": "weighted_sum"}, row | {"advantage": "rloo"}]
 
 
 def pairs(row: Row) -> set[frozenset[tuple[str, Any]]]:

@@ -10,6 +10,9 @@ from tests.use.invariants import plant, untouched
 PER_RUN = 6
 
 MODEL, DATA, TRAINER = "--model.init_args.", "--data.init_args.", "--trainer."
+COMPARATOR = (
+    '{"class_path": "gopo_lightning.rewards.FunctionComparator", "init_args": {"function": "my_rewards.shorter"}}'
+)
 REFUSED: list[tuple[tuple[str, ...], str]] = [
     ((MODEL + "num_completions=1",), "at least 2"),
     ((MODEL + "num_minibatches=3",), "num_minibatches"),
@@ -21,6 +24,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ((MODEL + "micro_batch_tokens=0",), "at least 1"),
     ((MODEL + "combine_options={weights: [1, 2]}",), "weight"),
     ((MODEL + "combine=no_such.thing",), "no_such"),
+    ((MODEL + f"rewards=[{COMPARATOR}]", MODEL + "combine=borda"), "borda"),
     ((MODEL + "advantage=ordinals",), "ordinal"),
     ((MODEL + "advantage_options={tie: average}",), "tie"),
     ((MODEL + "lr_schedule=linnear",), "linnear"),

@@ -5,12 +5,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from gopo_lightning.logprobs import check_shared_prefix, completion_logprobs, head
+from gopo_lightning.logprobs import check_shared_prefix, completion_logprobs, head, next_token_logits
 from gopo_lightning.shared_prefix import PackedGroups
 from gopo_lightning.structs import Completions, PromptBatch
 from tests.architectures import (
     BUILDERS,
     SCALED_LOGITS,
+    VOCAB,
     build,
     family,
     gradients,
@@ -205,3 +206,13 @@ def test_a_soft_cap_under_another_name_is_not_overlooked() -> None:
     completion_logprobs(model, prompts, completions)
     assert model.config.logits_soft_cap == 30.0
     assert head._rules[model] is None
+
+
+def test_no_more_logits_than_the_lengths_need() -> None:
+    model = build("llama")
+    seen: list[int] = []
+    model.register_forward_hook(lambda module, args, output: seen.append(output.logits.shape[1]))
+    lengths_N = torch.tensor([7, 5, 6])
+    logits_NV = next_token_logits(model, torch.randint(2, VOCAB, (3, 9)), lengths_N)
+    assert logits_NV.shape == (3, VOCAB)
+    assert seen == [3]

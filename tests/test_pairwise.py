@@ -112,6 +112,14 @@ def test_equal_texts_tie_unasked_and_equal_questions_are_asked_once() -> None:
     assert torch.equal(wins_PGG[0, 0, 2].nan_to_num(7), wins_PGG[0, 1, 2].nan_to_num(7))
 
 
+def test_the_same_texts_under_another_prompt_are_another_question() -> None:
+    def named(prompts: list[str], first: list[str], second: list[str]) -> list[float]:
+        return [float(text == wanted) for wanted, text in zip(prompts, first, strict=True)]
+
+    wins_PGG = FunctionComparator(named)([prompt("a"), prompt("b")], [["a", "b"], ["a", "b"]])
+    assert ordinal_from_wins(wins_PGG).tolist() == [[2.0, -2.0], [-2.0, 2.0]]
+
+
 def test_abstentions_leave_the_comparison() -> None:
     def silent_about_a(first: list[str], second: list[str]) -> list[float | None]:
         return [None if "a" in pair else 1.0 * (pair[0] > pair[1]) for pair in zip(first, second, strict=True)]

@@ -312,9 +312,10 @@ def load_by(load: str, folder: Path) -> None:
         source.setup(torch.device("cpu"))
 
 
-def test_a_wrong_name_is_not_blamed_on_the_format() -> None:
+@pytest.mark.parametrize("load", ["policy", "reference", "training", "classifier", "judge"])
+def test_a_wrong_name_is_not_blamed_on_the_format(load: str) -> None:
     with pytest.raises(ValueError, match="there is no folder 'no-such-model', and"):
-        load_policy(PolicyConfig("no-such-model"))
+        load_by(load, Path("no-such-model"))
 
 
 @pytest.mark.parametrize("load", ["policy", "reference", "classifier", "judge", "training"])

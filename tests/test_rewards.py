@@ -282,6 +282,28 @@ def test_micro_batches_are_sorted_by_length(bert: Path, monkeypatch: pytest.Monk
     assert widths == [2, 20]
 
 
+def test_equal_texts_are_scored_once_and_tie(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, rows = loaded(bert, micro_batch_size=2), []
+    forward = source._forward
+    monkeypatch.setattr(source, "_forward", lambda inputs: rows.append(len(inputs["input_ids"])) or forward(inputs))
+    scores_N = source([prompt("say ")] * 6, ["a", "bb", "a", "a", "ccc", "bb"])
+    assert sum(rows) == 3
+    assert scores_N[0] == scores_N[2] == scores_N[3]
+    assert scores_N[1] == scores_N[5]
+    torch.testing.assert_close(scores_N, one_by_one(bert, [f"say {c}" for c in ("a", "bb", "a", "a", "ccc", "bb")]))
+
+
+def test_a_reference_that_equals_a_completion_ties_with_it() -> None:
+    """Though a model, which saw it in another batch, gave it another last digit."""
+    near = torch.tensor([[[1.0], [2.0]]], dtype=torch.float64)
+    source = FunctionReward(lambda completions: [0.0] * len(completions), name="model")
+    standing = against_reference(
+        [source], combine.weighted_sum, [prompt("p")], [["a", "b"]], near, [["b", "a"]], near.flip(1) + 1e-7
+    )
+    assert standing.win_rate_P.tolist() == [0.5]
+    assert standing.win_rate_PK.tolist() == [[0.5]]
+
+
 def test_the_model_is_frozen_and_in_eval_mode(bert: Path) -> None:
     source = loaded(bert)
     assert source.model is not None

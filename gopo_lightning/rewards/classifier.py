@@ -110,28 +110,32 @@ class SequenceClassifierReward(RewardSource):
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         """float32 scores [N], on the model's device; NaN where the text has no tokens.
 
-        That is an empty completion under `include_prompt: false`, where the tokenizer adds no special tokens.
+        A text that comes more than once is scored once: beside other rows its score would differ in the last digits,
+        and completions that tie would be ranked. No tokens has an empty completion under `include_prompt: false`, where
+        the tokenizer adds no special tokens.
 
         Raises:
             ValueError: a text longer than max_length under `truncation: error`.
         """
         if self.model is None or self.tokenizer is None:
             raise RuntimeError(f"reward source '{self.name}' is not loaded; call setup(device) first")
-        texts, special_tokens = self.render(prompts, completions)
+        texts_N, special_tokens = self.render(prompts, completions)
+        number = {text: n for n, text in enumerate(dict.fromkeys(texts_N))}
+        texts = list(number)
         tokenize = partial(encode, self.tokenizer, max_length=self.max_length, truncation=self.truncation)
         encoded = tokenize(texts, add_special_tokens=special_tokens, may_be_empty=True)
         if empty := [n for n, ids in enumerate(encoded["input_ids"]) if not ids]:
             texts = [text if ids else _STAND_IN for text, ids in zip(texts, encoded["input_ids"], strict=True)]
             encoded = tokenize(texts, add_special_tokens=special_tokens)
-        lengths_N = [len(ids) for ids in encoded["input_ids"]]
-        order = sorted(range(len(texts)), key=lambda n: lengths_N[n])
-        scores_N = torch.empty(len(texts), dtype=torch.float32, device=compute_device(self.model))
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        order = sorted(range(len(texts)), key=lambda n: lengths[n])
+        scores = torch.empty(len(texts), dtype=torch.float32, device=compute_device(self.model))
         size = self.micro_batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         for rows in in_step(batches, self.model, spare=order[:1]):
-            scores_N[rows] = self._forward(pad(self.tokenizer, encoded, rows).to(scores_N.device))
-        scores_N[empty] = torch.nan
-        return scores_N
+            scores[rows] = self._forward(pad(self.tokenizer, encoded, rows).to(scores.device))
+        scores[empty] = torch.nan
+        return scores[[number[text] for text in texts_N]]
 
     def models(self) -> list[nn.Module]:
         """The classifier."""

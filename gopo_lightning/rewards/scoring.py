@@ -12,7 +12,7 @@ from gopo_lightning.advantages import preferences, without_noise
 from gopo_lightning.distributed import all_or_none, all_reduce_sum
 from gopo_lightning.metrics import win_rate, wins_metrics
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError, score
-from gopo_lightning.rewards.pairwise import Groups, PairwiseSource, check_wins, tie_copies
+from gopo_lightning.rewards.pairwise import Groups, PairwiseSource, check_wins, content, tie_copies
 from gopo_lightning.rewards.time_limit import time_limit
 from gopo_lightning.structs import Prompt
 
@@ -115,7 +115,12 @@ def against_reference(
 
     A collective, like `score_groups`, and with its errors.
     """
-    columns = list(torch.cat([rewards_PGK, references_PRK], dim=1).unbind(-1))
+    columns = []
+    for k, source in enumerate(sources):
+        references_PR = references_PRK[..., k]
+        if isinstance(source, RewardSource):
+            references_PR = _as_copies(rewards_PGK[..., k], groups, references_PR, references, source.reads_endings)
+        columns.append(torch.cat([rewards_PGK[..., k], references_PR], dim=1))
     G = rewards_PGK.shape[1]
     win_rates = [win_rate(column[:, :G], column[:, G:]) for column in columns]
     for k, source in enumerate(sources):
@@ -130,6 +135,22 @@ def against_reference(
     direct = len(sources) == 1 and isinstance(sources[0], PairwiseSource)
     win_rate_P = win_rates[0] if direct else win_rate(joint_PG[:, :G], joint_PG[:, G:])
     return Standing(joint_PGK[:, :G], joint_PG[:, :G], win_rate_P, torch.stack(win_rates, -1))
+
+
+def _as_copies(
+    rewards_PG: Tensor, groups: Groups, references_PR: Tensor, references: Groups, reads_endings: bool
+) -> Tensor:
+    """references_PR, where a reference that equals a completion has its score.
+
+    A model that scored both in different batches gives numbers that differ in the last digits, and nobody wins there.
+    """
+    references_PR = references_PR.clone()
+    for p, (group, others) in enumerate(zip(groups, references, strict=True)):
+        number = {content(text, reads_endings): g for g, text in enumerate(group)}
+        for r, text in enumerate(others):
+            if (g := number.get(content(text, reads_endings))) is not None:
+                references_PR[p, r] = rewards_PG[p, g]
+    return references_PR
 
 
 @contextmanager

@@ -231,10 +231,15 @@ def test_a_base_model_is_not_overwritten_by_its_fine_tuned_copy(data: Preference
     assert (base / "model.safetensors").read_bytes() == before
 
 
-def test_an_interrupted_run_is_saved_and_ends_like_one_that_was_not(data: PreferenceDataModule, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [2, 5, 6, 7])
+def test_an_interrupted_run_is_saved_and_ends_like_one_that_was_not(
+    data: PreferenceDataModule, tmp_path: Path, step: int
+) -> None:
+    """In the middle of an epoch, which has three batches, and at its ends."""
+
     class CtrlC(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-            if trainer.global_step == 5:
+            if trainer.global_step == step - 1:
                 os.kill(os.getpid(), signal.SIGINT)
 
     def train(name: str, *callbacks: Callback, resume: Path | None = None) -> dict[str, torch.Tensor]:
@@ -253,7 +258,7 @@ def test_an_interrupted_run_is_saved_and_ends_like_one_that_was_not(data: Prefer
     whole = train("whole")
     with pytest.raises(SystemExit, match="130"):
         train("parts", CtrlC())
-    rest = train("parts", resume=tmp_path / "parts" / "checkpoints" / "interrupted-step=6.ckpt")
+    rest = train("parts", resume=tmp_path / "parts" / "checkpoints" / f"interrupted-step={step}.ckpt")
     assert all(torch.equal(rest[name], value) for name, value in whole.items())
 
 

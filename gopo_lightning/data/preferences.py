@@ -1,7 +1,7 @@
 """The data of reward-model training: rows → train and held-out part → batches of this rank."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
@@ -26,11 +26,23 @@ class ShardedSampler(Sampler[tuple[int, float]]):
     The order is a function of seed, epoch and row count only; rank r takes every world-th row from r. Ranks
     have the same number of rows: short of that, a shuffled order drops its last rows, a plain one repeats its
     first, with NaN for a draw.
+
+    ``place``, where there is one, tells at the start of an iteration the epoch and how many rows of it this rank has
+    had, so that a run that was interrupted in mid-epoch goes on behind them.
     """
 
-    def __init__(self, num_rows: int, *, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        place: Callable[[], tuple[int, int]] | None = None,
+    ) -> None:
         self.num_rows, self.shuffle, self.seed = num_rows, shuffle, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.place = rank, world_size, place
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -42,12 +54,13 @@ class ShardedSampler(Sampler[tuple[int, float]]):
         return math.floor(exact) if self.shuffle else math.ceil(exact)
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
-        generator = torch.Generator().manual_seed(((self.seed << 32) + self.epoch) % 2**63)
+        epoch, start = (self.epoch, 0) if self.place is None else self.place()
+        generator = torch.Generator().manual_seed(((self.seed << 32) + epoch) % 2**63)
         order = torch.arange(self.num_rows)
         if self.shuffle:
             order = torch.randperm(self.num_rows, generator=generator)
         draws = torch.rand(self.num_rows, generator=generator, dtype=torch.float64)
-        for i in range(len(self)):
+        for i in range(start, len(self)):
             place = i * self.world_size + self.rank
             row = int(order[place % self.num_rows])
             yield row, float(draws[row]) if place < self.num_rows else math.nan
@@ -210,8 +223,24 @@ class PreferenceDataModule(FingerprintedDataModule):
                 "this data module does it already. Set trainer.use_distributed_sampler: false."
             )
         return ShardedSampler(
-            num_rows, shuffle=shuffle, seed=self.seed, rank=trainer.global_rank, world_size=trainer.world_size
+            num_rows,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            place=self._place if shuffle else None,
         )
+
+    def _place(self) -> tuple[int, int]:
+        """Epoch, and rows of it that a rank has been given: by the batches of the whole run, as a checkpoint has them.
+
+        (Lightning's own count of epochs differs between checkpoints saved after the last batch and after the epoch.)
+        """
+        trainer: Any = self.trainer
+        epoch, batches = divmod(
+            trainer.fit_loop.epoch_loop.batch_progress.total.processed, trainer.num_training_batches
+        )
+        return epoch, batches * self.batch_size
 
     def _loader(
         self, rows: Sequence[Row], sampler: ShardedSampler, batch_size: int, *, one_rater: bool

@@ -91,7 +91,7 @@ def report(label: str, row: options.Row, folder: Path, seconds: float, tally: Ta
 def work(todo: list[tuple[str, options.Row]], root: Path, deadline: float, workers: int) -> Tally:
     """Try rows, ``workers`` at a time, until none is left or no time; those under way are ended."""
     shared, tally, total = root / "policies", Tally(), len(todo)
-    for policy in sorted({row.get("policy", "llama") for _, row in todo}):
+    for policy in sorted({row.get("policy", "llama") for _, row in todo} | {"gpt2"}):
         policies.folder_of(policy, shared)
     running: dict[int, tuple[str, options.Row, Path, float]] = {}
     while running or (todo and time.monotonic() < deadline):

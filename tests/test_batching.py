@@ -88,3 +88,10 @@ def test_forwarded_tokens_count_the_padding() -> None:
     batch = experience([4, 2], [3, 5])  # 2 completions each
     assert forwarded_tokens(batch, shared=True) == (4 + 2 + 2 * (3 + 5), 2 * 4 + 4 * 5)
     assert forwarded_tokens(batch, shared=False) == (2 * (4 + 2) + 2 * (3 + 5), 4 * max(4 + 3, 2 + 5))
+
+
+def test_completions_without_tokens_keep_a_column() -> None:
+    mask_NT = torch.tensor([[True, True], [False, False]])
+    completions = Completions(torch.ones(2, 2, dtype=torch.int64), mask_NT, torch.zeros(2, dtype=torch.bool), ("a", ""))
+    assert completions.select(torch.tensor([1])).tokens_NT.shape == (1, 1)
+    assert completions.select(torch.tensor([0])).tokens_NT.shape == (1, 2)

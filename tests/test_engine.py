@@ -517,3 +517,11 @@ def test_an_eos_alone_before_min_new_tokens_is_an_error() -> None:
 @pytest.mark.parametrize("given", ["</a>", ["</a>"], ("</a>",)])
 def test_a_text_alone_is_one_stop_string(given: Any) -> None:
     assert SamplingConfig(stop_strings=given).stop_strings == ("</a>",)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, False), ({"temperature": 0.0}, True), ({"top_p": 0.9}, True), ({"top_k": 1}, True), ({"min_p": 0.01}, True)],
+)
+def test_what_cuts_tokens_away(options: dict[str, Any], expected: bool) -> None:
+    assert SamplingConfig(**options).filters is expected

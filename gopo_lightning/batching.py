@@ -73,11 +73,11 @@ def fill_up(experience: Experience, batches: list[Tensor], number: int) -> list[
     The largest are halved; when all are single groups, the shortest group of ``experience`` fills up, with weight 0.
     """
     batches = list(batches)
-    while len(batches) < number and (largest := max(batches, key=len, default=torch.tensor([]))).numel() > 1:
-        place = next(i for i, batch in enumerate(batches) if batch is largest)
-        half = len(largest) // 2
-        batches[place] = largest[:half]
-        batches.append(largest[half:])
+    while len(batches) < number and max(map(len, batches), default=0) > 1:
+        place = max(range(len(batches)), key=lambda i: len(batches[i]))
+        half = len(batches[place]) // 2
+        batches.append(batches[place][half:])
+        batches[place] = batches[place][:half]
     filler = MicroBatch(torch.tensor(_longest_first(experience)[-1:]), counts=False)
     return [*map(MicroBatch, batches), *[filler] * (number - len(batches))]
 

@@ -295,9 +295,10 @@ class GOPOModule(TrainableState, OptimisedModule):
             wanted_P = torch.zeros_like(wanted_P).index_fill(0, groups_P, True)
         active_P = wanted_P & experience.advantages_PG.ne(0).any(-1).cpu() if skip_zero else wanted_P
         split = partial(split_groups, experience, budget=self.micro_batch_tokens, shared=bool(self._shares_prefix))
-        numbers = gather_objects((len(split(active_P=active_P)), len(split(active_P=wanted_P))))
+        active, wanted = (split(active_P=some_P) for some_P in (active_P, wanted_P))
+        numbers = gather_objects((len(active), len(wanted)))
         num_active, num_wanted = (max(column) for column in zip(*numbers, strict=True))
-        return fill_up(experience, split(active_P=active_P if num_active else wanted_P), num_active or num_wanted)
+        return fill_up(experience, active if num_active else wanted, num_active or num_wanted)
 
     def _update(self, experience: Experience, groups_P: Tensor) -> dict[str, Tensor]:
         """One optimiser step on ``groups_P``; the denominator is that of the whole minibatch over all ranks."""

@@ -122,8 +122,9 @@ class RewardModelModule(OptimisedModule):
             "revision": revision,
             "lora": lora or {},
             "objective": objective,
+            "margin_scale": margin_scale,
+            "centring_coef": centring_coef,
         }
-        self._settings |= {"margin_scale": margin_scale, "centring_coef": centring_coef}
         self.tokenizer = load_tokenizer(tokenizer or model, revision, trust_remote_code)
         if self.tokenizer.pad_token_id is None:
             raise ValueError(

@@ -136,9 +136,9 @@ class FunctionReward(RewardSource):
 
     The callable gets keyword arguments, each a list of N: `prompts` (their text), `completions`, and the
     dataset's other columns (None in a row without it); only those that its signature names, or all of them when it
-    takes `**kwargs`. Where its
-    signature names them, it also gets `truncated` (bool: `max_new_tokens` cut the completion off) and `num_tokens`
-    (int: its length, EOS included). It returns N numbers, None or NaN where a completion has no valid score:
+    takes `**kwargs`. Where its signature names them, it also gets `truncated` (bool: `max_new_tokens` cut the
+    completion off) and `num_tokens` (int: its length, EOS included). It returns N numbers, None or NaN where a
+    completion has no valid score:
 
         def brevity(completions: list[str], max_words: int = 20, **kwargs: list) -> list[float]:
             return [-float(len(c.split()) > max_words) for c in completions]

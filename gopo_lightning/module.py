@@ -201,7 +201,8 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.placement.check(self.trainer)
         if self.trainer.state.fn == "fit":
             checks.check_sampling(self.sampling, updates_per_rollout=self.updates_per_batch)
-        return [SaveOnSignal(), LengthCheck(), self.rollout, ValidateFirst(), PredictionWriter()]
+        kept = super().configure_callbacks()
+        return [*kept, SaveOnSignal(), LengthCheck(), self.rollout, ValidateFirst(), PredictionWriter()]
 
     def configure_model(self) -> None:
         if cast(Policy | None, self.policy) is None:

@@ -5,13 +5,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gopo_lightning.resume import KEY, OnSettingChange, check_checkpoint, plain
+from gopo_lightning.run_folder import keep_csv_metrics
 from gopo_lightning.schedules import Schedule, num_updates, restart
 
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
@@ -37,6 +38,11 @@ class OptimisedModule(LightningModule):
     def run_settings(self) -> dict[str, Any]:
         """What a checkpoint says of the run, in plain values; compared with this run's where it is resumed."""
         return plain({"optimizer": self._optimizer_settings(), "schedule": self.schedule.settings})
+
+    def configure_callbacks(self) -> list[Callback]:
+        """None of its own; before loggers begin, what they would delete is kept."""
+        keep_csv_metrics(self.trainer)
+        return []
 
     def configure_optimizers(self) -> Any:
         """The configured optimiser, and a schedule that is stepped with it."""

@@ -44,3 +44,11 @@ def checkpoint_folder(trainer: Trainer) -> Path:
     """Where this run's `ModelCheckpoint` saves; a folder of the run where there is none. A collective."""
     folder = run_folder(trainer) / "checkpoints"
     return Path(getattr(trainer.checkpoint_callback, "dirpath", None) or folder)
+
+
+def keep_csv_metrics(trainer: Trainer) -> None:
+    """Rename the `metrics.csv` of earlier commands to `metrics-<k>.csv`: a new CSVLogger of that folder deletes it."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        metrics = Path(logger.log_dir) / "metrics.csv" if isinstance(logger, CSVLogger) else None
+        if metrics is not None and metrics.exists():
+            metrics.rename(next(path for k in count(1) if not (path := metrics.with_name(f"metrics-{k}.csv")).exists()))

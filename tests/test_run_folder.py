@@ -79,6 +79,25 @@ def test_runs_do_not_overwrite_each_other(
     assert (tmp_path / "config.yaml").read_bytes() == before
 
 
+def test_a_resumed_run_keeps_its_csv_metrics(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
+    """Lightning's CSVLogger deletes the `metrics.csv` of its folder when it begins."""
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(policy=tiny_policy, prompts=prompts_file))
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "run", "version": "a"}}
+    for steps in (1, 2, 3):
+        run(
+            ["fit", "--config", str(config), f"--trainer.logger={logger}", f"--trainer.max_steps={steps}", *last(steps)]
+        )
+    names = ("metrics-1.csv", "metrics-2.csv", "metrics.csv")
+    rewards = [(tmp_path / "run" / "a" / name).read_text() for name in names]
+    assert all("reward/mean" in text for text in rewards)
+    assert len(set(rewards)) == 3
+
+
+def last(steps: int) -> list[str]:
+    return [] if steps == 1 else ["--ckpt_path", "last"]
+
+
 def test_a_trial_run_leaves_nothing(tmp_path: Path) -> None:
     for logger in (False, True):
         run_folder(Trainer(accelerator="cpu", logger=logger, fast_dev_run=True, default_root_dir=tmp_path))

@@ -140,7 +140,7 @@ class RewardModelModule(OptimisedModule):
     def configure_callbacks(self) -> list[Callback]:
         """Names that lead out of the run's folder are refused here, before anything is written."""
         check_outputs(self.trainer)
-        return [SaveOnSignal()]
+        return [*super().configure_callbacks(), SaveOnSignal()]
 
     def setup(self, stage: str) -> None:
         """Checkpoints are written whole; an export that would overwrite something, and a text that cannot be read, are

@@ -66,11 +66,10 @@ def _end_by_itself(model: LlamaForCausalLM) -> None:
     model.lm_head.weight[model.config.eos_token_id, 0] = 11.0
 
 
-@pytest.fixture(scope="session")
-def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_tiny_policy(folder: Path) -> Path:
     """A random two-layer Llama over bytes, saved as a Hugging Face folder."""
     return save_llama(
-        tmp_path_factory.mktemp("tiny_policy"),
+        folder,
         num_key_value_heads=2,
         max_position_embeddings=256,
         initializer_range=0.2,
@@ -78,10 +77,21 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture(scope="session")
-def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_prompts(folder: Path) -> Path:
     """Twelve plain prompts of unequal length, with a column that rewards can read."""
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path = folder / "prompts.jsonl"
     rows = [{"prompt": "say " + "ab" * (i % 5 + 1), "letter": "abc"[i % 3]} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `save_tiny_policy`."""
+    return save_tiny_policy(tmp_path_factory.mktemp("tiny_policy"))
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `write_prompts`."""
+    return write_prompts(tmp_path_factory.mktemp("prompts"))

@@ -1,0 +1,96 @@
+"""What the shipped configs build, field by field: a config that is written otherwise must build the same.
+
+``python -m tests.golden.configs`` records it in ``configs.json`` again.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gopo_lightning.cli import run
+from gopo_lightning.module import GOPOModule
+
+RECORD = Path(__file__).with_name("configs.json")
+CONFIGS = Path("configs")
+
+
+def describe(*arguments: str) -> dict[str, Any]:
+    """Every value that the command line builds from ``arguments``, in plain types."""
+    cli = run([*arguments, "--trainer.accelerator=cpu", "--trainer.logger=false"], instantiate_only=True)
+    module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    described: dict[str, Any] = {
+        "data": _plain({key: value for key, value in vars(data).items() if not key.startswith("__")}),
+        "precision": str(trainer.precision),
+        "max_steps": trainer.max_steps,
+        "val_check_interval": trainer.val_check_interval,
+        "check_val_every_n_epoch": trainer.check_val_every_n_epoch,
+        "callbacks": sorted(type(callback).__name__ for callback in trainer.callbacks),
+    }
+    if isinstance(module, GOPOModule):
+        return described | _policy_module(module)
+    return described | {"settings": _plain(module._settings), "optimizer": _optimizer(module.optimizer_callable)}
+
+
+def _policy_module(module: GOPOModule) -> dict[str, Any]:
+    rollout = module.rollout
+    return {
+        "policy": _plain(module.policy_config),
+        "sampling": _plain(module.sampling),
+        "loss": _plain(module.loss_config),
+        "placement": _plain(module.placement),
+        "schedule": _plain(module.schedule),
+        "optimizer": _optimizer(module.optimizer_callable),
+        "settings": _plain(module._settings),
+        "engine": {"class": type(rollout.engine).__name__, **_plain(vars(rollout.engine))},
+        "rewards": [{"class": type(s).__name__, **_plain(vars(s))} for s in rollout.reward_sources],
+        "from_wins": rollout.from_wins,
+        "num_completions": rollout.num_completions,
+        "eval_num_completions": rollout.eval_num_completions,
+        "reward_timeout_seconds": rollout.reward_timeout_seconds,
+        "micro_batch_tokens": module.micro_batch_tokens,
+        "prefix_sharing": module.prefix_sharing,
+        "log_entropy": module.log_entropy,
+        "log_reference_kl": module.log_reference_kl,
+        "on_setting_change": module.on_setting_change,
+    }
+
+
+def _optimizer(build: Any) -> Any:
+    optimizer = build([nn.Parameter(torch.zeros(1))])
+    (group,) = optimizer.param_groups
+    return {"class": type(optimizer).__name__, **_plain({key: group[key] for key in group if key != "params"})}
+
+
+def _plain(value: Any) -> Any:
+    """Nested dicts and lists of JSON's types; objects by their fields."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if isinstance(value, Path | torch.dtype):
+        return str(value)
+    if hasattr(value, "__dict__") and type(value).__module__.startswith("gopo_lightning"):
+        return {"class": type(value).__name__, **_plain(vars(value))}
+    return re.sub(r" at 0x[0-9a-f]+|^<?(class|function) |gopo_lightning[\w.]*\.", "", str(value))
+
+
+def record() -> dict[str, Any]:
+    """By the config's path."""
+    paths = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("strategy", "engine"))
+    return {str(path): describe("--config", str(path)) for path in paths}
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORD
+    target.write_text(json.dumps(record(), indent=1, sort_keys=True) + "\n")

@@ -1,6 +1,6 @@
 """GOPO: post-train language models on ranked rewards, as a PyTorch Lightning app.
 
-The names below are what YAML files use as ``class_path``; they are imported on first use, so that
+The names below are what YAML files use in a ``class_path``; they are imported on first use, so that
 ``python -m gopo_lightning --help`` answers at once.
 """
 
@@ -10,16 +10,23 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "GOPOModule": "gopo_lightning.module",
-    "RewardModelModule": "gopo_lightning.reward_model",
+    "GOPOModule": "gopo_lightning.training.gopo_module",
+    "RewardModelModule": "gopo_lightning.training.reward_model",
     "PromptDataModule": "gopo_lightning.data.prompts",
     "PreferenceDataModule": "gopo_lightning.data.preferences",
 }
+_PACKAGES = {
+    "callbacks": "gopo_lightning.training.callbacks",
+    "reward_model": "gopo_lightning.training.reward_model",
+}
+"""Under shorter names, for paths such as `gopo_lightning.callbacks.SampleTable`."""
 
 __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(_PACKAGES[name])
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_EXPORTS[name]), name)

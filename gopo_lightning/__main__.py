@@ -2,7 +2,7 @@
 
 import sys
 
-from gopo_lightning.usage import COMMANDS, FIELDS
+from gopo_lightning.commands.usage import COMMANDS, FIELDS
 
 
 def main() -> None:
@@ -10,7 +10,7 @@ def main() -> None:
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
         print(COMMANDS + FIELDS, end="")
         return
-    from gopo_lightning.cli import run
+    from gopo_lightning.commands.lightning_cli import run
 
     run()
 

@@ -13,8 +13,8 @@ from time import perf_counter
 import torch
 from transformers import BatchEncoding
 
-from gopo_lightning.reward_model.scoring import pack, separate_scores, shared_scores
 from gopo_lightning.rewards.loading import load_classifier, load_tokenizer, set_pad_token
+from gopo_lightning.rewards.shared_scoring import pack, separate_scores, shared_scores
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ def measure_ours(model: str, shape: Shape, dtype: str, compiled: bool) -> dict[s
 
     from gopo_lightning import GOPOModule, PromptDataModule
     from gopo_lightning.data.sources import PromptSource
-    from gopo_lightning.policy import PolicyConfig
+    from gopo_lightning.policy.model import PolicyConfig
     from gopo_lightning.rewards import FunctionReward
     from gopo_lightning.rollout import SamplingConfig
 
@@ -220,9 +220,9 @@ def check_gradients(model: str, shape: Shape) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOTrainer
 
-    from gopo_lightning.logprobs import completion_logprobs
-    from gopo_lightning.losses import LossConfig, policy_loss
-    from gopo_lightning.structs import Completions, Prompt, PromptBatch
+    from gopo_lightning.objectives.clipped import LossConfig, policy_loss
+    from gopo_lightning.policy.logprobs import completion_logprobs
+    from gopo_lightning.types import Completions, Prompt, PromptBatch
 
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     ids = [tokenizer(text)["input_ids"] for text in shape.prompts(tokenizer)]
@@ -367,7 +367,7 @@ def main() -> None:
         print(table(rows))
         return
     if options.model is None:
-        from gopo_lightning import assets
+        from gopo_lightning.data import assets
 
         options.model = str(assets.path("smollm2-135m-instruct"))
     if options.worker:

@@ -17,13 +17,13 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from gopo_lightning import assets
-from gopo_lightning.gathering import gathered
-from gopo_lightning.policy import PolicyConfig, eos_token_ids, load_policy, load_tokenizer
+from gopo_lightning.data import assets
+from gopo_lightning.distributed.fsdp import shard_fsdp2
+from gopo_lightning.distributed.gathering import gathered
+from gopo_lightning.policy.model import PolicyConfig, eos_token_ids, load_policy, load_tokenizer
+from gopo_lightning.policy.sharded_loading import fill, policy_without_weights
 from gopo_lightning.rollout import SamplingConfig, TransformersEngine
-from gopo_lightning.sharding import shard_fsdp2
-from gopo_lightning.shardwise import fill, policy_without_weights
-from gopo_lightning.structs import Prompt, PromptBatch
+from gopo_lightning.types import Prompt, PromptBatch
 
 
 def resident() -> float:

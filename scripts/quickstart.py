@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gopo_lightning import assets
-from gopo_lightning.json_lines import number, read_jsonl
+from gopo_lightning.data import assets
+from gopo_lightning.data.json_lines import number, read_jsonl
 
 CONFIG_ROOT = "runs/quickstart"
 """Where the configs write, and find the reward model."""

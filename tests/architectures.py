@@ -29,7 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from gopo_lightning.structs import Completions, Prompt, PromptBatch
+from gopo_lightning.types import Completions, Prompt, PromptBatch
 
 VOCAB = 61
 SIZES = {

@@ -17,15 +17,15 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from gopo_lightning.callbacks.export import export
-from gopo_lightning.checkpoints import last_of
-from gopo_lightning.distributed import gather_objects
-from gopo_lightning.losses import LossConfig
-from gopo_lightning.policy import PolicyConfig, load_policy
+from gopo_lightning.distributed.checkpoints import last_of
+from gopo_lightning.distributed.collectives import gather_objects
+from gopo_lightning.distributed.fsdp import shard_fsdp1, shard_fsdp2
+from gopo_lightning.distributed.strategies import FSDP2Strategy
+from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.policy.model import PolicyConfig, load_policy
 from gopo_lightning.rewards import FunctionReward, SequenceClassifierReward
 from gopo_lightning.rollout import SamplingConfig
-from gopo_lightning.sharding import shard_fsdp1, shard_fsdp2
-from gopo_lightning.strategies import FSDP2Strategy
+from gopo_lightning.training.callbacks.export import export
 from tests.runs import make_data, make_module, make_trainer
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": "orthogonal"}

@@ -9,10 +9,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from gopo_lightning.data.prompts import PromptDataModule
 from gopo_lightning.data.sources import PromptSource
-from gopo_lightning.module import GOPOModule
-from gopo_lightning.policy import PolicyConfig
+from gopo_lightning.policy.model import PolicyConfig
 from gopo_lightning.rewards import FunctionReward
 from gopo_lightning.rollout import SamplingConfig
+from gopo_lightning.training.gopo_module import GOPOModule
 
 
 def count_vowels(prompts: list[str], completions: list[str]) -> list[float]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gopo_lightning import advantages
+from gopo_lightning.objectives import advantages
 
 NAN, INF = math.nan, math.inf
 FLOATS = st.floats(-1e6, 1e6, width=32)
@@ -307,7 +307,7 @@ def test_get_resolves_names_paths_and_options() -> None:
     [
         ("ordinall", {}, r"unknown advantage 'ordinall'.*dr_grpo"),
         ("no.such.module", {}, "cannot be imported"),
-        ("gopo_lightning.advantages.nothing", {}, "cannot be imported"),
+        ("gopo_lightning.objectives.advantages.nothing", {}, "cannot be imported"),
         ("math.pi", {}, "is a float, not a function"),
         ("grpo", {"ties": "average"}, r"no option \['ties'\].*none"),
         ("ordinal", {"tie": "average"}, r"no option \['tie'\].*ties"),

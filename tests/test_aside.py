@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gopo_lightning.aside import clear_torn, writing_aside
+from gopo_lightning.distributed.atomic_files import clear_torn, writing_aside
 
 
 def start_writing(path: Path, *, is_folder: bool) -> int:

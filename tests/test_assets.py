@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gopo_lightning import assets
+from gopo_lightning.data import assets
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_every_asset_is_pinned() -> None:
 @pytest.mark.slow
 def test_smollm2_is_a_plain_transformers_folder() -> None:
     if not assets.is_cached("smollm2-135m-instruct"):
-        pytest.skip("run `python -m gopo_lightning.assets` first")
+        pytest.skip("run `python -m gopo_lightning.data.assets` first")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = assets.path("smollm2-135m-instruct")

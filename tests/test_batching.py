@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gopo_lightning.batching import MicroBatch, fill_up, forwarded_tokens, minibatches, split_groups
-from gopo_lightning.structs import Completions, Experience, Prompt, PromptBatch
+from gopo_lightning.training.micro_batches import MicroBatch, fill_up, forwarded_tokens, minibatches, split_groups
+from gopo_lightning.types import Completions, Experience, Prompt, PromptBatch
 
 G = 2
 

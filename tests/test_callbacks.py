@@ -30,13 +30,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gopo_lightning.callbacks import ExportHF, ProgressBar, SampleTable, Throughput
-from gopo_lightning.callbacks.export import export
-from gopo_lightning.callbacks.progress import PlainLines, RichBar, train_line, validation_line
-from gopo_lightning.callbacks.samples import escape, group_table, ranks
-from gopo_lightning.callbacks.schedule import Every
 from gopo_lightning.data.batch import Batch
-from gopo_lightning.structs import Completions, Experience, Prompt, PromptBatch
+from gopo_lightning.training.callbacks import ExportHF, ProgressBar, SampleTable, Throughput
+from gopo_lightning.training.callbacks.export import export
+from gopo_lightning.training.callbacks.progress import PlainLines, RichBar, train_line, validation_line
+from gopo_lightning.training.callbacks.samples import escape, group_table, ranks
+from gopo_lightning.training.callbacks.schedule import Every
+from gopo_lightning.types import Completions, Experience, Prompt, PromptBatch
 
 NAN, INF = float("nan"), float("inf")
 

@@ -11,8 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from gopo_lightning import checkpoints
-from gopo_lightning.checkpoints import AtomicCheckpointIO, TrainableState, atomic_save, is_whole, load, newest, step_of
+from gopo_lightning.distributed import checkpoints
+from gopo_lightning.distributed.checkpoints import (
+    AtomicCheckpointIO,
+    TrainableState,
+    atomic_save,
+    is_whole,
+    load,
+    newest,
+    step_of,
+)
 
 
 def write(path: Path, value: int = 0) -> Path:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gopo_lightning.cli import run
+from gopo_lightning.commands.lightning_cli import run
 
 
 def gopo(*args: str) -> str:

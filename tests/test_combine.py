@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gopo_lightning import advantages
+from gopo_lightning.objectives import advantages
 from gopo_lightning.rewards import combine
 
 NAN, INF = math.nan, math.inf

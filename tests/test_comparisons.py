@@ -14,14 +14,14 @@ from gopo_lightning.data.comparison_batches import Comparisons, collate_comparis
 from gopo_lightning.data.comparisons import ComparisonRow, load_comparisons
 from gopo_lightning.data.preferences import PreferenceDataModule
 from gopo_lightning.data.sources import PromptSource
-from gopo_lightning.reward_model import (
+from gopo_lightning.training.reward_model import (
     ComparisonMetrics,
     RewardModelModule,
     bradley_terry,
     centring,
     plackett_luce,
 )
-from gopo_lightning.reward_model.metrics import agreement, calibration_error
+from gopo_lightning.training.reward_model.metrics import agreement, calibration_error
 from tests.conftest import save_llama
 from tests.test_rewards import save_bert
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from lightning.pytorch import LightningModule
 
-from gopo_lightning.cli import run
+from gopo_lightning.commands.lightning_cli import run
 
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
 OVERLAYS = ("strategy", "engine")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from gopo_lightning.evaluation import EvaluationMetrics
 from gopo_lightning.rewards import (
     FunctionComparator,
     FunctionReward,
@@ -22,7 +21,8 @@ from gopo_lightning.rewards import (
 )
 from gopo_lightning.rewards.examples import finished
 from gopo_lightning.rollout import SamplingConfig
-from gopo_lightning.structs import Completion, Completions, Prompt
+from gopo_lightning.training.validation import EvaluationMetrics
+from gopo_lightning.types import Completion, Completions, Prompt
 from tests.runs import make_data, make_module, make_trainer
 
 PROMPT = Prompt(0, (1,), "q")

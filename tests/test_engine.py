@@ -18,16 +18,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gopo_lightning.logprobs import completion_logprobs
-from gopo_lightning.rollout.choice import obstacle
-from gopo_lightning.rollout.decoders import SharedDecoder
-from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
-from gopo_lightning.rollout.precision import sampling_precision
-from gopo_lightning.rollout.sampling import candidates, draw, inverse_cdf
-from gopo_lightning.rollout.streams import stream_seeds, uniforms
-from gopo_lightning.rollout.transformers_engine import TransformersEngine
-from gopo_lightning.shared_prefix import layouts
-from gopo_lightning.structs import Completions, Prompt, PromptBatch
+from gopo_lightning.policy.logprobs import completion_logprobs
+from gopo_lightning.policy.shared_prefix import packing as layouts
+from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
+from gopo_lightning.rollout.engines.decoder_choice import obstacle
+from gopo_lightning.rollout.engines.decoders import SharedDecoder
+from gopo_lightning.rollout.engines.drawing import candidates, draw, inverse_cdf
+from gopo_lightning.rollout.engines.precision import sampling_precision
+from gopo_lightning.rollout.engines.streams import stream_seeds, uniforms
+from gopo_lightning.rollout.engines.transformers import TransformersEngine
+from gopo_lightning.types import Completions, Prompt, PromptBatch
 from tests.architectures import BUILDERS, SIZES, VOCAB, build, prompt_batch
 from tests.conftest import byte_tokenizer
 
@@ -132,7 +132,7 @@ def test_decoding_fewer_rows_at_once_does_not_change_the_text(sharing: str, monk
         rows.append(len(logits_NV))
         return draw(logits_NV, *args, **kwargs)
 
-    monkeypatch.setattr("gopo_lightning.rollout.transformers_engine.draw", counted)
+    monkeypatch.setattr("gopo_lightning.rollout.engines.transformers.draw", counted)
     for max_rows, most in ((100, 20), (9, 8), (1, 4)):  # whole groups: at least one
         rows.clear()
         completions = generate(model, prompts, sharing, 4, max_rows=max_rows, **options)
@@ -305,7 +305,7 @@ def test_samples_follow_the_distribution(options: dict[str, Any]) -> None:
 
 
 def test_rows_are_drawn_in_blocks_as_they_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gopo_lightning.batching._BLOCK", 3 * 12)  # three rows
+    monkeypatch.setattr("gopo_lightning.training.micro_batches._BLOCK", 3 * 12)  # three rows
     logits_NV, uniforms_N = torch.randn(10, 12), torch.rand(10, dtype=torch.float64)
     config = SamplingConfig(top_p=0.9)
     tokens_N, logprobs_N = draw(logits_NV, uniforms_N, config, None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gopo_lightning.export_folder import LISTING, check_export_folder, write_export
+from gopo_lightning.training.export_folder import LISTING, check_export_folder, write_export
 
 
 def fill(text: str) -> Callable[[Path], None]:

@@ -15,19 +15,20 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gopo_lightning.layers import plain_outputs
-from gopo_lightning.logprobs import completion_logprobs, next_token_logits
-from gopo_lightning.reward_model.scoring import Scorer
-from gopo_lightning.rollout.choice import DecoderChoice
-from gopo_lightning.rollout.decoders import (
+from gopo_lightning.distributed.decoder_layers import plain_outputs
+from gopo_lightning.policy.logprobs import completion_logprobs
+from gopo_lightning.policy.next_token import next_token_logits
+from gopo_lightning.policy.shared_prefix import supports_shared_prefix
+from gopo_lightning.rewards.shared_scoring import Scorer
+from gopo_lightning.rollout.engines.decoder_choice import DecoderChoice
+from gopo_lightning.rollout.engines.decoders import (
     ExpandedDecoder,
     RecomputingDecoder,
     SharedDecoder,
     UnpaddedDecoder,
     memory_of_rows,
 )
-from gopo_lightning.shared_prefix import supports_shared_prefix
-from gopo_lightning.structs import Completions, PromptBatch
+from gopo_lightning.types import Completions, PromptBatch
 from tests.architectures import (
     FAMILIES,
     SIZES,
@@ -235,7 +236,7 @@ def test_a_rank_that_waits_for_others_writes_nothing_new(name: str, monkeypatch:
     model, prompts = family(name), prompt_batch((5, 9, 1, 9))
     options: dict[str, Any] = {"eos": range(1, 16), "max_rows": 4}
     expected, calls = generate(model, prompts, "never", 4, **options), []
-    engine = "gopo_lightning.rollout.transformers_engine"
+    engine = "gopo_lightning.rollout.engines.transformers"
     monkeypatch.setattr(f"{engine}.forward_is_collective", lambda model: True)
     monkeypatch.setattr(f"{engine}.gather_objects", lambda count: calls.append(count) or [count, count + 2])
     monkeypatch.setattr(f"{engine}.any_rank", lambda flag, device: flag)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gopo_lightning.json_lines import dumps, number, read_jsonl, write_jsonl
+from gopo_lightning.data.json_lines import dumps, number, read_jsonl, write_jsonl
 
 BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 """All that `str.splitlines` breaks at."""

@@ -24,11 +24,11 @@ from lightning.pytorch import Callback, Trainer
 
 pytest.importorskip("openai")
 
-from gopo_lightning import assets
+from gopo_lightning.data import assets
 from gopo_lightning.rewards import LLMJudge, SourceConfigError, score_groups
-from gopo_lightning.rewards.judge import read_verdict
 from gopo_lightning.rewards.judge_prompt import fence_for, fenced
 from gopo_lightning.rewards.judge_server import retry_after
+from gopo_lightning.rewards.llm_judge import read_verdict
 from gopo_lightning.rewards.verdict_cache import VerdictCache
 from tests.runs import make_module
 from tests.test_module import fit, scalars

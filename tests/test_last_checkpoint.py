@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from gopo_lightning.callbacks.save_on_signal import SaveOnSignal
-from gopo_lightning.checkpoints import atomic_save, last_of, newest, step_of
-from gopo_lightning.run_folder import checkpoint_folder
+from gopo_lightning.distributed.checkpoints import atomic_save, last_of, newest, step_of
+from gopo_lightning.distributed.run_folder import checkpoint_folder
+from gopo_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from tests.test_run_folder import Server
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from gopo_lightning.layers import compile_layers, uncompiled
-from gopo_lightning.logprobs import check_shared_prefix, completion_logprobs
+from gopo_lightning.distributed.decoder_layers import compile_layers, uncompiled
+from gopo_lightning.policy.logprobs import completion_logprobs
+from gopo_lightning.policy.prefix_sharing import check_shared_prefix
 from tests.architectures import build, gradients, prompt_batch, ragged_completions, relative_difference
 
 

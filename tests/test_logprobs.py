@@ -5,9 +5,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from gopo_lightning.logprobs import check_shared_prefix, completion_logprobs, head, next_token_logits
-from gopo_lightning.shared_prefix import PackedGroups
-from gopo_lightning.structs import Completions, PromptBatch
+from gopo_lightning.policy import lm_head as head
+from gopo_lightning.policy.logprobs import completion_logprobs
+from gopo_lightning.policy.next_token import next_token_logits
+from gopo_lightning.policy.prefix_sharing import check_shared_prefix
+from gopo_lightning.policy.shared_prefix import PackedGroups
+from gopo_lightning.types import Completions, PromptBatch
 from tests.architectures import (
     BUILDERS,
     SCALED_LOGITS,

@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
-from gopo_lightning import adapters
-from gopo_lightning.adapters import InitialWeights, lora_config
-from gopo_lightning.callbacks.export import export
-from gopo_lightning.losses import LossConfig
-from gopo_lightning.placement import PlacementConfig, Reference
-from gopo_lightning.policy import Policy, PolicyConfig, load_policy, load_tokenizer, reference_of
-from gopo_lightning.pretrained import fingerprint
-from gopo_lightning.reward_model import RewardModelModule
+from gopo_lightning.distributed.fsdp import reshard
+from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.policy import adapters
+from gopo_lightning.policy.adapters import InitialWeights, lora_config
+from gopo_lightning.policy.loading import fingerprint
+from gopo_lightning.policy.model import Policy, PolicyConfig, load_policy, load_tokenizer, reference_of
+from gopo_lightning.policy.sharded_loading import policy_without_weights
 from gopo_lightning.rewards import LocalJudge, SequenceClassifierReward
-from gopo_lightning.sharding import reshard
-from gopo_lightning.shardwise import policy_without_weights
-from gopo_lightning.structs import Prompt
+from gopo_lightning.training.callbacks.export import export
+from gopo_lightning.training.placement import PlacementConfig, Reference
+from gopo_lightning.training.reward_model import RewardModelModule
+from gopo_lightning.types import Prompt
 from tests.conftest import byte_tokenizer
 from tests.ranks import Case, assert_same_run, launch, on, sharded_policy
 from tests.runs import make_data, make_module, make_trainer

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gopo_lightning import losses
-from gopo_lightning.losses import LossConfig
+from gopo_lightning.objectives import clipped as losses
+from gopo_lightning.objectives.clipped import LossConfig
 
 N, T = 4, 6
 NAN = math.nan

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gopo_lightning.metrics import completion_metrics, pair_ties, reward_metrics, win_rate
+from gopo_lightning.rewards.metrics import completion_metrics, pair_ties, reward_metrics, win_rate
 
 NAN = math.nan
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gopo_lightning.losses import LossConfig
+from gopo_lightning.objectives.clipped import LossConfig
 from gopo_lightning.rewards import FunctionReward
 from tests.ranks import Case, assert_same_run, launch, on, read, run_case
 

@@ -11,12 +11,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from gopo_lightning.advantages import ordinal
-from gopo_lightning.losses import LossConfig
-from gopo_lightning.module import GOPOModule
-from gopo_lightning.policy import PolicyConfig
+from gopo_lightning.objectives.advantages import ordinal
+from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.policy.model import PolicyConfig
 from gopo_lightning.rewards import FunctionReward
 from gopo_lightning.rollout import SamplingConfig
+from gopo_lightning.training.gopo_module import GOPOModule
 from tests.runs import make_data, make_module, make_trainer, weights
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from gopo_lightning.advantages import ordinal, ordinal_from_wins, preferences, valid_from_wins
-from gopo_lightning.metrics import rank_correlation, wins_metrics
+from gopo_lightning.objectives.advantages import ordinal, ordinal_from_wins, preferences, valid_from_wins
 from gopo_lightning.rewards import (
     FunctionComparator,
     FunctionReward,
@@ -23,9 +22,10 @@ from gopo_lightning.rewards import (
     combine,
     score_groups,
 )
+from gopo_lightning.rewards.metrics import rank_correlation, wins_metrics
 from gopo_lightning.rewards.pairwise import Groups, check_wins, round_robin
 from gopo_lightning.rewards.scoring import win_share
-from gopo_lightning.structs import Prompt
+from gopo_lightning.types import Prompt
 from tests.conftest import byte_tokenizer
 from tests.runs import make_data, make_module, make_trainer
 from tests.test_module import fit, scalars

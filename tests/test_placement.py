@@ -13,15 +13,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from gopo_lightning import gathering, placement
-from gopo_lightning.gathering import gathered, in_step
-from gopo_lightning.logprobs import completion_logprobs
-from gopo_lightning.placement import PlacementConfig, on_device
-from gopo_lightning.policy import PolicyConfig, load_policy
+from gopo_lightning.distributed import gathering
+from gopo_lightning.distributed.fsdp import clip_grad_norm, shard_fsdp2, whole_bytes
+from gopo_lightning.distributed.gathering import gathered, in_step
+from gopo_lightning.policy.logprobs import completion_logprobs
+from gopo_lightning.policy.model import PolicyConfig, load_policy
+from gopo_lightning.policy.sharded_loading import fill, policy_without_weights
 from gopo_lightning.rollout import SamplingConfig, TransformersEngine
-from gopo_lightning.sharding import clip_grad_norm, shard_fsdp2, whole_bytes
-from gopo_lightning.shardwise import fill, policy_without_weights
-from gopo_lightning.structs import PromptBatch
+from gopo_lightning.training import placement
+from gopo_lightning.training.placement import PlacementConfig, on_device
+from gopo_lightning.types import PromptBatch
 from tests.architectures import build, prompt_batch, ragged_completions
 from tests.conftest import byte_tokenizer
 from tests.ranks import Case, assert_same_run, launch, on, read, run_case

@@ -9,8 +9,10 @@ import torch
 from huggingface_hub import constants, errors
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gopo_lightning import pretrained
-from gopo_lightning.policy import (
+from gopo_lightning.distributed.fsdp import clip_grad_norm
+from gopo_lightning.policy import loading as pretrained
+from gopo_lightning.policy.loading import finding
+from gopo_lightning.policy.model import (
     PolicyConfig,
     end_of_turn,
     eos_token_ids,
@@ -20,8 +22,6 @@ from gopo_lightning.policy import (
     load_tokenizer,
     reference_of,
 )
-from gopo_lightning.pretrained import finding
-from gopo_lightning.sharding import clip_grad_norm
 from tests.conftest import byte_tokenizer, save_llama
 from tests.runs import make_data, make_module, make_trainer
 

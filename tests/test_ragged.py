@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gopo_lightning.advantages import ordinal
-from gopo_lightning.logprobs import check_shared_prefix, completion_logprobs
-from gopo_lightning.losses import LossConfig
-from gopo_lightning.module import GOPOModule
-from gopo_lightning.structs import Completions, Experience, Prompt, PromptBatch
+from gopo_lightning.objectives.advantages import ordinal
+from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.policy.logprobs import completion_logprobs
+from gopo_lightning.policy.prefix_sharing import check_shared_prefix
+from gopo_lightning.training.gopo_module import GOPOModule
+from gopo_lightning.types import Completions, Experience, Prompt, PromptBatch
 from tests.runs import make_module
 from tests.test_module import fit
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from gopo_lightning.losses import LossConfig
-from gopo_lightning.policy import PolicyConfig
+from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.policy.model import PolicyConfig
 from gopo_lightning.rewards import FunctionComparator, FunctionReward, RewardSource, SequenceClassifierReward
 from gopo_lightning.rollout import TransformersEngine
-from gopo_lightning.structs import Completions
+from gopo_lightning.types import Completions
 from tests.conftest import byte_tokenizer
 from tests.ranks import Case, launch, run_case
 from tests.test_resume import assert_identical

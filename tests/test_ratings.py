@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gopo_lightning import assets
-from gopo_lightning.data import ratings
+from gopo_lightning.data import assets, ratings
 from gopo_lightning.data.ratings import RatedSentence
 
 
@@ -85,7 +84,7 @@ def test_prompts_are_unique_long_enough_and_held_out_by_sentence(many: Path) -> 
         assert (row["text"] in held_out) == (row in validation)
 
 
-@pytest.mark.skipif(not assets.is_cached("movie-ratings"), reason="run `python -m gopo_lightning.assets` first")
+@pytest.mark.skipif(not assets.is_cached("movie-ratings"), reason="run `python -m gopo_lightning.data.assets` first")
 def test_the_real_files_parse() -> None:
     movie, amazon = ratings.load("movie"), ratings.load("amazon")
     assert (len(movie), len(amazon)) == (10603, 3689)

@@ -8,8 +8,8 @@ import torch
 
 from gopo_lightning.rewards import FunctionComparator, FunctionReward
 from gopo_lightning.rollout import SamplingConfig
-from gopo_lightning.rollout.reference import ReferenceCompletions
-from gopo_lightning.structs import Completions, Prompt, PromptBatch
+from gopo_lightning.training.reference_completions import ReferenceCompletions
+from gopo_lightning.types import Completions, Prompt, PromptBatch
 from tests.runs import make_data, make_module, make_trainer
 
 

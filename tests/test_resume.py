@@ -14,10 +14,10 @@ import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from gopo_lightning.callbacks.save_on_signal import SaveOnSignal
-from gopo_lightning.checkpoints import last_of, newest
-from gopo_lightning.cli import run
-from gopo_lightning.policy import PolicyConfig
+from gopo_lightning.commands.lightning_cli import run
+from gopo_lightning.distributed.checkpoints import last_of, newest
+from gopo_lightning.policy.model import PolicyConfig
+from gopo_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from tests.faults.jobs import config_values
 from tests.ranks import LORA, Record
 from tests.runs import make_data, make_module, make_trainer

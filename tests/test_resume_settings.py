@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from gopo_lightning.resume import KEY, describe_setting_changes, plain
+from gopo_lightning.training.resume import KEY, describe_setting_changes, plain
 from tests.runs import make_data, make_module, make_trainer
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gopo_lightning.cli import run
+from gopo_lightning.commands.lightning_cli import run
 from gopo_lightning.data import comparison_formats
-from gopo_lightning.reward_model import scoring
 from gopo_lightning.rewards import SequenceClassifierReward
+from gopo_lightning.rewards import shared_scoring as scoring
 from tests.conftest import save_llama
 from tests.test_comparisons import BAD, FORMATS, GOOD
 from tests.test_rewards import prompt

@@ -18,12 +18,8 @@ from gopo_lightning.data import ratings
 from gopo_lightning.data.comparison_batches import Comparisons, collate_sentences, wins_from_ratings
 from gopo_lightning.data.preferences import PreferenceDataModule, ShardedSampler
 from gopo_lightning.data.ratings import RatedSentence
-from gopo_lightning.reward_model import (
-    ComparisonMetrics,
-    RewardModelModule,
-    bradley_terry,
-)
 from gopo_lightning.rewards import SequenceClassifierReward
+from gopo_lightning.training.reward_model import ComparisonMetrics, RewardModelModule, bradley_terry
 from tests.test_rewards import prompt, save_bert
 
 # --- maths -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from lightning import Callback, Trainer
 
 from gopo_lightning.data.preferences import PreferenceDataModule
-from gopo_lightning.reward_model import RewardModelModule
+from gopo_lightning.training.reward_model import RewardModelModule
 from tests.test_rewards import save_bert
 
 REFUSES_SYSTEM = (

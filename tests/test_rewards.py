@@ -18,7 +18,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from gopo_lightning import advantages
+from gopo_lightning.objectives import advantages
 from gopo_lightning.rewards import (
     FunctionComparator,
     FunctionReward,
@@ -29,7 +29,7 @@ from gopo_lightning.rewards import (
     score,
     score_groups,
 )
-from gopo_lightning.structs import Prompt
+from gopo_lightning.types import Prompt
 from tests.conftest import byte_tokenizer
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from gopo_lightning.cli import run
-from gopo_lightning.run_folder import run_folder
+from gopo_lightning.commands.lightning_cli import run
+from gopo_lightning.distributed.run_folder import run_folder
 from tests.runs import make_trainer
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from torch.optim import SGD
 from transformers import get_scheduler
 
-from gopo_lightning.schedules import ENDLESS, Schedule, num_updates
+from gopo_lightning.training.schedules import ENDLESS, Schedule, num_updates
 from tests.runs import make_data, make_module, make_trainer
 
 OPTIONS: dict[str, dict[str, Any]] = {

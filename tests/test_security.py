@@ -18,15 +18,17 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from gopo_lightning import GOPOModule, callbacks, rewards, rollout
-from gopo_lightning.cli import run
+from gopo_lightning import GOPOModule, rewards, rollout
+from gopo_lightning.commands.lightning_cli import run
+from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.data import PromptDataModule
 from gopo_lightning.data.preferences import PreferenceDataModule
 from gopo_lightning.data.sources import PromptSource
-from gopo_lightning.policy import PolicyConfig, load_policy, load_reference, load_tokenizer
-from gopo_lightning.reward_model import RewardModelModule
+from gopo_lightning.policy.model import PolicyConfig, load_policy, load_reference, load_tokenizer
 from gopo_lightning.rewards import LLMJudge, LocalJudge, SequenceClassifierReward, SourceConfigError, score_groups
-from gopo_lightning.security import check_stays_inside, refuse_secrets
+from gopo_lightning.training import callbacks
+from gopo_lightning.training.checks import check_stays_inside
+from gopo_lightning.training.reward_model import RewardModelModule
 from tests.conftest import byte_tokenizer
 from tests.runs import make_data, make_module, make_trainer
 from tests.test_judge import Server, server  # noqa: F401 - the fixture

@@ -18,17 +18,17 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gopo_lightning.logprobs import completion_logprobs
-from gopo_lightning.prefix_sharing import decide_prefix_sharing
-from gopo_lightning.shared_prefix import (
+from gopo_lightning.policy.logprobs import completion_logprobs
+from gopo_lightning.policy.prefix_sharing import decide_prefix_sharing
+from gopo_lightning.policy.shared_prefix import (
     IMPLEMENTATION,
     PackedGroups,
     attend_completions,
-    parts,
     shared_prefix_attention,
     supports_shared_prefix,
 )
-from gopo_lightning.structs import Experience
+from gopo_lightning.policy.shared_prefix import partial_softmax as parts
+from gopo_lightning.types import Experience
 from tests.architectures import (
     BUILDERS,
     SIZES,

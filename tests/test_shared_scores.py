@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BatchEncoding, PreTrainedModel
 
 from gopo_lightning.data.preferences import PreferenceDataModule
-from gopo_lightning.reward_model import RewardModelModule, bradley_terry, scoring
-from gopo_lightning.reward_model.scoring import Scorer, pack, separate_scores, shared_scores
-from gopo_lightning.shared_prefix import PackedLists, attend_prompt
+from gopo_lightning.policy.shared_prefix import PackedLists, attend_prompt
+from gopo_lightning.rewards import shared_scoring as scoring
+from gopo_lightning.rewards.shared_scoring import Scorer, pack, separate_scores, shared_scores
+from gopo_lightning.training.reward_model import RewardModelModule, bradley_terry
 from tests.architectures import BUILDERS, VOCAB, build, gradients, relative_difference
 from tests.conftest import byte_tokenizer
 from tests.test_rewards import save_bert
@@ -88,7 +89,7 @@ def test_a_token_sees_the_prefix_and_its_own_text() -> None:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_the_block_mask_is_the_same_mask(softcap: float | None) -> None:
     """What CUDA runs, here uncompiled."""
-    from gopo_lightning.shared_prefix.layouts import _attend_blocks
+    from gopo_lightning.policy.shared_prefix.packing import _attend_blocks
 
     layout = PackedLists(torch.tensor([[0, 0, 1, 1, 2, -1], [1, 2, 2, 2, 3, 3]]))
     torch.manual_seed(0)

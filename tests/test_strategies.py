@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import nn
 
-from gopo_lightning.layers import decoder_layers
+from gopo_lightning.distributed.decoder_layers import decoder_layers
 from tests.ranks import Case, assert_same_run, assert_same_tensors, launch, on, read, run_case
 
 RUNS = {

@@ -2,7 +2,7 @@
 
 import torch
 
-from gopo_lightning.rollout.streams import stream_seeds, uniforms
+from gopo_lightning.rollout.engines.streams import stream_seeds, uniforms
 
 
 def test_golden_seeds() -> None:

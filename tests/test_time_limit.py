@@ -13,7 +13,7 @@ import pytest
 from gopo_lightning.rewards import FunctionComparator, FunctionReward
 from gopo_lightning.rewards.scoring import against_reference, score_groups
 from gopo_lightning.rewards.time_limit import time_limit
-from gopo_lightning.structs import Prompt
+from gopo_lightning.types import Prompt
 from tests.runs import make_data, make_module, make_trainer
 
 PROMPT = Prompt(0, (1,), "say", None, {})

@@ -13,14 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from gopo_lightning.cli import run
-from gopo_lightning.gathering import gathered
-from gopo_lightning.logprobs import completion_logprobs
-from gopo_lightning.policy import PolicyConfig, load_policy
+from gopo_lightning.commands.lightning_cli import run
+from gopo_lightning.distributed.gathering import gathered
+from gopo_lightning.policy.logprobs import completion_logprobs
+from gopo_lightning.policy.model import PolicyConfig, load_policy
 from gopo_lightning.rollout import SamplingConfig, TransformersEngine, VLLMEngine
-from gopo_lightning.rollout.engine import RolloutEngine
-from gopo_lightning.rollout.streams import stream_seeds
-from gopo_lightning.structs import Completions, PromptBatch
+from gopo_lightning.rollout.engines.base import RolloutEngine
+from gopo_lightning.rollout.engines.streams import stream_seeds
+from gopo_lightning.types import Completions, PromptBatch
 from tests.architectures import prompt_batch
 from tests.conftest import byte_tokenizer
 from tests.ranks import Case, launch, sharded_policy
@@ -188,7 +188,7 @@ def test_an_adapter_is_sampled_from(policies: dict[str, Path], engines: dict[str
 def test_weights_that_do_not_arrive_are_noticed(
     policies: dict[str, Path], engines: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gopo_lightning.rollout import vllm_engine
+    from gopo_lightning.rollout.engines import vllm as vllm_engine
 
     def some(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, value) for name, value in real(model) if "o_proj" not in name)

@@ -15,12 +15,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gopo_lightning.logprobs import completion_logprobs
-from gopo_lightning.losses import LossConfig
-from gopo_lightning.rollout import SamplingConfig, VLLMEngine, vllm_engine
-from gopo_lightning.rollout.streams import stream_seeds
-from gopo_lightning.rollout.vllm_start import check_supported
-from gopo_lightning.structs import Completions
+from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.policy.logprobs import completion_logprobs
+from gopo_lightning.rollout import SamplingConfig, VLLMEngine
+from gopo_lightning.rollout.engines import vllm as vllm_engine
+from gopo_lightning.rollout.engines.streams import stream_seeds
+from gopo_lightning.rollout.engines.vllm_start import check_supported
+from gopo_lightning.types import Completions
 from tests.architectures import build, prompt_batch
 from tests.conftest import byte_tokenizer
 from tests.runs import make_data, make_module, make_trainer
@@ -250,7 +251,7 @@ def test_a_start_says_that_it_compiles_and_leaves_the_signals_heard(
     eager: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("gopo_lightning.rollout.vllm_start.rank_zero_info", said.append)
+    monkeypatch.setattr("gopo_lightning.rollout.engines.vllm_start.rank_zero_info", said.append)
     before = signal.getsignal(signal.SIGTERM)
     generate(VLLMEngine(options={"enforce_eager": eager}), build("llama"))
     assert signal.getsignal(signal.SIGTERM) is before

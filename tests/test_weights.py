@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from gopo_lightning.gathering import gathered
-from gopo_lightning.policy import PolicyConfig, load_policy
-from gopo_lightning.rollout.weights import merged_weights
+from gopo_lightning.distributed.gathering import gathered
+from gopo_lightning.distributed.whole_weights import merged_weights
+from gopo_lightning.policy.model import PolicyConfig, load_policy
 from tests.architectures import BUILDERS, build
 from tests.ranks import Case, launch, sharded_policy
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from gopo_lightning.structs import Prompt, PromptBatch
+from gopo_lightning.types import Prompt, PromptBatch
 
 
 class Batch:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gopo_lightning.data.comparisons import ComparisonRow, Text
 from gopo_lightning.data.ratings import RatedSentence
-from gopo_lightning.structs import TensorStruct
+from gopo_lightning.types import TensorStruct
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from jinja2 import TemplateError
+
 Message: TypeAlias = Mapping[str, Any]
 Conversation: TypeAlias = tuple[Message, ...]
 
@@ -133,3 +135,30 @@ def _holds(context: Sequence[Any], asked: Sequence[Any]) -> bool:
     """Whether ``asked`` stands in ``context``, in one piece."""
     n = len(asked)
     return bool(n) and any(context[start : start + n] == asked for start in range(len(context) - n + 1))
+
+
+def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """The conversation as the tokenizer's chat template writes it.
+
+    Raises:
+        ValueError: the template refuses it, such as a role or an order of roles that it does not know.
+    """
+    try:
+        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
+    except (TemplateError, TypeError) as error:  # a TypeError: of an expression in the template
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise ValueError(
+            f"the chat template refuses the conversation with the roles {roles}: {error}. Leave out what it refuses, "
+            "or use a chat template that takes it."
+        ) from error
+
+
+def check_unicode(text: str) -> None:
+    """ValueError for half a surrogate pair, as cut-off JSON escapes leave it: no tokenizer reads one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"half a character (a lone surrogate, {text[error.start]!r}) at position {error.start} of the text "
+            f"…{text[max(error.start - 40, 0) : error.start]!r}. Repair or remove it."
+        ) from error

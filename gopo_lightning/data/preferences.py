@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from gopo_lightning import assets
-from gopo_lightning.data import ratings
+from gopo_lightning.data import assets, ratings
 from gopo_lightning.data.comparison_batches import Comparisons, collate_comparisons, collate_sentences
 from gopo_lightning.data.comparisons import ComparisonRow, Text, load_comparisons, place
 from gopo_lightning.data.fingerprint import Digest, FingerprintedDataModule, OnDataChange

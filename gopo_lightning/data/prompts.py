@@ -16,7 +16,7 @@ from gopo_lightning.data.fingerprint import Digest, FingerprintedDataModule, OnD
 from gopo_lightning.data.rendering import PromptRenderer, Template
 from gopo_lightning.data.sampler import InOrderSampler, Place, PromptSampler
 from gopo_lightning.data.sources import PromptSource, columns_of, load_rows
-from gopo_lightning.structs import Prompt
+from gopo_lightning.types import Prompt
 
 Overlong = Literal["error", "drop", "truncate_left"]
 

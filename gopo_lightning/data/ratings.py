@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gopo_lightning import assets
+from gopo_lightning.data import assets
 
 Source = Literal["movie", "amazon"]
 Split = Literal["train", "validation"]

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from gopo_lightning.data.conversations import Conversation, messages_of, parsed_messages
+from gopo_lightning.data.conversations import Conversation, apply_template, check_unicode, messages_of, parsed_messages
 from gopo_lightning.data.sources import PromptSource
-from gopo_lightning.rewards.loading import apply_template, check_unicode
-from gopo_lightning.structs import Prompt
+from gopo_lightning.types import Prompt
 
 Template = Literal["auto", "always", "never"]
 

@@ -5,7 +5,7 @@ from gopo_lightning.rewards.base import HoldsModels, RewardSource, SourceConfigE
 from gopo_lightning.rewards.classifier import SequenceClassifierReward
 from gopo_lightning.rewards.comparators import FunctionComparator, RankingOracle, RewardModelComparator
 from gopo_lightning.rewards.function import FunctionReward
-from gopo_lightning.rewards.judge import LLMJudge
+from gopo_lightning.rewards.llm_judge import LLMJudge
 from gopo_lightning.rewards.local_judge import LocalJudge
 from gopo_lightning.rewards.pairwise import PairComparator, PairwiseSource
 from gopo_lightning.rewards.scoring import (

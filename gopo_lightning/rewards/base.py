@@ -9,8 +9,8 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from gopo_lightning.sharding import is_sharded
-from gopo_lightning.structs import Prompt
+from gopo_lightning.distributed.fsdp import is_sharded
+from gopo_lightning.types import Prompt
 
 Scores: TypeAlias = Tensor | Iterable[float | None]
 """N numbers: a tensor, list, tuple or NumPy array; in a list or tuple None may stand for NaN."""
@@ -53,7 +53,7 @@ class RewardSource(ABC):
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
         """N scores of N completions; ``prompts[n]`` is the prompt of ``completions[n]``.
 
-        In a run each completion is a ``structs.Completion``: its text, with the attributes ``truncated`` and
+        In a run each completion is a ``types.Completion``: its text, with the attributes ``truncated`` and
         ``num_tokens``. A source that reads these sets ``reads_endings``.
         """
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from gopo_lightning.gathering import compute_device, in_step
-from gopo_lightning.layers import plain_outputs
+from gopo_lightning.distributed.decoder_layers import plain_outputs
+from gopo_lightning.distributed.gathering import compute_device, in_step
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError
 from gopo_lightning.rewards.loading import (
     Dtype,
@@ -21,7 +21,7 @@ from gopo_lightning.rewards.loading import (
     pad,
     set_pad_token,
 )
-from gopo_lightning.structs import Prompt
+from gopo_lightning.types import Prompt
 
 OutputField: TypeAlias = Literal["logits", "score"]
 Template: TypeAlias = Literal["auto", "chat", "plain"]

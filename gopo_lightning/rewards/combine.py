@@ -1,4 +1,4 @@
-"""Several reward sources → one reward: rewards_PGK → rewards_PG. Shape legend: `structs.py`.
+"""Several reward sources → one reward: rewards_PGK → rewards_PG. Shape legend: `types.py`.
 
 All compute in float64 and return it: rewards are not rounded before they are ranked. `weighted_sum` adds magnitudes,
 so every source needs the right scale. `borda` and `lexicographic` read the order within each source only: no source's
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gopo_lightning import advantages
+from gopo_lightning.objectives import advantages
 from gopo_lightning.rewards.function import load_callable
 
 Combination: TypeAlias = Callable[[Tensor], Tensor]

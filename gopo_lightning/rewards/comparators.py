@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gopo_lightning.rewards.base import HoldsModels, RewardSource, Scores, score
 from gopo_lightning.rewards.function import ENDINGS, DatasetFunction
 from gopo_lightning.rewards.pairwise import Groups, PairComparator, PairwiseSource, content
-from gopo_lightning.structs import Prompt
+from gopo_lightning.types import Prompt
 
 _ORDER = (
     "an order is a list of completion numbers from 0 on, the best first, and of lists of those that tie: [2, [0, 1]]"

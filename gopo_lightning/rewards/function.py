@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gopo_lightning.rewards.base import RewardSource, Scores, SourceConfigError
-from gopo_lightning.structs import Completion, Prompt
+from gopo_lightning.types import Completion, Prompt
 
 ENDINGS = ("truncated", "num_tokens")
 """What a function may ask of how a completion ended."""
@@ -64,7 +64,7 @@ class DatasetFunction:
         if not isinstance(completion, Completion):
             raise SourceConfigError(
                 f"reward source '{self.name}' asks for `{name}`, but {completion!r} is a plain string. Pass "
-                "structs.Completion(text, truncated=…, num_tokens=…)."
+                "types.Completion(text, truncated=…, num_tokens=…)."
             )
         return getattr(completion, name)
 

@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any
 
-from gopo_lightning.structs import Prompt
+from gopo_lightning.types import Prompt
 
 CRITERION = "Which response answers the prompt better?"
 

@@ -6,7 +6,6 @@ from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jinja2.exceptions import TemplateError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -16,10 +15,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gopo_lightning.adapters import TaskType, base_of_adapter, check_saved, head_of_adapter, load_adapter, saved_adapter
-from gopo_lightning.positions import position_limit, usual_length
-from gopo_lightning.pretrained import finding, locate
-from gopo_lightning.security import load_weights
+from gopo_lightning.data.conversations import apply_template, check_unicode
+from gopo_lightning.policy.adapters import (
+    TaskType,
+    base_of_adapter,
+    check_saved,
+    head_of_adapter,
+    load_adapter,
+    saved_adapter,
+)
+from gopo_lightning.policy.loading import finding, load_weights, locate
+from gopo_lightning.policy.positions import position_limit, usual_length
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16", "auto"]
 Truncation: TypeAlias = Literal["error", "left", "right"]
@@ -177,33 +183,6 @@ def render(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[Mapping[str,
         rendered = "\n".join(str(message["content"]) for message in text)
     check_unicode(rendered)
     return rendered, is_chat
-
-
-def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """The conversation as the tokenizer's chat template writes it.
-
-    Raises:
-        ValueError: the template refuses it, such as a role or an order of roles that it does not know.
-    """
-    try:
-        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
-    except (TemplateError, TypeError) as error:  # a TypeError: of an expression in the template
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise ValueError(
-            f"the chat template refuses the conversation with the roles {roles}: {error}. Leave out what it refuses, "
-            "or use a chat template that takes it."
-        ) from error
-
-
-def check_unicode(text: str) -> None:
-    """ValueError for half a surrogate pair, as cut-off JSON escapes leave it: no tokenizer reads one."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"half a character (a lone surrogate, {text[error.start]!r}) at position {error.start} of the text "
-            f"…{text[max(error.start - 40, 0) : error.start]!r}. Repair or remove it."
-        ) from error
 
 
 def check_texts(

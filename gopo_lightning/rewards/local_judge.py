@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gopo_lightning.gathering import compute_device, in_step
-from gopo_lightning.logprobs import next_token_logits
+from gopo_lightning.distributed.gathering import compute_device, in_step
+from gopo_lightning.policy.next_token import next_token_logits
 from gopo_lightning.rewards.base import SourceConfigError
 from gopo_lightning.rewards.classifier import Template
 from gopo_lightning.rewards.judge_prompt import CRITERION, fenced
 from gopo_lightning.rewards.loading import Dtype, load_causal_lm, load_tokenizer
 from gopo_lightning.rewards.pairwise import PairComparator
-from gopo_lightning.structs import Prompt
+from gopo_lightning.types import Prompt
 
 
 class LocalJudge(PairComparator):

@@ -1,4 +1,4 @@
-"""Sources that compare completions with each other instead of giving each one a number. Shape legend: `structs.py`.
+"""Sources that compare completions with each other instead of giving each one a number. Shape legend: `types.py`.
 
 A comparison matrix W [G, G] holds the answers about one group: W_ij in [0, 1] is how surely completion i beats
 completion j when i is shown first (½ is a tie; NaN is not asked or abstained; the diagonal is not read). A pair may be
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gopo_lightning.rewards.base import Scores, as_tensor
-from gopo_lightning.structs import Completion, Prompt
+from gopo_lightning.types import Completion, Prompt
 
 Groups: TypeAlias = Sequence[Sequence[str]]
 """P groups of completions, the texts of one prompt each."""
@@ -40,7 +40,7 @@ class PairwiseSource(ABC):
 
     @abstractmethod
     def __call__(self, prompts: Sequence[Prompt], groups: Groups) -> Tensor:
-        """wins_PGG of P groups of G completions; in a run each is a ``structs.Completion``."""
+        """wins_PGG of P groups of G completions; in a run each is a ``types.Completion``."""
 
     def versus(self, prompts: Sequence[Prompt], groups: Groups, references: Groups) -> Tensor:
         """float64 [P, G, R], how surely each completion beats each of R reference completions of its prompt.

@@ -1,4 +1,4 @@
-"""Whole groups through all sources, scalar and pairwise. Shape legend: `structs.py`."""
+"""Whole groups through all sources, scalar and pairwise. Shape legend: `types.py`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gopo_lightning.advantages import preferences, without_noise
-from gopo_lightning.distributed import all_or_none, all_reduce_sum
-from gopo_lightning.metrics import win_rate, wins_metrics
+from gopo_lightning.distributed.collectives import all_or_none, all_reduce_sum
+from gopo_lightning.objectives.advantages import preferences, without_noise
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError, score
+from gopo_lightning.rewards.metrics import win_rate, wins_metrics
 from gopo_lightning.rewards.pairwise import Groups, PairwiseSource, check_wins, content, tie_copies
 from gopo_lightning.rewards.time_limit import time_limit
-from gopo_lightning.structs import Prompt
+from gopo_lightning.types import Prompt
 
 Source: TypeAlias = RewardSource | PairwiseSource
 

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from gopo_lightning.distributed import all_reduce_sum
+from gopo_lightning.distributed.collectives import all_reduce_sum
 
 WARN_AFTER = 3
 """Steps in a row."""

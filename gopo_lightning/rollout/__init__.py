@@ -1,8 +1,7 @@
-"""Sampling: the engine protocol, the engines, and the callback that fills ``batch["experience"]``."""
+"""Sampling: the engine protocol and the engines."""
 
-from gopo_lightning.rollout.callback import RolloutCallback
-from gopo_lightning.rollout.engine import RolloutEngine, SamplingConfig
-from gopo_lightning.rollout.transformers_engine import TransformersEngine
-from gopo_lightning.rollout.vllm_engine import VLLMEngine
+from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
+from gopo_lightning.rollout.engines.transformers import TransformersEngine
+from gopo_lightning.rollout.engines.vllm import VLLMEngine
 
-__all__ = ["RolloutCallback", "RolloutEngine", "SamplingConfig", "TransformersEngine", "VLLMEngine"]
+__all__ = ["RolloutEngine", "SamplingConfig", "TransformersEngine", "VLLMEngine"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from gopo_lightning.checkpoints import last_of, newest
+from gopo_lightning.distributed.checkpoints import last_of, newest
 from gopo_lightning.rewards import FunctionReward
 from tests.conftest import prompts_file as make_prompts
 from tests.conftest import tiny_policy as make_policy

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gopo_lightning.cli import run
-from gopo_lightning.module import GOPOModule
+from gopo_lightning.commands.lightning_cli import run
+from gopo_lightning.training.gopo_module import GOPOModule
 
 RECORD = Path(__file__).with_name("configs.json")
 CONFIGS = Path("configs")

@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from gopo_lightning.losses import LossConfig
-from gopo_lightning.policy import PolicyConfig
+from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.policy.model import PolicyConfig
 from gopo_lightning.rewards import FunctionComparator, FunctionReward
 from gopo_lightning.rollout import SamplingConfig
 from tests.conftest import save_tiny_policy, write_prompts

@@ -47,7 +47,7 @@ def preload() -> None:
     torch.set_num_threads(1)
     import transformers
 
-    import gopo_lightning.cli  # noqa: F401
+    import gopo_lightning.commands.lightning_cli  # noqa: F401
 
     transformers.utils.logging.disable_progress_bar()
 

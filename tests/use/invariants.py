@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gopo_lightning.policy import PolicyConfig, load_policy
+from gopo_lightning.policy.model import PolicyConfig, load_policy
 from tests.use.reading import Curves, at, checkpoint, differences, state
 
 MEASURED = ("train/", "reward/", "completion/", "val/")

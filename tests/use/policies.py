@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from gopo_lightning import assets
+from gopo_lightning.data import assets
 from tests.conftest import byte_tokenizer
 
 REAL = "smollm2-135m-instruct"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from gopo_lightning.policy import PolicyConfig
+from gopo_lightning.policy.model import PolicyConfig
 from tests.use import commands, invariants, options, policies
 from tests.use.options import ROLLOUTS, Row
 from tests.use.reading import Curves, at, checkpoint, curves, differences, json_problems

@@ -1,0 +1,173 @@
+"""LightningCLI in subclass mode: model and data are named by class path, everything else is Lightning's own."""
+
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from gopo_lightning.commands.secrets import refuse_secrets
+from gopo_lightning.commands.usage import FIELDS
+from gopo_lightning.distributed.checkpoints import last_of, load, searched, step_of
+from gopo_lightning.distributed.run_folder import run_folder
+from gopo_lightning.training import gopo_module as module  # noqa: F401  (registers the short class names)
+from gopo_lightning.training.callbacks import ExportHF
+from gopo_lightning.training.gopo_module import GOPOModule
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+TRAINER_DEFAULTS = {
+    "use_distributed_sampler": False,  # the data modules bring their own samplers
+    "inference_mode": False,  # sharded weights are gathered in place
+    "num_sanity_val_steps": 0,  # a full validation runs at step 0 instead
+    "check_val_every_n_epoch": None,  # val_check_interval counts batches across epochs
+    "log_every_n_steps": 1,
+}
+
+
+class _Parser(LightningArgumentParser):
+    def parse_args(  # type: ignore[override]  # of two overloads
+        self, args: Sequence[str] | None = None, *more: Any, **options: Any
+    ) -> Any:
+        """Null is null at any depth: jsonargparse hands it from a class to its fields as the text None."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_args([re.sub(r"\A(--[\w.]+)=None\Z", r"\1=null", arg) for arg in given], *more, **options)
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Ends with the commands that show every field, which subclass mode would leave unsaid."""
+        return f"{super().format_help(*args, **kwargs)}\n{FIELDS}"
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Puts `config.yaml` into the run's own folder. (Lightning's goes where runs meet: W&B's `save_dir`, the cwd.)"""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save once, by rank 0."""
+        folder = run_folder(trainer)
+        if trainer.is_global_zero and not self.already_saved:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / self.config_filename
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+        self.already_saved = True
+
+
+class GOPOCommandLine(LightningCLI):
+    """The command line of ``python -m gopo_lightning``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--export_dir",
+            type=str | None,
+            default=None,
+            help="where fit writes the trained Hugging Face model or adapter at its end; <run folder>/policy when "
+            "null. An earlier export there is replaced; a folder that holds anything else is refused before training",
+        )
+        parser.add_argument(
+            "--export_every_n_steps", type=int | None, default=None, help="also export every n optimiser steps"
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint is data: Lightning would let the hyperparameters in it override the config, class paths too."""
+
+    def before_instantiate_classes(self) -> None:
+        """A secret in the config would be saved with the run."""
+        refuse_secrets(self.config.as_dict())
+
+    def instantiate_classes(self) -> None:
+        """What a class says of its arguments comes last, not the configuration that jsonargparse puts around it."""
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            own: BaseException = error
+            while own.__cause__ is not None and _raised_by(own) == "jsonargparse":
+                own = own.__cause__
+            raise own from own.__cause__
+
+    def before_fit(self) -> None:
+        if isinstance(self.model, GOPOModule):
+            options = self.config["fit"]
+            export = ExportHF(options["export_dir"], options["export_every_n_steps"])
+            self.trainer.callbacks.append(export)  # type: ignore[attr-defined]
+        self._find_checkpoint("fit")
+
+    def before_validate(self) -> None:
+        self._find_checkpoint("validate")
+
+    def before_test(self) -> None:
+        self._find_checkpoint("test")
+
+    def before_predict(self) -> None:
+        self._find_checkpoint("predict")
+
+    def _find_checkpoint(self, subcommand: str) -> None:
+        """``--ckpt_path last`` is the last whole checkpoint of this run (`last_of`); a file must be whole."""
+        options = self.config_init[subcommand]
+        named = options.get("ckpt_path")
+        if named != "last":
+            if named is not None and Path(named).is_file():
+                load(Path(named), mmap=True)  # here, for the strategies of Lightning that read files by themselves
+            return
+        options["ckpt_path"] = path = last_of(self.trainer)
+        if path is not None:
+            rank_zero_info(f"--ckpt_path last: step {step_of(path)} of this run, {path}")
+            return
+        nothing = f"--ckpt_path last: there is no whole checkpoint of this run in {searched(self.trainer)}"
+        if subcommand != "fit":
+            raise ValueError(f"{nothing}. Name a file, or the logger's save_dir, name and version of the run.")
+        rank_zero_info(f"{nothing}, so it starts at step 0")
+
+
+def _raised_by(error: BaseException) -> str:
+    """The package whose code raised ``error``."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
+
+
+def run(args: list[str] | None = None, *, instantiate_only: bool = False) -> GOPOCommandLine:
+    """Parse ``args`` (the command line's if None), build trainer, model and data, and run the subcommand.
+
+    With ``instantiate_only`` there is no subcommand in ``args`` and nothing runs.
+    """
+    _quieten()
+    return GOPOCommandLine(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=_SaveConfig,
+        trainer_defaults=TRAINER_DEFAULTS,
+        parser_class=_Parser,
+        seed_everything_default=0,
+        args=args,
+        run=not instantiate_only,
+    )
+
+
+def _quieten() -> None:
+    """Leave out what the libraries say at every run and nobody can act on."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    for message in (
+        ".*does not have many workers.*",  # prompts are tokenised once, in setup
+        ".*ModelCheckpoint. with manual optim.*",  # we count optimiser steps as it expects
+        ".*LeafSpec.* is deprecated.*",
+        ".*sync_dist=True.*",  # values are the same on all ranks when they are logged
+        ".*your dataloader is not resumable.*",  # our samplers skip what was seen
+        "The following callbacks returned in `LightningModule.configure_callbacks` will override.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,1 @@
+"""What several processes share: collectives, sharding, checkpoints and files."""

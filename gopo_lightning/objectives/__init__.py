@@ -1,0 +1,1 @@
+"""Pure maths: rewards to advantages, log-probs to losses. Nothing but torch."""

@@ -1,0 +1,1 @@
+"""The policy: loading, adapters, log-probs, and prompts that a group shares."""

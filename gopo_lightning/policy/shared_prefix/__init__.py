@@ -1,0 +1,36 @@
+"""Attention in which the completions of a group share their prompt: computed once, stored once, never expanded.
+
+One registered attention function serves training and decoding. transformers hands it the queries, keys and values of
+an ordinary forward of the model, together with whatever object we passed as the keyword ``shared_prefix``:
+
+* ``PackedGroups``: a row per prompt, [prompt | completion 1 | ... | completion G], for log-probs and their gradient.
+* ``PackedLists``: the same for texts of unequal number and length, as reward models compare them.
+* ``PrefixCache``: first the prompts alone (prefill), then one token of every completion at a time (decode).
+
+A completion attends to its prompt, and causally to itself, under one softmax. That is exact: the same numbers as G
+separate sequences, for L + G*T tokens in place of G*(L + T). Legend, beyond that of ``types``:
+
+    H  query heads     K  key/value heads     R = H / K  query heads that read the same keys and values
+    S  tokens of a packed row, L + G*T        Q  query tokens of one completion        D  width of a head
+"""
+
+from gopo_lightning.policy.shared_prefix.attention import attend_completions, attend_prompt
+from gopo_lightning.policy.shared_prefix.packing import PackedGroups, PackedLists, PrefixCache
+from gopo_lightning.policy.shared_prefix.patching import (
+    IMPLEMENTATION,
+    require_called,
+    shared_prefix_attention,
+    supports_shared_prefix,
+)
+
+__all__ = [
+    "IMPLEMENTATION",
+    "PackedGroups",
+    "PackedLists",
+    "PrefixCache",
+    "attend_completions",
+    "attend_prompt",
+    "require_called",
+    "shared_prefix_attention",
+    "supports_shared_prefix",
+]

@@ -1,0 +1,141 @@
+"""How a model of transformers comes to call our attention function, and which models may.
+
+A registered attention function gets the keyword arguments of the model's forward, our layout among them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedConfig
+
+from gopo_lightning.distributed.decoder_layers import configs_of
+from gopo_lightning.policy.shared_prefix.packing import PackedGroups, PackedLists, PrefixCache
+
+IMPLEMENTATION = "gopo_shared_prefix"
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    shared_prefix: "PackedGroups | PackedLists | PrefixCache | None" = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer; returns [batch, tokens, H, D]."""
+    if shared_prefix is None:
+        raise RuntimeError(f"{type(module).__name__} does not hand its keyword arguments to the attention function")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings make them float32
+    shared_prefix.num_calls += 1
+    return shared_prefix.attend(layer, query, key, value, scale, softcap).transpose(1, 2), None
+
+
+# No mask function is registered under this name, so transformers builds no mask: the layout above is the mask.
+# Compiled layers call it as it is: torch's kernels need no compiler, and the layout changes at every step.
+AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(_attention_function))
+
+
+@contextmanager
+def shared_prefix_attention(model: nn.Module) -> Iterator[None]:
+    """``model`` calls our attention function inside, and its own again outside.
+
+    Layers under gradient checkpointing are recomputed during backward, after the end of this context; so they are
+    given a non-reentrant checkpoint that enters it again.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_implementation(model))
+        for module in model.modules():
+            if "_gradient_checkpointing_func" in vars(module):
+                stack.enter_context(_checkpoint_function(module, model))
+        yield
+
+
+def require_called(model: nn.Module, shared_prefix: PackedGroups | PackedLists | PrefixCache) -> None:
+    """After a forward with ``shared_prefix``: ValueError if no layer of ``model`` looked at it."""
+    if not shared_prefix.num_calls:
+        raise ValueError(f"{type(model).__name__} never called the registered attention; set prefix_sharing to never.")
+
+
+@contextmanager
+def _implementation(model: nn.Module) -> Iterator[None]:
+    before = [(config, config._attn_implementation) for config in configs_of(model)]
+    try:
+        for config, _ in before:
+            config._attn_implementation = IMPLEMENTATION
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+@contextmanager
+def _checkpoint_function(module: nn.Module, model: nn.Module) -> Iterator[None]:
+    before: Callable[..., Any] = vars(module)["_gradient_checkpointing_func"]
+    options = getattr(before, "keywords", {}) | {
+        "use_reentrant": False,
+        "context_fn": lambda: (ExitStack(), _implementation(model)),
+    }
+    module._gradient_checkpointing_func = partial(checkpoint, **options)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module._gradient_checkpointing_func = before  # type: ignore[assignment]
+
+
+def supports_shared_prefix(model: nn.Module, num_tokens: int | None = None) -> tuple[bool, str]:
+    """Whether ``model`` may share prompts in sequences of ``num_tokens`` (L + T; None: any length), and why not.
+
+    It looks at the configuration alone; ``logprobs.check_shared_prefix`` then compares the numbers.
+    """
+    base: Any = model
+    reason = _obstacle(base.get_base_model() if hasattr(model, "get_base_model") else base, model, num_tokens)
+    return reason is None, reason or ""
+
+
+def _obstacle(base: nn.Module, model: nn.Module, num_tokens: int | None) -> str | None:
+    config = getattr(base, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return f"{type(base).__name__} is not a transformers model"
+    text = config.get_text_config()
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "prompt learning adds virtual tokens to each sequence"
+    if not getattr(base, "_supports_attention_backend", False) or config.is_encoder_decoder:
+        return f"{type(base).__name__} cannot call a registered attention function"
+    if any(getattr(module, "is_causal", True) is False for module in base.modules()):
+        return f"the attention of {type(base).__name__} is not causal: a prompt sees what follows it"
+    kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if kinds or getattr(base, "_is_stateful", False):
+        return f"its layers are not all attention over the whole sequence ({', '.join(sorted(kinds)) or 'recurrent'})"
+    window = _window(text)
+    if window is not None and (num_tokens is None or num_tokens > window):
+        return f"its sliding window of {window} tokens may be shorter than a sequence"
+    if getattr(text, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        return "sdpa ignores the soft cap of its attention scores; set attn_implementation to eager"
+    for name in ("attention_dropout", "attn_pdrop"):
+        if getattr(text, name, 0.0):
+            return f"{name} is {getattr(text, name)}; set it to 0"
+    for name, module in base.named_modules():
+        if "sinks" in module._parameters:
+            return f"{name} has attention sinks"
+        if type(module).__name__ == "CheckpointWrapper":
+            return "activation checkpointing by torch's wrapper; use the model's own gradient checkpointing"
+    return None
+
+
+def _window(text_config: PreTrainedConfig) -> int | None:
+    """The sliding window of any layer, or None."""
+    window = getattr(text_config, "sliding_window", None)
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is not None:
+        return window if "sliding_attention" in layer_types else None
+    return window if getattr(text_config, "use_sliding_window", True) else None

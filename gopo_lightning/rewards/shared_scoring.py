@@ -1,0 +1,209 @@
+"""Scores of texts by a sequence classifier; the texts of a pair or list as one row, with what they share only once.
+
+What they share is the longest run of tokens with which all of them begin. Under causal attention its hidden states do
+not depend on what follows, so the scores and gradients are those of separate rows, for fewer tokens. Legend, beyond
+that of ``types``: P pairs or lists, N texts, S tokens of a packed row.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, get_args
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from gopo_lightning.distributed.decoder_layers import plain_outputs
+from gopo_lightning.policy.model import evaluating
+from gopo_lightning.policy.prefix_sharing import PrefixSharing
+from gopo_lightning.policy.shared_prefix import (
+    PackedLists,
+    require_called,
+    shared_prefix_attention,
+    supports_shared_prefix,
+)
+from gopo_lightning.rewards.loading import pad
+from gopo_lightning.types import TensorStruct
+
+
+@dataclass(frozen=True)
+class PackedTexts(TensorStruct):
+    """One row for each pair or list: [prefix | rest of text 1 | rest of text 2 | ...], right-padded.
+
+    The texts [5, 6, 7] and [5, 6, 8, 9] give
+
+        tokens_PS    = [[5, 6, 7, 8, 9]]
+        segments_PS  = [[0, 0, 1, 2, 2]]
+        positions_PS = [[0, 1, 2, 2, 3]]
+        last_N       = [2, 4]
+    """
+
+    tokens_PS: Tensor
+    """int64."""
+    segments_PS: Tensor
+    """int64, see `shared_prefix.PackedLists`."""
+    positions_PS: Tensor
+    """int64, of each token in its own text."""
+    last_N: Tensor
+    """int64, where in the flattened rows the score of each text is read: at its last token that is not padding, which
+    is where transformers' classifiers read it."""
+
+
+def pack(texts: Sequence[Sequence[int]], group_sizes: Sequence[int], pad_token_id: int) -> PackedTexts:
+    """The tokens of N texts, of which so many at a time belong together, as one row for each group."""
+    rows: dict[str, list[Tensor]] = {"tokens": [], "segments": [], "positions": []}
+    last: list[tuple[int, int]] = []
+    for p, (start, end) in enumerate(pairwise([0, *accumulate(group_sizes)])):
+        group = texts[start:end]
+        L = _common_prefix(group)
+        parts = [group[0][:L], *(text[L:] for text in group)]
+        rows["tokens"].append(torch.tensor([token for part in parts for token in part]))
+        rows["segments"].append(torch.tensor([number for number, part in enumerate(parts) for _ in part]))
+        rows["positions"].append(torch.cat([torch.arange(L), *(torch.arange(L, len(text)) for text in group)]))
+        for text, own in zip(group, accumulate(map(len, parts)), strict=False):  # where each text's own part starts
+            n = _last(text, pad_token_id)
+            last.append((p, n if n < L else own + n - L))
+    padding = {"tokens": pad_token_id, "segments": -1, "positions": 0}
+    padded = {f"{key}_PS": pad_sequence(value, True, padding[key]) for key, value in rows.items()}
+    S = padded["tokens_PS"].shape[1]
+    return PackedTexts(**padded, last_N=torch.tensor([p * S + column for p, column in last]))
+
+
+def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
+    """Number of tokens with which all ``texts`` begin."""
+    shortest = min(map(len, texts))
+    return next((n for n in range(shortest) if len({text[n] for text in texts}) > 1), shortest)
+
+
+def _last(text: Sequence[int], pad_token_id: int) -> int:
+    """Index of the last token that is not padding; 0 if there is none."""
+    return next((n for n in reversed(range(len(text))) if text[n] != pad_token_id), 0)
+
+
+def shared_scores(model: nn.Module, packed: PackedTexts) -> Tensor:
+    """scores_N of one forward over packed rows, entered through the model's own forward and read at its head."""
+    layout, seen = PackedLists(packed.segments_PS), []
+    handle = _head(model).register_forward_hook(lambda module, args, logits_PS1: seen.append(logits_PS1))
+    try:
+        with plain_outputs(model), shared_prefix_attention(model):
+            model(
+                input_ids=packed.tokens_PS,
+                attention_mask=(packed.segments_PS >= 0).long(),  # read by nobody: the layout is the mask
+                position_ids=packed.positions_PS,
+                use_cache=False,
+                shared_prefix=layout,
+            )
+    finally:
+        handle.remove()
+    require_called(model, layout)
+    return seen[0].flatten()[packed.last_N]
+
+
+def separate_scores(model: nn.Module, tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding) -> Tensor:
+    """scores_N of N texts, each in a row of its own."""
+    inputs = pad(tokenizer, encoded, range(len(encoded["input_ids"])))
+    with plain_outputs(model):
+        return model(**inputs.to(next(model.parameters()).device)).logits.squeeze(-1)
+
+
+class Scorer:
+    """Scores texts, those of a pair or list together where that is allowed and, under `auto`, saves tokens.
+
+    Args:
+        tokenizer: pads on the right.
+        mode: `auto` checks once, on two pairs or lists, that both forms agree, else scores texts apart and says why;
+            `always` raises a ValueError where they do not, or the data have nothing to share; `never` does not share.
+        max_length: most tokens of a text, against which a sliding window is held; None: any number.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mode: PrefixSharing, max_length: int | None) -> None:
+        if mode not in get_args(PrefixSharing):
+            raise ValueError(f"prefix_sharing={mode!r} is unknown; use one of {list(get_args(PrefixSharing))}.")
+        self.tokenizer, self.mode, self.max_length = tokenizer, mode, max_length
+        self._allowed: bool | None = None
+
+    def __call__(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int] | None) -> Tensor:
+        """scores_N of N texts, which belong together as ``group_sizes`` says (None: each stands alone)."""
+        if self.mode == "always" and group_sizes is None:
+            raise ValueError(
+                "prefix_sharing=always, but the data are no pairs or lists: their texts share no prompt. Use auto."
+            )
+        if self.mode == "never" or group_sizes is None:
+            return separate_scores(model, self.tokenizer, encoded)
+        if self._allowed is None:
+            self._allowed = self._decide(model, encoded, group_sizes)
+        packed = pack(encoded["input_ids"], group_sizes, self._pad_token_id)
+        num_separate = len(encoded["input_ids"]) * max(map(len, encoded["input_ids"]))
+        if self._allowed and (self.mode == "always" or packed.tokens_PS.numel() < num_separate):
+            return shared_scores(model, packed.to(next(model.parameters()).device))
+        return separate_scores(model, self.tokenizer, encoded)
+
+    @property
+    def _pad_token_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    def _decide(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int]) -> bool:
+        allowed, reason = supports_shared_prefix(model, self.max_length)
+        if allowed and _head(model) is None:
+            allowed, reason = False, "its head is not called score"
+        if allowed:
+            try:
+                allowed, reason = self._agrees(model, encoded, group_sizes[:2])
+            except Exception as error:  # noqa: BLE001 - whatever a foreign model does not take is a reason not to share
+                allowed, reason = False, f"{type(error).__name__}: {error}".partition("\n")[0]
+        if not allowed and self.mode == "always":
+            raise ValueError(f"prefix_sharing=always, but {type(model).__name__} cannot: {reason}. Use auto or never.")
+        if not allowed:
+            rank_zero_info(f"texts are forwarded apart, each with its prompt: {reason}")
+        return allowed
+
+    def _agrees(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int]) -> tuple[bool, str]:
+        """Both forms on these first groups, outside autocast and without dropout; and what to say if they differ."""
+        few = BatchEncoding({key: values[: sum(group_sizes)] for key, values in encoded.items()})
+        packed = pack(few["input_ids"], group_sizes, self._pad_token_id).to(next(model.parameters()).device)
+        vocabulary_V = torch.tensor([self._pad_token_id, *(n for ids in few["input_ids"] for n in ids)]).unique()
+        with evaluating(model), torch.enable_grad(), torch.autocast(packed.tokens_PS.device.type, enabled=False):
+            scores, gradient = _with_gradient(model, vocabulary_V, lambda: separate_scores(model, self.tokenizer, few))
+            shared, shared_gradient = _with_gradient(model, vocabulary_V, lambda: shared_scores(model, packed))
+        differences = (
+            float((shared - scores).abs().mean()),
+            float((shared_gradient - gradient).norm() / gradient.norm()),
+        )
+        tolerance = 1e-3 if gradient.dtype == torch.float32 else 5e-2
+        return max(differences) <= tolerance, (  # False for NaN
+            f"scores differ by {differences[0]:.1e} and gradients by {differences[1]:.1e} when texts share their "
+            f"prompt, more than {tolerance:.0e}"
+        )
+
+
+def _head(model: nn.Module) -> Any:
+    """What maps hidden states to scores at every position, or None."""
+    base: Any = model
+    return getattr(base.get_base_model() if hasattr(base, "get_base_model") else base, "score", None)
+
+
+def _with_gradient(model: nn.Module, vocabulary_V: Tensor, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Scores, and the gradient of a fixed sum of them by the embeddings of the V tokens that occur, ascending.
+
+    It has come back through every layer, whichever weights are trained, and no parameter's ``grad`` is touched.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def detach(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        seen.append((args[0], output.detach().requires_grad_()))
+        return seen[-1][1]
+
+    handle = model.get_input_embeddings().register_forward_hook(detach)  # type: ignore[operator]
+    try:
+        scores_N = forward()
+    finally:
+        handle.remove()
+    tokens, leaf = seen[0]
+    weights_N = torch.arange(1, len(scores_N) + 1, device=scores_N.device).cos()
+    (grad,) = torch.autograd.grad((scores_N * weights_N).sum(), leaf)
+    rows = torch.searchsorted(vocabulary_V.to(tokens.device), tokens.flatten())
+    gradient_VH = grad.new_zeros(len(vocabulary_V), grad.shape[-1]).index_add_(0, rows, grad.flatten(0, 1))
+    return scores_N.detach(), gradient_VH

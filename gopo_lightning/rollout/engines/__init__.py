@@ -1,0 +1,1 @@
+"""What turns prompts into completions: the protocol and the engines."""

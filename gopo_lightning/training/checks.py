@@ -1,0 +1,140 @@
+"""Refuses, before anything is loaded, what the module would otherwise have to ignore."""
+
+import re
+from collections.abc import Sequence
+from pathlib import PurePath
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from gopo_lightning.distributed.run_folder import run_folder
+from gopo_lightning.rewards import Source
+from gopo_lightning.rollout.engines.base import SamplingConfig
+from gopo_lightning.types import TensorStruct
+
+
+def check_positive(**values: int) -> None:
+    """ValueError for a count below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+
+
+def check_above_zero(**limits: float | None) -> None:
+    """ValueError for a limit that is not above 0; None is no limit."""
+    for name, limit in limits.items():
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name}={limit} must be above 0; use null for no limit")
+
+
+def check_group_size(num_completions: int) -> None:
+    """ValueError for a group in which nothing can be ranked."""
+    if num_completions < 2:
+        raise ValueError(f"num_completions={num_completions}: ranking needs at least 2 completions; use 8")
+
+
+def check_sources(sources: Sequence[Source]) -> None:
+    """At least one, and each with a name of its own, under which it is logged."""
+    if not sources:
+        raise ValueError("rewards is empty: name at least one reward source")
+    names = [source.name for source in sources]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{doubled} names several reward sources, which share their curves then; set `name` of each")
+
+
+def check_trainer(trainer: Trainer, *, updates_per_rollout: int, policy_dtype: str) -> None:
+    """What manual optimisation cannot honour; Lightning's own messages do not name the remedy."""
+    check_outputs(trainer)
+    if trainer.gradient_clip_val:
+        raise ValueError(
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val}: the module clips by itself; "
+            f"set model.init_args.max_grad_norm={trainer.gradient_clip_val} instead"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: one batch is one rollout; "
+            "set model.init_args.micro_batch_tokens to split it"
+        )
+    if trainer.precision == "16-mixed":
+        raise ValueError("trainer.precision=16-mixed: its loss scaling is not supported here; use bf16-mixed")
+    if trainer.precision == "bf16-true" or policy_dtype == "bfloat16":
+        rank_zero_warn(
+            "bfloat16 master weights: at learning rates near 1e-6 almost every update rounds to nothing. "
+            "Use policy.dtype: float32 with trainer.precision: bf16-mixed."
+        )
+    _check_intervals(trainer, updates_per_rollout)
+
+
+def check_outputs(trainer: Trainer) -> None:
+    """Names that are joined to the run's folder stay in it; the folder itself is the user's choice."""
+    for logger in trainer.loggers:
+        for option in ("name", "version", "sub_dir"):
+            check_stays_inside(f"{option} of {type(logger).__name__}", getattr(logger, option, None))
+    for callback in trainer.checkpoint_callbacks:
+        check_stays_inside(f"filename of {type(callback).__name__}", getattr(callback, "filename", None))
+
+
+def check_minibatches(trainer: Trainer, num_minibatches: int) -> None:
+    """The prompts of one step, over all ranks, must split into equal minibatches."""
+    prompts_per_step = getattr(getattr(trainer, "datamodule", None), "prompts_per_step", None)
+    if prompts_per_step is not None and prompts_per_step % num_minibatches:
+        raise ValueError(
+            f"num_minibatches={num_minibatches} must divide data.init_args.prompts_per_step={prompts_per_step}, so "
+            "that minibatches are equal. Change either."
+        )
+
+
+def check_sampling(sampling: SamplingConfig, *, updates_per_rollout: int) -> None:
+    """Greedy sampling cannot train; filtered sampling makes the policy ratio inexact."""
+    if sampling.temperature == 0:
+        raise ValueError("sampling.temperature=0: greedy completions of a prompt are all equal; train with 1.0")
+    if sampling.filters:
+        repeats = f", and more so over {updates_per_rollout} updates per rollout" if updates_per_rollout > 1 else ""
+        rank_zero_warn(
+            f"top_p={sampling.top_p}, top_k={sampling.top_k}, min_p={sampling.min_p} cut tokens away: completions do "
+            f"not come from the policy itself, so the policy ratio is inexact{repeats}. Exact values are 1.0, 0 and 0."
+        )
+
+
+def check_finite(trainer: Trainer, experience: TensorStruct, loss: Tensor, grad_norm: Tensor) -> None:
+    """ValueError unless loss and gradient norm, the same on all ranks, are finite; the batch is left on disk."""
+    if loss.isfinite() and grad_norm.isfinite():
+        return
+    folder = run_folder(trainer)
+    path = folder / f"nonfinite_step{trainer.global_step}_rank{trainer.global_rank}.pt"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(experience.to("cpu"), path)
+    raise ValueError(
+        f"step {trainer.global_step}: loss {loss.item()} and gradient norm {grad_norm.item()} must be finite. "
+        f"The weights are untouched; the batch is in {path}. Look at it, lower the learning rate, or use float32."
+    )
+
+
+def _check_intervals(trainer: Trainer, updates_per_rollout: int) -> None:
+    """The Trainer looks at global_step between batches only, and a batch makes K optimiser steps."""
+    intervals = {"trainer.max_steps": max(trainer.max_steps, 0)}
+    for callback in trainer.checkpoint_callbacks:
+        name = f"every_n_train_steps of {type(callback).__name__}"
+        intervals[name] = getattr(callback, "_every_n_train_steps", None) or 0
+    for name, interval in intervals.items():
+        if interval % updates_per_rollout:
+            raise ValueError(
+                f"{name}={interval} is no multiple of num_inner_epochs × num_minibatches = {updates_per_rollout}, the "
+                f"optimiser steps of one rollout; use {max(interval // updates_per_rollout, 1) * updates_per_rollout}"
+            )
+
+
+def check_stays_inside(option: str, name: str | PurePath | None) -> None:
+    """Refuse a name that is joined to the run's folder and would lead out of it.
+
+    Raises:
+        ValueError: an absolute path, a drive, or a part that is `..`.
+    """
+    parts = PurePath(str(name or "").replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or re.match(r"[A-Za-z]:", parts.as_posix()):
+        raise ValueError(
+            f"{option}={str(name)!r} leads out of the run's folder. It is a name within that folder; choose the folder "
+            "itself by the logger's save_dir, or the dirpath of ModelCheckpoint."
+        )

@@ -1,0 +1,43 @@
+"""What a training step logs of its rollout, over all ranks."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gopo_lightning.distributed.collectives import gather_rows
+from gopo_lightning.rewards import Source, comparison_metrics
+from gopo_lightning.rewards.metrics import completion_metrics, reward_metrics
+from gopo_lightning.types import Experience
+
+
+def rollout_metrics(
+    experience: Experience, sources: Sequence[Source], seconds: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Rewards, comparisons, lengths, and how fast this rank was; a collective.
+
+    Args:
+        experience: of this rank.
+        sources: of its rewards.
+        seconds: by phase, ``rollout``, ``reward`` and ``train``.
+    """
+    rewards_PG = gather_rows(experience.rewards_PG)
+    lengths_N = gather_rows(experience.completions.lengths_N)
+    names = [source.name for source in sources]
+    metrics = reward_metrics(gather_rows(experience.rewards_PGK), rewards_PG, names)
+    if experience.wins_PGGK is not None:
+        metrics |= comparison_metrics(sources, gather_rows(experience.wins_PGGK))
+    metrics |= completion_metrics(lengths_N, gather_rows(experience.completions.truncated_N))
+    for phase in ("rollout", "train"):
+        metrics[f"throughput/{phase}_tokens_per_second"] = lengths_N.sum() / seconds[phase]
+    return metrics | {f"seconds/{phase}": torch.tensor(value) for phase, value in seconds.items()}
+
+
+def update_metrics(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Curves of one update from sums over its micro-batches and ranks: means over ``tokens``, but for the loss (a sum
+    by itself) and for ``padding``, which is a part of the tokens ``forwarded``."""
+    tokens = sums["tokens"].clamp(min=1)
+    metrics = {"train/loss": sums["loss"], "train/padding_fraction": sums["padding"] / sums["forwarded"]}
+    for key in sorted(sums.keys() - {"tokens", "loss", "padding", "forwarded"}):
+        metrics[f"train/{key}_fraction" if key.startswith("clip") else f"train/{key}"] = sums[key] / tokens
+    return metrics

@@ -1,7 +1,9 @@
 """Does one config beat another? Trains both with the same seeds and prints the paired difference with its interval.
 
     python scripts/compare.py configs/quickstart/gopo.yaml configs/quickstart/grpo.yaml --seeds 1 2 3 4 5
+    python scripts/compare.py configs/paper/tldr.yaml configs/paper/tldr.yaml+configs/advantage/grpo.yaml
 
+Files joined by `+` are layers of one config: a later one overrides those before it.
 A run that was finished before is read, not trained again, if nothing that makes it has changed: config, seed, what
 follows `--` (which goes to `fit`) and this package's code. It is in runs/compare/<config>-<hash of these>-seed<n>.
 (Data, models and reward functions outside of the package are not looked at: delete the folder if these have changed.)
@@ -45,11 +47,21 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(half)
 
 
-def made_of(config: Path, seed: int, flags: Sequence[str]) -> dict[str, Any]:
+def layers(config: str) -> list[Path]:
+    """The files of a config, in the order in which one overrides another."""
+    return [Path(file) for file in config.split("+")]
+
+
+def name_of(config: str) -> str:
+    """The names of its files, without folders."""
+    return "+".join(file.stem for file in layers(config))
+
+
+def made_of(config: str, seed: int, flags: Sequence[str]) -> dict[str, Any]:
     """All that makes a run, by content: comments and file names do not matter, overlays among ``flags`` do."""
     overlays = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     overlays.add_argument("--config", action="append", type=Path, default=[])
-    files = [config, *overlays.parse_known_args(flags)[0].config]
+    files = [*layers(config), *overlays.parse_known_args(flags)[0].config]
     configs = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
     code = hashlib.sha256()
     for file in sorted(Path(gopo_lightning.__file__).parent.rglob("*.py")):
@@ -57,13 +69,13 @@ def made_of(config: Path, seed: int, flags: Sequence[str]) -> dict[str, Any]:
     return {"configs": configs, "seed": seed, "flags": list(flags), "code": code.hexdigest()}
 
 
-def folder_of(config: Path, seed: int, flags: Sequence[str]) -> Path:
+def folder_of(config: str, seed: int, flags: Sequence[str]) -> Path:
     """Where the run is, or will be."""
     text = json.dumps(made_of(config, seed, flags), sort_keys=True, default=str)
-    return ROOT / f"{config.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}-seed{seed}"
+    return ROOT / f"{name_of(config)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}-seed{seed}"
 
 
-def train(config: Path, seed: int, flags: Sequence[str]) -> Path:
+def train(config: str, seed: int, flags: Sequence[str]) -> Path:
     """The run's folder; trains if it is not complete, from the last checkpoint of one that was interrupted."""
     run = folder_of(config, seed, flags)
     if (run / FINISHED).exists():
@@ -72,7 +84,8 @@ def train(config: Path, seed: int, flags: Sequence[str]) -> Path:
         return run
     logger = [f"--trainer.logger.init_args.{key}" for key in ("save_dir", "name", "version")]
     names = [f"{key}={value}" for key, value in zip(logger, (ROOT.parent, ROOT.name, run.name), strict=True)]
-    command = ["fit", "--config", str(config), f"--seed_everything={seed}", *names, "--ckpt_path=last", *flags]
+    files = [argument for file in layers(config) for argument in ("--config", str(file))]
+    command = ["fit", *files, f"--seed_everything={seed}", *names, "--ckpt_path=last", *flags]
     subprocess.run([sys.executable, "-m", "gopo_lightning", *command], check=True)
     run.mkdir(parents=True, exist_ok=True)
     (run / FINISHED).write_text(json.dumps(made_of(config, seed, flags), indent=1, default=str), encoding="utf-8")
@@ -117,22 +130,23 @@ def draw(tags: Sequence[str], groups: dict[str, dict[str, Curves]], path: Path) 
     figure.savefig(path, dpi=130)
 
 
-def labels(configs: Sequence[Path]) -> list[str]:
+def labels(configs: Sequence[str]) -> list[str]:
     """Names of two configs: of their files, with the folders where the files are called alike.
 
     Raises:
-        ValueError: it is the same file twice.
+        ValueError: it is the same config twice.
     """
     first, second = configs
-    if first.resolve() == second.resolve():
+    if [file.resolve() for file in layers(first)] == [file.resolve() for file in layers(second)]:
         raise ValueError(f"{first} is compared with itself. Name two configs.")
-    return [first.stem, second.stem] if first.stem != second.stem else [str(first), str(second)]
+    names = [name_of(config) for config in configs]
+    return names if names[0] != names[1] else [first, second]
 
 
 def main() -> None:
     """Train, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs=2, type=Path, metavar="CONFIG")
+    parser.add_argument("configs", nargs=2, metavar="CONFIG")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--tags", nargs="+", default=["val/reward", "val/win_rate"])
     parser.add_argument("--output", type=Path, default=ROOT / "compare.png", help="the picture")

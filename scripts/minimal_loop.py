@@ -41,7 +41,7 @@ parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--prompts_per_step", type=int, default=4)  # P
 parser.add_argument("--num_completions", type=int, default=8)  # G
 parser.add_argument("--max_new_tokens", type=int, default=32)
-parser.add_argument("--lr", type=float, default=1e-5)
+parser.add_argument("--lr", type=float, default=5e-5)
 parser.add_argument("--seed", type=int, default=0)
 options = parser.parse_args()
 P, G = options.prompts_per_step, options.num_completions

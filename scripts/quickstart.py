@@ -6,6 +6,8 @@ Runs the same commands that you would type, then compares what they wrote:
     python -m gopo_lightning fit --config configs/quickstart/gopo.yaml
     python -m gopo_lightning predict --config configs/quickstart/gopo.yaml
     python -m gopo_lightning predict --config configs/quickstart/gopo.yaml --model.init_args.policy.name EXPORTED
+
+With --config configs/quickstart/gopo.yaml configs/quickstart/borda.yaml (or pairwise.yaml) it learns from other rewards.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -93,9 +96,10 @@ def print_outcomes(before: Outcome, after: Outcome, source: str) -> None:
     console.print(table)
 
 
-def rewards_of(config: str, reward_model: Path) -> str:
-    """The config's rewards, in JSON for the command line, with the reward model that stands at ``reward_model``."""
-    rewards = yaml.safe_load(Path(config).read_text(encoding="utf-8"))["model"]["init_args"]["rewards"]
+def rewards_of(configs: Sequence[str], reward_model: Path) -> str:
+    """The last rewards in ``configs``, in JSON for the command line, with the reward model at ``reward_model``."""
+    models = [yaml.safe_load(Path(config).read_text(encoding="utf-8")).get("model", {}) for config in configs]
+    *_, rewards = [model["init_args"]["rewards"] for model in models if "rewards" in model.get("init_args", {})]
     return yaml.safe_dump(rewards, default_flow_style=True, width=10**6).replace(
         f"{CONFIG_ROOT}/reward_model/export", str(reward_model)
     )
@@ -106,13 +110,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="3 steps of everything: does it run?")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--config", default="configs/quickstart/gopo.yaml")
+    parser.add_argument("--config", nargs="+", default=["configs/quickstart/gopo.yaml"], help="a later one overrides")
     parser.add_argument("--name", help="run folder below runs/quickstart; the config's name and the seed by default")
     parser.add_argument("--source", default="sentiment", help="the reward that the tables show")
     options = parser.parse_args()
-    config, start = options.config, perf_counter()
+    start = perf_counter()
     root = Path("runs/quickstart-smoke" if options.smoke else CONFIG_ROOT)
-    name = options.name or f"{Path(config).stem}-seed{options.seed}"
+    name = options.name or f"{Path(options.config[-1]).stem}-seed{options.seed}"
     run, reward_model = root / name, root / "reward_model" / "export"
 
     for asset in ("smollm2-135m-instruct", "minilm-l6-v2", "movie-ratings"):
@@ -127,7 +131,7 @@ def main() -> None:
             *smoke,
         )
     shared = [
-        *("--config", config),
+        *(f"--config={config}" for config in options.config),
         f"--seed_everything={options.seed}",
         "--trainer.logger.init_args.save_dir=runs",
         f"--trainer.logger.init_args.name={root.name}",
@@ -135,7 +139,7 @@ def main() -> None:
     steps = []
     if options.smoke:
         shared += [f"--data.init_args.{part}.limit=4" for part in ("validation", "predict")]
-        shared.append(f"--model.init_args.rewards={rewards_of(config, reward_model)}")
+        shared.append(f"--model.init_args.rewards={rewards_of(options.config, reward_model)}")
         steps = ["--trainer.max_steps=3", "--trainer.val_check_interval=3"]
     gopo("fit", *shared, f"--trainer.logger.init_args.version={name}", *steps)
     predictions = []

@@ -23,7 +23,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name, seeds in VALUES.items():
         Path(f"{name}.yaml").write_text(f"model: {{advantage: {name}}}")
         for seed, points in enumerate(seeds, 1):
-            finish(script.folder_of(Path(f"{name}.yaml"), seed, []), points)
+            finish(script.folder_of(f"{name}.yaml", seed, []), points)
     return script
 
 
@@ -61,7 +61,7 @@ def commands(compare: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_missing_runs_are_trained_with_their_seed(compare: Any, commands: list[list[str]]) -> None:
-    run = compare.train(Path("gopo.yaml"), 4, ["--trainer.max_steps=5"])
+    run = compare.train("gopo.yaml", 4, ["--trainer.max_steps=5"])
     assert commands[0][2:] == [
         *("gopo_lightning", "fit", "--config", "gopo.yaml"),
         "--seed_everything=4",
@@ -78,17 +78,17 @@ def test_a_finished_run_is_read_and_said_to_be(
     compare: Any, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("gopo.yaml").write_text("# a comment\nmodel:\n  advantage: gopo\n")
-    run = compare.train(Path("gopo.yaml"), 3, [])
+    run = compare.train("gopo.yaml", 3, [])
     assert not commands and f"read, not trained: {run}, finished 20" in capsys.readouterr().out
-    compare.train(Path("gopo.yaml"), 4, [])
-    compare.train(Path("gopo.yaml"), 4, [])
+    compare.train("gopo.yaml", 4, [])
+    compare.train("gopo.yaml", 4, [])
     assert len(commands) == 1
 
 
 def test_an_interrupted_run_goes_on(compare: Any, commands: list[list[str]]) -> None:
-    run = compare.folder_of(Path("gopo.yaml"), 1, [])
+    run = compare.folder_of("gopo.yaml", 1, [])
     (run / "compare.json").unlink()
-    assert compare.train(Path("gopo.yaml"), 1, []) == run
+    assert compare.train("gopo.yaml", 1, []) == run
     assert "--ckpt_path=last" in commands[0]
 
 
@@ -96,12 +96,12 @@ def test_an_interrupted_run_goes_on(compare: Any, commands: list[list[str]]) -> 
 def test_nothing_stale_is_read(
     changed: str, compare: Any, commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, flags = Path("gopo.yaml"), ["--config=overlay.yaml", "--config", "other.yaml"]
+    config, flags = "gopo.yaml", ["--config=overlay.yaml", "--config", "other.yaml"]
     for name in ("overlay.yaml", "other.yaml"):
         Path(name).write_text("trainer: {max_steps: 5}")
     compare.train(config, 1, flags)
     if changed == "config":
-        config.write_text("model: {advantage: gopo, seed: 1}")
+        Path(config).write_text("model: {advantage: gopo, seed: 1}")
     elif changed == "flags":
         flags = [*flags, "--trainer.max_steps=5"]
     elif changed == "overlay":
@@ -113,13 +113,24 @@ def test_nothing_stale_is_read(
     else:
         Path("b").mkdir()
         (Path("b") / "gopo.yaml").write_text("model: {advantage: rloo}")
-        config = Path("b/gopo.yaml")
+        config = "b/gopo.yaml"
     compare.train(config, 1, flags)
     assert len(commands) == 2
 
 
 def test_files_called_alike_are_told_apart(compare: Any) -> None:
-    assert compare.labels([Path("a/gopo.yaml"), Path("a/grpo.yaml")]) == ["gopo", "grpo"]
-    assert compare.labels([Path("a/gopo.yaml"), Path("b/gopo.yaml")]) == ["a/gopo.yaml", "b/gopo.yaml"]
-    with pytest.raises(ValueError, match="compared with itself"):
-        compare.labels([Path("gopo.yaml"), Path("./gopo.yaml")])
+    assert compare.labels(["a/gopo.yaml", "a/grpo.yaml"]) == ["gopo", "grpo"]
+    assert compare.labels(["a/gopo.yaml", "b/gopo.yaml"]) == ["a/gopo.yaml", "b/gopo.yaml"]
+    assert compare.labels(["a/tldr.yaml", "a/tldr.yaml+b/grpo.yaml"]) == ["tldr", "tldr+grpo"]
+    for other in ("./gopo.yaml", "../" + Path.cwd().name + "/gopo.yaml"):
+        with pytest.raises(ValueError, match="compared with itself"):
+            compare.labels(["gopo.yaml", other])
+
+
+def test_layers_are_given_one_after_the_other(compare: Any, commands: list[list[str]]) -> None:
+    Path("overlay.yaml").write_text("trainer: {max_steps: 5}")
+    run = compare.train("gopo.yaml+overlay.yaml", 1, [])
+    assert commands[0][3:9] == ["fit", "--config", "gopo.yaml", "--config", "overlay.yaml", "--seed_everything=1"]
+    assert re.fullmatch(r"gopo\+overlay-[0-9a-f]{8}-seed1", run.name)
+    Path("overlay.yaml").write_text("trainer: {max_steps: 6}")
+    assert compare.folder_of("gopo.yaml+overlay.yaml", 1, []) != run

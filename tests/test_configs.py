@@ -1,56 +1,82 @@
-"""Every shipped YAML is parsed and instantiated, with the models swapped for tiny ones."""
+"""Every shipped YAML is parsed and instantiated, alone or in layers, with the models swapped for tiny ones."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from allpairspy import AllPairs
 from lightning.pytorch import LightningModule
 
 from gopo_lightning.commands.lightning_cli import run
+from tests.golden.configs import CONFIGS, is_whole
 
-CONFIGS = sorted(Path("configs").rglob("*.yaml"))
-OVERLAYS = ("strategy", "engine")
-POLICIES = [p for p in CONFIGS if p.parent.name not in OVERLAYS and not p.stem.startswith("reward_model")]
+WHOLE = [path for path in sorted(CONFIGS.rglob("*.yaml")) if is_whole(path)]
+POLICIES = [path for path in WHOLE if not path.stem.startswith("reward_model")]
+TASKS = [path for path in POLICIES if path.parent.name == "paper"]
+LAYERS = [[None, *sorted((CONFIGS / name).iterdir())] for name in ("advantage", "strategy", "engine", "debug")]
+"""One of each, or none, goes on a task, in this order."""
+STACKS = [[path for path in stack if path is not None] for stack in AllPairs([TASKS, *LAYERS])]
+"""In which every two files of different layers meet."""
+
+
+def named(layers: list[Path]) -> str:
+    """Of a test."""
+    return "+".join(path.stem for path in layers)
 
 
 @pytest.mark.parametrize("path", POLICIES, ids=str)
 def test_policy_configs_are_instantiated(path: Path, tiny_policy: Path, tmp_path: Path) -> None:
-    overrides = [
-        "--trainer.accelerator=cpu",
-        f"--trainer.logger.init_args.save_dir={tmp_path}",
-        f"--model.init_args.policy.name={tiny_policy}",
-    ]
-    module = instantiate(path, *overrides)
+    logger = f"--trainer.logger.init_args.save_dir={tmp_path}"
+    module = instantiate([path], logger, f"--model.init_args.policy.name={tiny_policy}")
     module.configure_model()
     assert module.policy.config.hidden_size == 32
 
 
-@pytest.mark.parametrize("overlay", sorted(Path("configs/strategy").glob("*.yaml")), ids=str)
-def test_strategy_overlays_change_only_the_trainer(overlay: Path) -> None:
-    assert set(yaml.safe_load(overlay.read_text())) == {"trainer"}
-
-
-@pytest.mark.parametrize("path", sorted(Path("configs").rglob("reward_model*.yaml")), ids=str)
+@pytest.mark.parametrize("path", [path for path in WHOLE if path not in POLICIES], ids=str)
 def test_reward_model_configs_are_instantiated(path: Path) -> None:
-    instantiate(path, "--trainer.accelerator=cpu")
+    instantiate([path])
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*gopo.yaml")), ids=str)
-def test_gopo_and_grpo_differ_in_the_advantage(path: Path) -> None:
+@pytest.mark.parametrize("layers", STACKS, ids=named)
+def test_layers_are_instantiated_together(layers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what each of them sets; vLLM need not be installed, and FSDP1 has another name on CPUs."""
+    monkeypatch.setattr("gopo_lightning.rollout.engines.vllm.find_spec", lambda name: True)
+    fsdp1 = ["--trainer.strategy=fsdp_cpu"] if Path("configs/strategy/fsdp.yaml") in layers else []
+    module = instantiate(layers, f"--trainer.logger.init_args.save_dir={tmp_path}", *fsdp1)
+    for path in layers:
+        if path.parent.name == "advantage":
+            assert module._settings["advantage"] == init_args(path)["advantage"]
+        if path.stem == "smoke":
+            assert module.sampling.max_new_tokens == 16
+        if path.stem == "vllm":
+            assert type(module.rollout.engine).__name__ == "VLLMEngine"
+
+
+def test_an_overlay_changes_its_own_part_alone() -> None:
+    parts = {"advantage": {"model"}, "strategy": {"trainer"}, "engine": {"model"}}
+    for layer, allowed in parts.items():
+        for path in (CONFIGS / layer).iterdir():
+            assert yaml.safe_load(path.read_text()).keys() == allowed, path
+
+
+def test_gopo_and_grpo_of_the_quickstart_differ_in_the_advantage() -> None:
     """And in how several rewards become one: ranks have no magnitude for GRPO to read."""
-    gopo, grpo = (
-        yaml.safe_load(path.with_name(name).read_text())
-        for name in (path.name, "grpo".join(path.name.rsplit("gopo", 1)))
-    )
+    gopo, grpo = (yaml.safe_load((CONFIGS / "quickstart" / name).read_text()) for name in ("gopo.yaml", "grpo.yaml"))
     ours, theirs = gopo["model"].pop("init_args"), grpo["model"].pop("init_args")
     assert gopo == grpo
     assert (ours.pop("advantage"), theirs.pop("advantage")) == ("ordinal", "grpo")
-    if len(ours["rewards"]) > 1:
-        assert (ours.pop("combine"), theirs.pop("combine")) == ("lexicographic", "weighted_sum")
-        assert len(theirs.pop("combine_options")["weights"]) == len(ours["rewards"])
+    assert (ours.pop("combine"), theirs.pop("combine")) == ("lexicographic", "weighted_sum")
+    assert len(theirs.pop("combine_options")["weights"]) == len(ours["rewards"])
     assert ours == theirs
 
 
-def instantiate(path: Path, *overrides: str) -> LightningModule:
+def init_args(path: Path) -> dict[str, Any]:
+    """What a config says of the module."""
+    return yaml.safe_load(path.read_text())["model"]["init_args"]
+
+
+def instantiate(layers: list[Path], *overrides: str) -> LightningModule:
     """The module of a config, without running anything."""
-    return run(["--config", str(path), *overrides], instantiate_only=True).model
+    configs = [f"--config={path}" for path in layers]
+    return run([*configs, "--trainer.accelerator=cpu", *overrides], instantiate_only=True).model

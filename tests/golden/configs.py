@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from gopo_lightning.commands.lightning_cli import run
@@ -85,10 +86,24 @@ def _plain(value: Any) -> Any:
     return re.sub(r" at 0x[0-9a-f]+|^<?(class|function) |gopo_lightning[\w.]*\.", "", str(value))
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a config can be run alone; an overlay names no class of the model."""
+    return "class_path" in yaml.safe_load(path.read_text()).get("model", {})
+
+
+def combinations() -> list[tuple[Path, ...]]:
+    """Every whole config alone, and with the overlays that make another method of it."""
+    baseline, quickstart = CONFIGS / "advantage" / "grpo.yaml", CONFIGS / "quickstart"
+    return [
+        *((path,) for path in sorted(CONFIGS.rglob("*.yaml")) if is_whole(path)),
+        *((path, baseline) for path in sorted((CONFIGS / "paper").iterdir())),
+        *((quickstart / "gopo.yaml", quickstart / name) for name in ("borda.yaml", "pairwise.yaml")),
+    ]
+
+
 def record() -> dict[str, Any]:
-    """By the config's path."""
-    paths = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("strategy", "engine"))
-    return {str(path): describe("--config", str(path)) for path in paths}
+    """By the paths of the layers."""
+    return {"+".join(map(str, layers)): describe(*(f"--config={path}" for path in layers)) for layers in combinations()}
 
 
 if __name__ == "__main__":

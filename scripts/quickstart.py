@@ -7,7 +7,7 @@ Runs the same commands that you would type, then compares what they wrote:
     python -m gopo_lightning predict --config configs/quickstart/gopo.yaml
     python -m gopo_lightning predict --config configs/quickstart/gopo.yaml --model.init_args.policy.name EXPORTED
 
-With --config configs/quickstart/gopo.yaml configs/quickstart/borda.yaml (or pairwise.yaml) it learns from other rewards.
+With --config configs/quickstart/gopo.yaml configs/quickstart/borda.yaml (or pairwise.yaml), it has other rewards.
 """
 
 import argparse

@@ -53,6 +53,16 @@ def test_layers_are_instantiated_together(layers: list[Path], tmp_path: Path, mo
             assert type(module.rollout.engine).__name__ == "VLLMEngine"
 
 
+@pytest.mark.parametrize("path", TASKS, ids=str)
+def test_no_task_validates_on_what_it_trains_on_or_on_the_prompts_of_the_judge(path: Path) -> None:
+    data = yaml.safe_load(path.read_text())["data"]["init_args"]
+    train, held_out = data["train"], data["validation"]
+    assert train["path"] == held_out["path"] != "google/IFEval"
+    ours, theirs = train["split"].partition("["), held_out["split"].partition("[")
+    assert "test" not in held_out["split"]
+    assert ours[0] != theirs[0] or (ours[2], theirs[2]) == (":-500]", "-500:]")
+
+
 def test_an_overlay_changes_its_own_part_alone() -> None:
     parts = {"advantage": {"model"}, "strategy": {"trainer"}, "engine": {"model"}}
     for layer, allowed in parts.items():

@@ -1,10 +1,12 @@
 """Prompts from files to batches: rendering, checking, sharding, and what goes wrong with a remedy."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -101,6 +103,15 @@ def test_hub_datasets_get_name_split_and_revision(monkeypatch: pytest.MonkeyPatc
     assert seen[1] == (("trl-lib/tldr", "x"), {"split": "test", "revision": "abc"})
 
 
+def test_a_split_may_be_a_part_of_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The paper's chat and instruction following are validated on what is held out of train."""
+    rows = write(tmp_path, [{"prompt": str(number)} for number in range(10)])
+    read = partial(datasets.load_dataset, "json", data_files=rows, cache_dir=str(tmp_path))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split, revision: read(split=split))
+    parts = [load_rows(PromptSource(path="some/hub", split=split)) for split in ("train[:-3]", "train[-3:]")]
+    assert [[int(row["prompt"]) for row in part] for part in parts] == [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9]]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -174,6 +185,14 @@ def test_a_system_prompt_goes_first_and_replaces_the_rows_own(tokenizer: Any) ->
         assert decoded(tokenizer, prompt) == "<system>be short<eos><user>hi<eos><assistant>"
         assert prompt.text == "hi"
         assert prompt.messages == ({"role": "system", "content": "be short"}, TURNS[0])
+
+
+@pytest.mark.parametrize("value", ["hi", [TURNS[0]]], ids=["text", "messages"])
+def test_an_empty_system_prompt_is_an_empty_turn(tokenizer: Any, value: Any) -> None:
+    """As in the paper's chat recipe; it makes a conversation of a text, and reward models read it too."""
+    prompt = render(tokenizer, value, system_prompt="")
+    assert decoded(tokenizer, prompt) == "<system><eos><user>hi<eos><assistant>"
+    assert prompt.messages == ({"role": "system", "content": ""}, TURNS[0])
 
 
 def test_always_makes_a_plain_string_a_user_message(tokenizer: Any) -> None:

@@ -119,7 +119,8 @@ class PromptDataModule(FingerprintedDataModule):
         predict: prompts for the predict subcommand.
         prompts_per_step: P, prompts of one training step over ALL ranks; the world size must divide it.
         val_prompts_per_step: the same for validation, test and predict; prompts_per_step if not given.
-        system_prompt: a system message put first; it replaces the row's own, if there is one.
+        system_prompt: a system message put first; it replaces the row's own, if there is one. An empty text is a turn
+            without words, which is not the same as null: none.
         apply_chat_template: whether plain strings become a user message: always, never, or auto, which is
             only when system_prompt or chat_template_kwargs is given. Conversations are always rendered by the
             template.

@@ -85,7 +85,7 @@ class PromptRenderer:
             )
         self._require(isinstance(value, str), index, f"is a {type(value).__name__}, not a string or messages")
         self._require(bool(value.strip()), index, "is empty")
-        wanted = bool(system or self.source.system_column or self.chat_template_kwargs)
+        wanted = system is not None or bool(self.source.system_column or self.chat_template_kwargs)
         if self.apply_chat_template == "never" or (self.apply_chat_template == "auto" and not wanted):
             return value, None
         return value, _with_system(({"role": "user", "content": value},), system)

@@ -25,7 +25,8 @@ class PromptSource:
     name: str | None = None
     """Configuration of a hub dataset."""
     split: str | None = None
-    """Split of a hub or packaged dataset or of a saved DatasetDict, train by default. A local file has none."""
+    """Split of a hub or packaged dataset or of a saved DatasetDict, train by default. A local file has none. Of a hub
+    dataset also a part of one, in rows or percent: `train[:-500]` and `train[-500:]`, `train[:90%]`."""
     prompt_column: str = "prompt"
     """Column of the prompt: a string, or a conversation (a list of messages with role and content)."""
     messages_column: str | None = None

@@ -11,8 +11,8 @@ groups and returns float32 ``advantages_PG``. Common rules:
   ``dr_grpo``, ``rloo``, ``batch``) compute in float64 and refuse +-inf with a ValueError.
 
 Departures from the paper (arXiv 2602.03876) and the authors' code: ties share their mean rank by default (the
-paper gives no rule, the authors' code breaks ties by position: ``ties="arbitrary"`` here); NaN and comparison
-matrices are ours.
+paper gives no rule, the authors' code breaks ties as argsort happens to: ``ties="arbitrary"`` here); NaN (there a
+completion without a score has a reward of 0) and comparison matrices are ours.
 """
 
 import functools
@@ -59,8 +59,8 @@ def ordinal(rewards_PG: Tensor, *, ties: Ties = "average") -> Tensor:
     Args:
         rewards_PG: any real dtype; compared as they come, never rounded.
         ties: ``average``: equal rewards share one advantage. ``arbitrary``: a double argsort as in the
-            authors' code, the earlier completion ranks higher; noise at full strength, for reproducing that
-            code only.
+            authors' code, the earlier completion ranks higher (theirs, not being stable, may order them
+            otherwise); noise at full strength, for reproducing that code only.
 
     >>> ordinal(torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
     tensor([[ 1.3333,  1.3333, -1.3333, -1.3333]])

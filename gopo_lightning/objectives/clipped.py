@@ -11,7 +11,7 @@ weight:
 The surrogate is eq. 7 of PPO (arXiv 1707.06347).
 
     aggregation   scale_n            denominator                        from
-    token         1                  unmasked tokens                    DAPO, arXiv 2503.14476, GOPO's code
+    token         1                  unmasked tokens                    DAPO, arXiv 2503.14476
     sequence      1 / tokens of n    unmasked completions               GRPO, arXiv 2402.03300
     constant      1                  all completions * max_new_tokens   Dr. GRPO, arXiv 2503.20783
 
@@ -21,7 +21,8 @@ same loss and gradient, however the completions are split. (A wrapper that avera
 DDP and FSDP do, wants the sum divided by the world size.)
 
 Departures: clip fractions are counted where the clip acts on the gradient (sign of A included); a KL term is
-never multiplied by the token weight.
+never multiplied by the token weight. GOPO's code takes the token mean of each micro-batch of 4 completions and the
+mean of these, so that a token of a short micro-batch weighs more; ``token`` here is the mean over all tokens.
 """
 
 import math

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from gopo_lightning.distributed.checkpoints import last_of
 from gopo_lightning.distributed.collectives import gather_objects
-from gopo_lightning.distributed.fsdp import shard_fsdp1, shard_fsdp2
+from gopo_lightning.distributed.fsdp import shard_fsdp2
 from gopo_lightning.distributed.strategies import FSDP2Strategy
 from gopo_lightning.objectives.clipped import LossConfig
 from gopo_lightning.policy.model import PolicyConfig, load_policy
@@ -150,12 +150,10 @@ def run_case(case: Case, tiny_policy: Path, prompts_file: Path, folder: Path, wo
         torch.save({"steps": record.steps, "validation": validation}, folder / f"{case.name}.pt")
 
 
-def sharded_policy(kind: str, config: PolicyConfig) -> nn.Module:
-    """The policy over two ranks, ``kind`` fsdp1 or fsdp2; to be called by both."""
+def sharded_policy(config: PolicyConfig, dtype: torch.dtype | None = None) -> nn.Module:
+    """The policy over two ranks, gathered in ``dtype``; to be called by both."""
     model: nn.Module = load_policy(config)
-    if kind == "fsdp1":
-        return shard_fsdp1(model, {"device_id": torch.device("cpu")})
-    shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
+    shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=dtype)
     return model
 
 

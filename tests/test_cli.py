@@ -145,10 +145,12 @@ def read_predictions(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "predictions.jsonl").read_text().split("\n") if line]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_train_like_one(strategy: str, config: Path, tmp_path: Path) -> None:
     run(["fit", "--config", str(config)])
     gopo("fit", "--config", str(config), "--trainer.devices=2", f"--trainer.strategy={strategy}")
+    saved = yaml.safe_load((tmp_path / "run" / "version_1" / "config.yaml").read_text())["trainer"]["strategy"]
+    assert saved == "ddp" if strategy == "ddp" else saved["class_path"].endswith(".FSDP2Strategy")
     one, two = (torch.load(next((tmp_path / "run" / f"version_{i}").rglob("*.ckpt"))) for i in (0, 1))
     for key, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][key], value, rtol=0, atol=1e-5)

@@ -25,7 +25,7 @@ from gopo_lightning.training.placement import PlacementConfig, on_device
 from gopo_lightning.types import PromptBatch
 from tests.architectures import build, prompt_batch, ragged_completions
 from tests.conftest import byte_tokenizer
-from tests.ranks import Case, assert_same_run, launch, on, read, run_case
+from tests.ranks import Case, assert_same_run, launch, on, read, run_case, sharded_policy
 from tests.runs import make_data, make_module, make_trainer
 
 LAYER = PlacementConfig(rollout_gather="layer")
@@ -42,8 +42,7 @@ RUNS = {
 
 
 SAME: dict[str, tuple[Case, str]] = {
-    "by layer, FSDP2": (Case("fsdp2-layer", "fsdp2", kl_coef=0.1, module={"placement": LAYER}), "kl"),
-    "by layer, FSDP1": (Case("fsdp1-layer", "fsdp_cpu", kl_coef=0.1, module={"placement": LAYER}), "kl"),
+    "by layer": (Case("layer", "fsdp2", kl_coef=0.1, module={"placement": LAYER}), "kl"),
     "offloaded": (
         Case("offload", "fsdp2", kl_coef=0.1, module={"placement": OFFLOADED}),
         "kl",
@@ -57,8 +56,7 @@ SAME: dict[str, tuple[Case, str]] = {
         Case("cpu-offload", "fsdp2", kl_coef=0.1, strategy_options={"cpu_offload": True}),
         "kl",
     ),
-    "checkpointing, FSDP2": (on("fsdp2", RUNS["checkpointing"]), "checkpointing"),
-    "checkpointing, FSDP1": (on("fsdp_cpu", RUNS["checkpointing"]), "checkpointing"),
+    "checkpointing": (on("fsdp2", RUNS["checkpointing"]), "checkpointing"),
     "compiled": (Case("compiled", "fsdp2", kl_coef=0.1, policy={"compile": True}), "kl"),
 }
 
@@ -104,15 +102,9 @@ def tiny_classifier(folder: Path) -> Path:
 # --- checks that run on two ranks -------------------------------------------------------------------------------------
 
 
-def sharded(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
-    model = load_policy(PolicyConfig(str(folder)))
-    shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=dtype)
-    return model
-
-
 def memory(rank: int, folder: Path) -> dict[str, Any]:
     """Bytes of weights on this rank before, in and after a gather, and what is said where there is no room for it."""
-    model = sharded(folder)
+    model = sharded_policy(PolicyConfig(str(folder)))
 
     def local_bytes() -> int:
         local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
@@ -166,7 +158,7 @@ def bf16_gathers(rank: int, folder: Path) -> dict[str, Any]:
     """Log-probs and gradients of weights that are gathered in bfloat16, beside those in float32."""
     found: dict[str, Any] = {}
     for dtype in (None, torch.bfloat16):
-        model = sharded(folder, dtype)
+        model = sharded_policy(PolicyConfig(str(folder)), dtype)
         with gathered(model):
             found[f"gathered {dtype}"] = {p.dtype for p in model.parameters()}
         prompts, completions = prompt_batch(), ragged_completions()
@@ -181,7 +173,7 @@ def bf16_gathers(rank: int, folder: Path) -> dict[str, Any]:
 
 def counts(rank: int, folder: Path) -> dict[str, Any]:
     """Ranks with unlike many forwards run equally many on sharded weights, and their own on gathered ones."""
-    model = sharded(folder)
+    model = sharded_policy(PolicyConfig(str(folder)))
     own = list(range(3 - 2 * rank))
     with gathered(model):
         whole = in_step(own, model, spare=-1)
@@ -204,7 +196,7 @@ def greedy_tokens(model: nn.Module, prompts: PromptBatch, max_rows: int | None =
 
 def greedy(rank: int, folder: Path) -> dict[str, Any]:
     """Both ways to gather; the ranks have unlike prompts, and in passes of a prompt one has more of them."""
-    model, found = sharded(folder), {}
+    model, found = sharded_policy(PolicyConfig(str(folder))), {}
     for how in ("full", "layer"):
         with gathered(model, how):  # type: ignore[arg-type]
             found[how] = greedy_tokens(model, prompt_batch((5, 9, 1)[rank : 2 * rank + 2]))
@@ -294,8 +286,8 @@ def test_forwards_that_are_collectives_are_equally_many(results: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"load": "shards"}, "trainer.strategy: fsdp2"),
-        ({"rollout_gather": "layer"}, "trainer.strategy: fsdp2 or fsdp"),
+        ({"load": "shards"}, "placement.load: whole"),
+        ({"rollout_gather": "layer"}, "placement.rollout_gather: full"),
         ({"frozen_models": "shard"}, "placement.frozen_models: offload"),
     ],
 )
@@ -303,7 +295,7 @@ def test_what_the_strategy_cannot_do_is_refused(
     options: dict[str, Any], remedy: str, tiny_policy: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     module = make_module(tiny_policy, placement=PlacementConfig(**options))
-    with pytest.raises(ValueError, match=remedy):
+    with pytest.raises(ValueError, match=f"use trainer.strategy: fsdp2, or {remedy}"):
         make_trainer(tmp_path).fit(module, make_data(prompts_file))
 
 

@@ -21,7 +21,7 @@ from tests.conftest import byte_tokenizer
 from tests.ranks import Case, launch, run_case
 from tests.test_resume import assert_identical
 
-STRATEGIES = ["ddp", "fsdp2", "fsdp_cpu"]
+STRATEGIES = ["ddp", "fsdp2"]
 
 
 def on_rank_1() -> bool:

@@ -242,11 +242,10 @@ def greedy_on_ranks(rank: int, folder: Path) -> dict[str, Any]:
     config = PolicyConfig(str(folder))
     found["plain"] = generate(engine, load_policy(config), prompts, temperature=0.0).texts
     assert engine._llm.collective_rpc(lambda worker: (worker.local_rank, worker.rank)) == [(rank, rank)]  # its device
-    for kind in ("fsdp2", "fsdp1"):
-        model = sharded_policy(kind, config)
-        for how in ("full", "layer"):
-            with gathered(model, how):  # type: ignore[arg-type]
-                found[f"{kind} {how}"] = generate(engine, model, prompts, temperature=0.0).texts
+    model = sharded_policy(config)
+    for how in ("full", "layer"):
+        with gathered(model, how):  # type: ignore[arg-type]
+            found[how] = generate(engine, model, prompts, temperature=0.0).texts
     return found
 
 
@@ -257,7 +256,7 @@ def test_greedy_on_two_ranks_is_that_of_one(policies: dict[str, Path], prompts_f
         prompts = prompt_batch((20, 33, 17)[rank : 2 * rank + 1])
         expected = generate(TransformersEngine(), model, prompts, temperature=0.0).texts
         found = torch.load(tmp_path / f"greedy_on_ranks.{rank}.pt")
-        assert len(found) == 5 and all(texts == expected for texts in found.values())
+        assert len(found) == 3 and all(texts == expected for texts in found.values())
 
 
 def test_the_overlay_trains_with_log_probs_that_agree(

@@ -66,14 +66,13 @@ def test_an_adapter_that_is_no_product_is_refused(option: dict[str, Any]) -> Non
 
 
 def sharded_weights(rank: int, folder: Path) -> dict[str, Any]:
-    """Of each way to shard and gather, with and without a trained adapter."""
+    """Of each way to gather, with and without a trained adapter."""
     found = {}
     for lora in (False, True):
-        for kind in ("fsdp2", "fsdp1"):
-            model = sharded_policy(kind, PolicyConfig(str(folder / "adapter" if lora else folder)))
-            for how in ("full", "layer"):
-                with gathered(model, how):  # type: ignore[arg-type]
-                    found[f"{kind} {how} {lora}"] = copied(model)
+        model = sharded_policy(PolicyConfig(str(folder / "adapter" if lora else folder)))
+        for how in ("full", "layer"):
+            with gathered(model, how):  # type: ignore[arg-type]
+                found[f"{how} {lora}"] = copied(model)
     return found
 
 
@@ -90,8 +89,7 @@ def results(tiny_policy: Path, prompts_file: Path, tmp_path_factory: pytest.Temp
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("how", ["full", "layer"])
-@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_sharded_weights_come_whole(lora: bool, kind: str, how: str, rank: int, results: Path) -> None:
+def test_sharded_weights_come_whole(lora: bool, how: str, rank: int, results: Path) -> None:
     expected = copied(load_policy(PolicyConfig(str(results / "model" / "adapter" if lora else results / "model"))))
-    assert_equal(torch.load(results / f"sharded_weights.{rank}.pt")[f"{kind} {how} {lora}"], expected)
+    assert_equal(torch.load(results / f"sharded_weights.{rank}.pt")[f"{how} {lora}"], expected)

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from gopo_lightning.commands.fsdp import as_fsdp2
 from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.commands.usage import FIELDS
 from gopo_lightning.distributed.checkpoints import last_of, load, searched, step_of
@@ -80,8 +81,10 @@ class GOPOCommandLine(LightningCLI):
         """A checkpoint is data: Lightning would let the hyperparameters in it override the config, class paths too."""
 
     def before_instantiate_classes(self) -> None:
-        """A secret in the config would be saved with the run."""
+        """A secret in the config would be saved with the run; `fsdp` is FSDP2."""
         refuse_secrets(self.config.as_dict())
+        trainer = self.config.get(str(self.subcommand), self.config).trainer
+        trainer.strategy = as_fsdp2(trainer.strategy)
 
     def instantiate_classes(self) -> None:
         """What a class says of its arguments comes last, not the configuration that jsonargparse puts around it."""

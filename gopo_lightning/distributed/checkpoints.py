@@ -214,11 +214,7 @@ class TrainableState(nn.Module):
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Without frozen parameters."""
-        frozen = {
-            prefix + name.replace("_fsdp_wrapped_module.", "")
-            for name, parameter in self.named_parameters()
-            if not parameter.requires_grad
-        }
+        frozen = {prefix + name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         return {name: value for name, value in state.items() if name not in frozen}
 

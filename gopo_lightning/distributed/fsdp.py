@@ -4,8 +4,8 @@ FSDP2 replaces parameters by DTensors and gathers a layer when its forward or ba
 about sampling on such weights.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -17,16 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
-    FullOptimStateDictConfig,
-    FullStateDictConfig,
     MixedPrecisionPolicy,
     OffloadPolicy,
-    ShardingStrategy,
-    StateDictType,
     fully_shard,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -57,36 +51,22 @@ def shard_fsdp2(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None
     _gathered_dtypes[model] = dtype
 
 
-def shard_fsdp1(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
-    """``model`` wrapped by FSDP1 with keyword arguments ``options``; a PeftModel is wrapped inside and stays one."""
-    classes = {type(layer) for layer in decoder_layers(model)}
-    wrapped = FSDP1(
-        base_of(model), **{**options, "use_orig_params": True, "auto_wrap_policy": ModuleWrapPolicy(classes)}
-    )
-    if not isinstance(model, PeftModel):
-        return wrapped
-    model.base_model.model = wrapped
-    return model
-
-
 @contextmanager
 def no_gradient_sync(model: nn.Module) -> Iterator[None]:
     """Backward passes inside add gradients up on their rank; the next one outside reduces them all."""
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.set_requires_gradient_sync(False, recurse=False)
-    root = root_fsdp1(model)
     try:
-        with nullcontext() if root is None else root.no_sync():
-            yield
+        yield
     finally:
         for module in sharded:
             module.set_requires_gradient_sync(True, recurse=False)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ``model`` or a part of it is sharded by FSDP1 or FSDP2."""
-    return any(isinstance(module, FSDP1 | FSDPModule) for module in model.modules())
+    """Whether ``model`` or a part of it is sharded."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def reshard(model: nn.Module) -> None:
@@ -98,18 +78,8 @@ def reshard(model: nn.Module) -> None:
 
 def whole_bytes(model: nn.Module) -> int:
     """Bytes that all weights of a sharded ``model`` take when they are gathered."""
-    root = root_fsdp1(model)
-    if root is not None:
-        assert root.process_group is not None
-        parts = 1 if root.sharding_strategy is ShardingStrategy.NO_SHARD else root.process_group.size()
-        return parts * sum(p.numel() * p.element_size() for p in model.parameters())
     dtype = _gathered_dtypes.get(model)
     return sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters())
-
-
-def root_fsdp1(model: nn.Module) -> FSDP1 | None:
-    """The outermost FSDP1 module of ``model``, or None if it is not sharded by FSDP1."""
-    return next((module for module in model.modules() if isinstance(module, FSDP1)), None)
 
 
 def clip_grad_norm(policy: nn.Module, max_norm: float) -> Tensor:
@@ -117,9 +87,6 @@ def clip_grad_norm(policy: nn.Module, max_norm: float) -> Tensor:
 
     Right for plain and for sharded parameters, whose norm is taken over all shards. A collective if sharded.
     """
-    root = root_fsdp1(policy)
-    if root is not None:
-        return root.clip_grad_norm_(max_norm)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -136,39 +103,12 @@ def full(tree: Any, *, keep: bool) -> Any:
     return tree_map(whole, tree, is_leaf=lambda value: isinstance(value, Tensor))
 
 
-@contextmanager
-def whole_fsdp1(module: nn.Module) -> Iterator[None]:
-    """State dicts of FSDP1 modules in ``module`` hold whole tensors inside, left on their device (see below)."""
-    # offload_to_cpu crashes on CPUs
-    settings = (StateDictType.FULL_STATE_DICT, FullStateDictConfig(), FullOptimStateDictConfig(offload_to_cpu=False))
-    with FSDP1.state_dict_type(module, *settings):
-        yield
-
-
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Whole CPU tensors, of an adapter those of the adapter alone. A collective; complete on rank 0."""
-    if root_fsdp1(model) is not None:
-        with whole_fsdp1(model):
-            return {name: value.cpu() for name, value in model.state_dict().items()}
     options = StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=isinstance(model, PeftModel)
     )
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
-
-
-@contextmanager
-def plain_names(model: nn.Module) -> Iterator[None]:
-    """Inside, the modules of ``model`` are named as if FSDP1 had not wrapped any: peft looks for its layers by name."""
-    original = model.named_modules
-
-    def named_modules(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        return ((name.replace("_fsdp_wrapped_module.", ""), module) for name, module in original(*args, **kwargs))
-
-    model.named_modules = named_modules  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.named_modules
 
 
 def like(value: Any, template: Any) -> Any:

@@ -6,7 +6,7 @@ run equally many, whatever the lengths of their texts.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Literal, TypeAlias, TypeVar
 from weakref import WeakSet
 
@@ -14,12 +14,10 @@ import psutil
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor
 
 from gopo_lightning.distributed.collectives import all_reduce_sum, gather_objects, world_size
-from gopo_lightning.distributed.decoder_layers import replaced_forward
-from gopo_lightning.distributed.fsdp import is_sharded, reshard, root_fsdp1, whole_bytes
+from gopo_lightning.distributed.fsdp import is_sharded, reshard, whole_bytes
 
 T = TypeVar("T")
 
@@ -73,9 +71,6 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 def compute_device(model: nn.Module) -> torch.device:
     """Where ``model`` computes, though its shards may be kept in CPU memory."""
-    if (root := root_fsdp1(model)) is not None:
-        assert root.compute_device is not None
-        return root.compute_device
     parameter = next(model.parameters())
     if not isinstance(parameter, DTensor) or parameter.device_mesh.device_type == parameter.device.type:
         return parameter.device
@@ -111,17 +106,6 @@ def _gathered_by_layer(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _gathered_whole(model: nn.Module) -> Iterator[None]:
-    wrapped = [module for module in model.modules() if isinstance(module, FSDP1)]
-    if not wrapped:
-        with _gathered_fsdp2(model):
-            yield
-        return
-    with FSDP1.summon_full_params(wrapped[0], writeback=False), _called_directly(wrapped):
-        yield
-
-
-@contextmanager
-def _gathered_fsdp2(model: nn.Module) -> Iterator[None]:
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
@@ -132,12 +116,3 @@ def _gathered_fsdp2(model: nn.Module) -> Iterator[None]:
         for module in sharded[1:]:  # the first is the root, whose backward follows at once
             module.set_reshard_after_forward(True, recurse=False)
         reshard(model)
-
-
-@contextmanager
-def _called_directly(wrapped: list[FSDP1]) -> Iterator[None]:
-    """FSDP1 modules call the module they wrap directly, and nothing is gathered or freed."""
-    with ExitStack() as stack:
-        for module in wrapped:
-            stack.enter_context(replaced_forward(module, module.module.__call__))
-        yield

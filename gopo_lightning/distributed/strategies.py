@@ -1,18 +1,18 @@
-"""FSDP as Lightning strategies whose checkpoints are single files in the format of DDP, on GPUs and on CPUs.
+"""FSDP2 as a Lightning strategy whose checkpoints are single files in the format of DDP, on GPUs and on CPUs.
 
-``trainer.strategy: fsdp2`` is the recommended one, ``fsdp_cpu`` is FSDP1 on CPUs (``fsdp`` is Lightning's own and wants
-GPUs). The module asks for its models to be sharded one by one (``shard``): sampling and manual backward need that.
+``trainer.strategy: fsdp2``. The module asks for its models to be sharded one by one (``shard``): sampling and manual
+backward need that.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -21,14 +21,12 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.optim import Adam, Optimizer
 
 from gopo_lightning.distributed.checkpoints import load
-from gopo_lightning.distributed.fsdp import full, like, no_gradient_sync, shard_fsdp1, shard_fsdp2, whole_fsdp1
-
-M = TypeVar("M", bound=nn.Module)
+from gopo_lightning.distributed.fsdp import full, like, no_gradient_sync, shard_fsdp2
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -106,93 +104,19 @@ class FSDP2Strategy(ModelParallelStrategy):
             optimizer.load_state_dict(_sharded_optimizer_state(optimizer, state))
 
 
-class FSDP1Strategy(FSDPStrategy):
-    """FSDP1 on CPUs, for tests and laptops; its checkpoints have the format of DDP's, also under LoRA.
-
-    Args:
-        sharding_strategy: FULL_SHARD, SHARD_GRAD_OP, HYBRID_SHARD or NO_SHARD.
-        timeout: longest wait for another rank.
-    """
-
-    strategy_name = "fsdp_cpu"
-
-    def __init__(
-        self, sharding_strategy: str = "FULL_SHARD", timeout: timedelta | None = default_pg_timeout, **kwargs: Any
-    ) -> None:
-        super().__init__(sharding_strategy=sharding_strategy, timeout=timeout, **kwargs)  # type: ignore[arg-type]
-
-    @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Registered below, under a name that Lightning lets run on CPUs."""
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors on rank 0. A collective."""
-        with self._whole() as module:
-            state = module.state_dict()
-        return full(state, keep=self.is_global_zero)
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Whole tensors on rank 0, numbered as any optimiser numbers them. A collective."""
-        with self._whole() as module:
-            state = FSDP1.optim_state_dict(module, optimizer)
-        numbers = {name: number for number, name in enumerate(_trained_names(module))}
-        groups = optimizer.state_dict()["param_groups"]
-        return {"state": {numbers[name]: value for name, value in state["state"].items()}, "param_groups": groups}
-
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """The whole checkpoint, of which a rank reads what it needs; rank 0 says which."""
-        return load(Path(self.broadcast(checkpoint_path)), mmap=True)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Each rank takes its part of the whole tensors."""
-        with self._whole() as module:
-            module.load_state_dict(checkpoint["state_dict"], strict=strict)
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands the state over after the optimisers are there."""
-        return True
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Each rank takes its part of the whole moments."""
-        (optimizer,), (state,) = self.optimizers, checkpoint["optimizer_states"]
-        with self._whole() as module:
-            names = _trained_names(module)
-            named = {
-                "state": {names[number]: value for number, value in state["state"].items()},
-                "param_groups": [
-                    {**group, "params": [names[number] for number in group["params"]]}
-                    for group in state["param_groups"]
-                ],
-            }
-            optimizer.load_state_dict(FSDP1.optim_state_dict_to_load(module, optimizer, named))
-
-    @contextmanager
-    def _whole(self) -> Iterator[LightningModule]:
-        assert self.lightning_module is not None
-        with whole_fsdp1(self.lightning_module):
-            yield self.lightning_module
+def check_strategy(strategy: Strategy) -> None:
+    """ValueError for the strategies of Lightning that shard: the module as a whole (FSDP1), or as it says itself."""
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
+        raise ValueError(
+            f"trainer.strategy is {type(strategy).__name__}, which cannot shard a policy that is also sampled from; "
+            'use trainer.strategy: fsdp2, in Python Trainer(strategy="fsdp2") or FSDP2Strategy()'
+        )
 
 
-def shard(model: M, trainer: Trainer | None) -> M:
-    """``model`` as the strategy of ``trainer`` wants it: sharded, or as it is.
-
-    Raises:
-        ValueError: a strategy of Lightning that would train every rank on the same prompts.
-    """
-    strategy = None if trainer is None else trainer.strategy
-    if isinstance(strategy, FSDP2Strategy):
-        strategy.shard(model)
-    elif isinstance(strategy, ModelParallelStrategy):
-        raise ValueError("ModelParallelStrategy does not know how to shard a policy; use trainer.strategy: fsdp2")
-    elif isinstance(strategy, FSDPStrategy):
-        return cast(M, shard_fsdp1(model, _fsdp1_options(strategy)))
-    return model
-
-
-def is_sharding(strategy: Strategy) -> bool:
-    """Whether ``shard`` does something under ``strategy``."""
-    return isinstance(strategy, FSDP2Strategy | FSDPStrategy)
+def shard(model: nn.Module, trainer: Trainer | None) -> None:
+    """Shard ``model`` in place if the strategy of ``trainer`` shards."""
+    if trainer is not None and isinstance(trainer.strategy, FSDP2Strategy):
+        trainer.strategy.shard(model)
 
 
 def gradient_sync(strategy: Strategy, policy: nn.Module, *, sync: bool) -> AbstractContextManager[None]:
@@ -200,25 +124,6 @@ def gradient_sync(strategy: Strategy, policy: nn.Module, *, sync: bool) -> Abstr
     if sync or not isinstance(strategy, ParallelStrategy):
         return nullcontext()
     return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else no_gradient_sync(policy)
-
-
-def _fsdp1_options(strategy: FSDPStrategy) -> dict[str, Any]:
-    return {
-        **strategy.kwargs,
-        "device_id": strategy.root_device,
-        "cpu_offload": strategy.cpu_offload,
-        "mixed_precision": strategy.mixed_precision_config,
-        "sharding_strategy": strategy.sharding_strategy,
-    }
-
-
-def _trained_names(module: nn.Module) -> list[str]:
-    """Names of the trained parameters without FSDP1's prefix, in the order of the optimiser."""
-    return [
-        name.replace("_fsdp_wrapped_module.", "")
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    ]
 
 
 def _sharded_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,5 +135,11 @@ def _sharded_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> 
     return {**state, "state": shards}
 
 
+def _fsdp_cpu() -> FSDP2Strategy:
+    """An earlier name, of FSDP1 on CPUs."""
+    rank_zero_warn("trainer.strategy: fsdp_cpu is an old name of fsdp2, which runs on CPUs too; write fsdp2")
+    return FSDP2Strategy()
+
+
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 with one data-parallel rank per device")
-StrategyRegistry.register("fsdp_cpu", FSDP1Strategy, description="FSDP1 on CPUs, for tests and laptops")
+StrategyRegistry.register("fsdp_cpu", _fsdp_cpu, description="an old name of fsdp2")

@@ -1,14 +1,13 @@
 """The policy's weights one at a time, whole and named as in its checkpoint, for an engine that keeps a copy."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 
 from gopo_lightning.distributed.decoder_layers import base_of
 from gopo_lightning.distributed.gathering import forward_is_collective
@@ -36,7 +35,7 @@ def _walk(module: nn.Module, prefix: str, gather: bool) -> Iterator[tuple[str, T
             if value is not None:
                 yield prefix + name, value.detach()
         for name, child in module.named_children():
-            yield from _walk(child, prefix if name == "_fsdp_wrapped_module" else f"{prefix}{name}.", gather)
+            yield from _walk(child, f"{prefix}{name}.", gather)
 
 
 def _merged(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -53,15 +52,12 @@ def _merged(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     yield from ((prefix + name, value) for name, value in weights.items())
 
 
-def _whole(module: nn.Module) -> AbstractContextManager[None]:
-    """The weights that FSDP shards at ``module`` itself are whole inside."""
-    if isinstance(module, FSDP1):
-        return FSDP1.summon_full_params(module, recurse=False, writeback=False)
-    return _unsharded(module) if isinstance(module, FSDPModule) else nullcontext()
-
-
 @contextmanager
-def _unsharded(module: FSDPModule) -> Iterator[None]:
+def _whole(module: nn.Module) -> Iterator[None]:
+    """The weights that are sharded at ``module`` itself are whole inside."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
     module.unshard()
     try:
         yield

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gopo_lightning.distributed.fsdp import reshard
 from gopo_lightning.distributed.gathering import Gather
-from gopo_lightning.distributed.strategies import FSDP2Strategy, is_sharding, shard
+from gopo_lightning.distributed.strategies import FSDP2Strategy, check_strategy, shard
 from gopo_lightning.policy.adapters import InitialWeights
 from gopo_lightning.policy.model import Policy, PolicyConfig, load_policy, load_reference, reference_of
 from gopo_lightning.policy.sharded_loading import fill, policy_without_weights
@@ -32,7 +32,7 @@ class PlacementConfig:
     safetensors, for policies that no process could hold (`trainer.strategy: fsdp2`)."""
     rollout_gather: Gather = "full"
     """Of a sharded policy. `full`: gathered once per rollout, after a check of free memory. `layer`: in every forward
-    layer by layer, which costs a gather of all weights per token and memory for one layer (`fsdp2`, `fsdp`)."""
+    layer by layer, which costs a gather of all weights per token and memory for one layer (`fsdp2`)."""
     frozen_models: Literal["replicate", "shard", "offload"] = "replicate"
     """The reference and reward models. `replicate`: on every device. `shard`: over all ranks, gathered layer by layer
     (`fsdp2`). `offload`: in CPU memory, and on the device while they are used."""
@@ -40,27 +40,32 @@ class PlacementConfig:
     def check(self, trainer: Trainer) -> None:
         """ValueError for what the strategy of ``trainer`` cannot do."""
         strategy = trainer.strategy
+        check_strategy(strategy)
+        if isinstance(strategy, FSDP2Strategy):
+            return
         name = strategy.strategy_name if hasattr(strategy, "strategy_name") else type(strategy).__name__
-        needs = {
-            ("load", "shards"): (isinstance(strategy, FSDP2Strategy), "fsdp2", "whole"),
-            ("rollout_gather", "layer"): (is_sharding(strategy), "fsdp2 or fsdp", "full"),
-            ("frozen_models", "shard"): (isinstance(strategy, FSDP2Strategy), "fsdp2", "offload or replicate"),
-        }
-        for (option, value), (able, able_ones, other) in needs.items():
-            if getattr(self, option) == value and not able:
+        for option, sharding, others in (
+            ("load", "shards", "whole"),
+            ("rollout_gather", "layer", "full"),
+            ("frozen_models", "shard", "offload or replicate"),
+        ):
+            if getattr(self, option) == sharding:
                 raise ValueError(
-                    f"placement.{option}={value}, but the strategy {name} cannot; use trainer.strategy: {able_ones}, "
-                    f"or placement.{option}: {other}"
+                    f"placement.{option}={sharding}, but the strategy {name} does not shard; use "
+                    f"trainer.strategy: fsdp2, or placement.{option}: {others}"
                 )
 
 
 def load_placed_policy(config: PolicyConfig, placement: PlacementConfig, trainer: Trainer | None) -> Policy:
     """The policy, sharded if the strategy shards."""
     if placement.load == "whole" or trainer is None:
-        return shard(load_policy(config), trainer)
-    strategy = cast(FSDP2Strategy, trainer.strategy)
-    policy = shard(policy_without_weights(config), trainer)
-    fill(policy, config, CPU if strategy.cpu_offload else strategy.root_device)
+        policy = load_policy(config)
+        shard(policy, trainer)
+    else:
+        policy = policy_without_weights(config)
+        shard(policy, trainer)
+        strategy = cast(FSDP2Strategy, trainer.strategy)
+        fill(policy, config, CPU if strategy.cpu_offload else strategy.root_device)
     return policy
 
 

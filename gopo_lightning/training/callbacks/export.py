@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gopo_lightning.distributed.collectives import all_or_none
-from gopo_lightning.distributed.fsdp import plain_names, whole_state_dict
+from gopo_lightning.distributed.fsdp import whole_state_dict
 from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.training.callbacks.schedule import Every
 from gopo_lightning.training.export_folder import check_export_folder, write_export
@@ -88,8 +88,7 @@ def export(model: Any, tokenizer: Any, folder: Path, *, is_writer: bool = True) 
         return None
 
     def fill(empty: Path) -> None:
-        with plain_names(model):
-            model.save_pretrained(empty, state_dict=weights)
+        model.save_pretrained(empty, state_dict=weights)
         tokenizer.save_pretrained(empty)
 
     return write_export(folder, fill)

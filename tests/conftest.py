@@ -1,7 +1,9 @@
 """Tiny random models and data on disk, so that tests run offline in seconds."""
 
 import json
+import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,13 @@ def write_prompts(folder: Path) -> Path:
     rows = [{"prompt": "say " + "ab" * (i % 5 + 1), "letter": "abc"[i % 3]} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(autouse=True)
+def _no_seed_for_the_next_test() -> Iterator[None]:
+    """`seed_everything` of a command line leaves its seed in the environment, where the processes of ranks read it."""
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.fixture(scope="session")

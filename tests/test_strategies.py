@@ -17,7 +17,7 @@ RUNS = {
     "epochs": Case("epochs", max_steps=4, module={"num_inner_epochs": 2, "prefix_sharing": "never"}),
 }
 STRATEGIES = ["ddp", "fsdp2"]
-RESUMED = [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "fsdp1")]
+RESUMED = [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp1"), ("fsdp2", "fsdp1")]
 """A strategy, and the one whose checkpoint it goes on from."""
 
 
@@ -41,11 +41,14 @@ def results(tiny_policy: Path, prompts_file: Path, tmp_path_factory: pytest.Temp
 
 def write_as_fsdp1(path: Path, to: Path) -> None:
     """The checkpoint at ``path``, of one process, in the form that FSDP1 gave it, which once trained policies here
-    (Lightning's `fsdp`, and `fsdp_cpu`): whole tensors with the same names and numbers, the moments in another order.
+    (Lightning's `fsdp`, and `fsdp_cpu`): whole tensors of the same names, the moments in another order, and of adapters
+    with other numbers, since the frozen parameters were counted too.
     """
     checkpoint = torch.load(path)
     (optimizer,) = checkpoint["optimizer_states"]
-    optimizer["state"] = dict(reversed(optimizer["state"].items()))
+    (group,) = optimizer["param_groups"]
+    group["params"] = [3 * number + 2 for number in group["params"]]
+    optimizer["state"] = {3 * number + 2: values for number, values in reversed(optimizer["state"].items())}
     torch.save(checkpoint, to)
 
 

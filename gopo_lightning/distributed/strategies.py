@@ -127,7 +127,14 @@ def gradient_sync(strategy: Strategy, policy: nn.Module, *, sync: bool) -> Abstr
 
 
 def _sharded_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    """``state`` with this rank's part of its tensors. Parameters are told by their places in the groups, as torch does:
+    their numbers need not count from 0.
+    """
+    saved, mine = (
+        [parameter for group in groups for parameter in group["params"]]
+        for groups in (state["param_groups"], optimizer.param_groups)
+    )
+    parameters = dict(zip(saved, mine, strict=True))
     shards = {
         number: {key: like(value, parameters[number].detach()) for key, value in values.items()}
         for number, values in state["state"].items()

@@ -310,6 +310,7 @@ def test_get_resolves_names_paths_and_options() -> None:
         ("gopo_lightning.objectives.advantages.nothing", {}, "cannot be imported"),
         ("math.pi", {}, "is a float, not a function"),
         ("grpo", {"ties": "average"}, r"no option \['ties'\].*none"),
+        ("batch", {"ties": "average"}, r"no option \['ties'\]; its options are none"),
         ("ordinal", {"tie": "average"}, r"no option \['tie'\].*ties"),
         ("ordinal", {"ties": "random"}, r"ties='random'.*average"),
         (f"{__name__}.custom", {}, r"needs the options \['sharpness'\]"),

@@ -6,18 +6,14 @@ scale matters. `z_score` is the baseline between them. All but `weighted_sum` de
 compare completions of one call only.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gopo_lightning.objectives import advantages
-from gopo_lightning.rewards.function import load_callable
-
-Combination: TypeAlias = Callable[[Tensor], Tensor]
+from gopo_lightning.objectives.named import Kind, Named
 
 
 def weighted_sum(rewards_PGK: Tensor, *, weights: Sequence[float] | None = None) -> Tensor:
@@ -116,15 +112,15 @@ def _abstaining_mean(values_PGK: Tensor, voted_PGK: Tensor, w_K: Tensor) -> Tens
     return advantages.without_noise(mean_PG).masked_fill(total_PG == 0, float("nan"))
 
 
-_BY_NAME: dict[str, Callable[..., Tensor]] = {
-    "weighted_sum": weighted_sum,
-    "borda": borda,
-    "lexicographic": lexicographic,
-    "z_score": z_score,
-}
+KIND = Kind(
+    noun="combination",
+    argument="rewards_PGK",
+    axes="prompts, completions, sources",
+    known={"weighted_sum": weighted_sum, "borda": borda, "lexicographic": lexicographic, "z_score": z_score},
+)
 
 
-def get(name: str, *, num_sources: int, **options: Any) -> Combination:
+def get(name: str, *, num_sources: int, **options: Any) -> Named:
     """The combination ``name`` with ``options`` bound: rewards_PGK → rewards_PG.
 
     It is tried on one group of ``num_sources`` sources at once, so that bad options stop the run before it
@@ -138,36 +134,6 @@ def get(name: str, *, num_sources: int, **options: Any) -> Combination:
     Raises:
         ValueError: unknown name or option, options that do not fit K, or a result of the wrong shape.
     """
-    if name not in _BY_NAME and "." not in name:
-        raise ValueError(
-            f"unknown combination '{name}'. Use one of {sorted(_BY_NAME)} or the dotted path of a function."
-        )
-    function = _BY_NAME.get(name) or load_callable(name)
-    _check_options(name, function, options)
-    combination = partial(_checked, partial(function, **options), name)
+    combination = KIND.bind(name, options)
     combination(torch.zeros(1, 2, num_sources, dtype=torch.float64))
     return combination
-
-
-def _checked(function: Combination, name: str, rewards_PGK: Tensor) -> Tensor:
-    """``function(rewards_PGK)``; ValueError unless that is a number for each completion."""
-    rewards_PG = function(rewards_PGK)
-    is_tensor = isinstance(rewards_PG, Tensor)
-    got = f"{rewards_PG.dtype} {tuple(rewards_PG.shape)}" if is_tensor else type(rewards_PG).__name__
-    is_real = is_tensor and not rewards_PG.is_complex() and rewards_PG.dtype != torch.bool
-    if not is_real or rewards_PG.shape != rewards_PGK.shape[:-1]:
-        raise ValueError(
-            f"combination '{name}' returned {got} for rewards {tuple(rewards_PGK.shape)} [prompts, completions, "
-            f"sources]; it must return a tensor of real numbers of shape {tuple(rewards_PGK.shape[:-1])}. Its "
-            f"signature is {name.rpartition('.')[2]}(rewards_PGK: Tensor, **options) -> Tensor."
-        )
-    return rewards_PG
-
-
-def _check_options(name: str, function: Callable[..., Tensor], options: dict[str, Any]) -> None:
-    parameters = dict(list(inspect.signature(function).parameters.items())[1:])
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if unknown := [] if takes_any else sorted(set(options) - set(parameters)):
-        raise ValueError(
-            f"combination '{name}' has no option {unknown}; its options are {sorted(parameters)}. Remove or rename it."
-        )

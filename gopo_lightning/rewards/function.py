@@ -1,32 +1,17 @@
 """A reward that is any Python callable."""
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from gopo_lightning.objectives.named import load_callable
 from gopo_lightning.rewards.base import RewardSource, Scores, SourceConfigError
 from gopo_lightning.types import Completion, Prompt
 
 ENDINGS = ("truncated", "num_tokens")
 """What a function may ask of how a completion ended."""
-
-
-def load_callable(path: str) -> Callable[..., Any]:
-    """The callable at a dotted path, such as `my_package.rewards.brevity`; ValueError when there is none."""
-    module_name, _, attribute = path.rpartition(".")
-    remedy = "Give the dotted path of a callable that can be imported, such as my_package.rewards.brevity."
-    if not module_name:
-        raise ValueError(f"'{path}' is no dotted path. {remedy}")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot load '{path}': {error}. {remedy}") from error
-    if not callable(function):
-        raise ValueError(f"'{path}' is a {type(function).__name__}, not a callable. {remedy}")
-    return function
 
 
 class DatasetFunction:

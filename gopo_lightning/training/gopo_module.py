@@ -60,8 +60,8 @@ class GOPOModule(TrainableState, OptimisedModule):
             `lexicographic` lets a source only break the ties of those before it; `z_score` normalises each source
             within the group, then adds; or the dotted path of your own function rewards_PGK → rewards_PG.
         combine_options: keyword arguments of that function, such as `weights: [1, 0.5]`, one per source.
-        advantage: `ordinal` (GOPO), `grpo`, `dr_grpo`, `rloo`, `batch`, or the dotted path of your own function
-            rewards_PG → advantages_PG. Where the only source is pairwise, `ordinal` reads its comparison matrices.
+        advantage: `ordinal` (GOPO), `calibrated`, `grpo`, `rloo`, … (docs/rewards.md), or the dotted path of your own
+            function rewards_PG → advantages_PG. Where the only source is pairwise, `ordinal` reads its comparisons.
         advantage_options: keyword arguments of that function, such as `ties: arbitrary`.
         num_completions: G, completions of one prompt in training; at least 2.
         eval_num_completions: completions of one prompt in validation, test and predict.

@@ -48,7 +48,7 @@ OPTIONS: dict[str, list[Any]] = {
     "strategy": ["single", "ddp", "fsdp2"],
     "sources": list(SOURCES),
     "combine": ["weighted_sum", "borda", "lexicographic", "z_score"],
-    "advantage": ["ordinal", "grpo", "dr_grpo", "rloo", "batch"],
+    "advantage": ["ordinal", "calibrated", "odrpo", "grpo", "dr_grpo", "rloo", "batch", "qae"],
     "aggregation": ["token", "sequence", "constant"],
     "importance_sampling": ["token", "sequence"],
     "mask_truncated": [False, True],
@@ -76,7 +76,7 @@ OPTIONS: dict[str, list[Any]] = {
 COLD = 0.1
 """Share of rows whose commands start interpreters of their own, and further ranks as the product does."""
 
-MAGNITUDES = {"grpo", "dr_grpo", "rloo", "batch"}
+MAGNITUDES = {"grpo", "dr_grpo", "rloo", "batch", "qae"}
 """Advantages that need numbers, so no infinities."""
 
 
@@ -183,6 +183,7 @@ def config(row: Row, policy: Path) -> dict[str, Any]:
         "rewards": [{"class_path": _REWARDS + name, "init_args": values} for name, values in sources],
         "combine": row["combine"],
         "advantage": row["advantage"],
+        "advantage_options": {"tau": 0.5} if row["advantage"] == "calibrated" else None,
         "loss": {name: row[name] for name in ("aggregation", "importance_sampling", "mask_truncated", "kl_coef")},
         "sampling": {
             "max_new_tokens": row["max_new_tokens"],

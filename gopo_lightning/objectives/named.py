@@ -1,0 +1,131 @@
+"""Functions that a config names: by a name of ours, or by the dotted path of the user's own."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args, get_origin
+
+import torch
+from torch import Tensor
+
+Named: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def load_callable(path: str) -> Callable[..., Any]:
+    """The callable at a dotted path, such as `my_package.rewards.brevity`; ValueError when there is none."""
+    remedy = "Give the dotted path of a callable that can be imported, such as my_package.rewards.brevity."
+    if "." not in path:
+        raise ValueError(f"'{path}' is no dotted path. {remedy}")
+    return _import(path, f"cannot load '{path}'", f"'{path}'", "callable", remedy)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a config names in one place, an advantage for example: functions of one tensor, with options of their own.
+
+    Each returns one real number a completion, [P, G].
+    """
+
+    noun: str
+    """In error messages: `advantage`."""
+    argument: str
+    """Of every such function, the first: `rewards_PG`."""
+    axes: str
+    """Of this argument: `prompts, completions`."""
+    known: Mapping[str, Callable[..., Tensor]]
+    """Ours, by name."""
+
+    def find(self, name: str) -> Callable[..., Tensor]:
+        """The function of that name or at that dotted path; ValueError when there is none."""
+        if name in self.known:
+            return self.known[name]
+        remedy = f"Use one of {sorted(self.known)} or the dotted path of a function of {self.argument}."
+        what = f"{self.noun} '{name}'"
+        if "." not in name:
+            raise ValueError(f"unknown {what}. {remedy}")
+        return _import(name, f"{what} cannot be imported", what, "function", remedy)
+
+    def bind(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        *,
+        offered: Mapping[str, Any] | None = None,
+        late: Mapping[str, Callable[[], Any]] | None = None,
+    ) -> Named:
+        """The function ``name`` with its ``options``; what it returns is checked at every call.
+
+        Args:
+            name: one of ours, or a dotted path.
+            options: keyword arguments of the function, checked by its signature.
+            offered: more of them, for functions that name them in their signature. Users cannot set these.
+            late: likewise, unless they are in ``options``: called at every call for the value.
+
+        Raises:
+            ValueError: an unknown name, an unknown option, a missing one, or a value that its Literal does not list.
+        """
+        function = self.find(name)
+        parameters = _keywords(function)
+        taken = {key: value for key, value in (offered or {}).items() if key in parameters}
+        awaited = {key: get for key, get in (late or {}).items() if key in parameters and key not in options}
+        settable = {key: p for key, p in parameters.items() if key not in (offered or {})}
+        self._check(name, settable, options, set(awaited))
+        return partial(self._call, name, partial(function, **options, **taken), awaited)
+
+    def asks_for(self, name: str, argument: str) -> bool:
+        """Whether the function ``name`` has ``argument`` in its signature."""
+        return argument in _keywords(self.find(name))
+
+    def _check(
+        self, name: str, settable: Mapping[str, inspect.Parameter], options: Mapping[str, Any], awaited: set[str]
+    ) -> None:
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in settable.values())
+        if unknown := [] if takes_any else sorted(set(options) - set(settable)):
+            raise ValueError(
+                f"{self.noun} '{name}' has no option {unknown}; its options are {sorted(settable) or 'none'}. Remove "
+                "or rename it."
+            )
+        required = {n for n, p in settable.items() if p.default is p.empty and p.kind is p.KEYWORD_ONLY}
+        if missing := sorted(required - set(options) - awaited):
+            raise ValueError(f"{self.noun} '{name}' needs the options {missing}, which are not given. Add them.")
+        for option, value in options.items():
+            if option in settable and get_origin(annotation := settable[option].annotation) is Literal:
+                check_choice(option, value, get_args(annotation))
+
+    def _call(self, name: str, function: Callable[..., Tensor], awaited: Mapping[str, Any], argument: Tensor) -> Tensor:
+        """``function(argument)``; ValueError unless that is a number for each completion."""
+        result = function(argument, **{key: get() for key, get in awaited.items()})
+        is_tensor = isinstance(result, Tensor)
+        is_real = is_tensor and not result.is_complex() and result.dtype != torch.bool
+        if not is_real or result.shape != argument.shape[:2]:
+            got = f"{result.dtype} {tuple(result.shape)}" if is_tensor else type(result).__name__
+            raise ValueError(
+                f"{self.noun} '{name}' returned {got} for rewards of shape {tuple(argument.shape)} [{self.axes}]; it "
+                f"must return a tensor of real numbers of shape {tuple(argument.shape[:2])}. Its signature is "
+                f"{name.rpartition('.')[2]}({self.argument}: Tensor, **options) -> Tensor."
+            )
+        return result
+
+
+def check_choice(option: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{option}={value!r} is unknown; choose one of {list(choices)}.")
+
+
+def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """What ``function`` takes beside its first argument."""
+    return dict(list(inspect.signature(function).parameters.items())[1:])
+
+
+def _import(path: str, failure: str, what: str, kind: str, remedy: str) -> Callable[..., Any]:
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{failure}: {error}. {remedy}") from error
+    if not callable(function):
+        raise ValueError(f"{what} is a {type(function).__name__}, not a {kind}. {remedy}")
+    return function

@@ -61,35 +61,33 @@ class Kind:
             name: one of ours, or a dotted path.
             options: keyword arguments of the function, checked by its signature.
             offered: more of them, for functions that name them in their signature. Users cannot set these.
-            late: likewise, unless they are in ``options``: called at every call for the value.
+            late: what gives others that the function cannot do without, unless they are in ``options``; called at
+                every call.
 
         Raises:
             ValueError: an unknown name, an unknown option, a missing one, or a value that its Literal does not list.
         """
-        function = self.find(name)
+        function, missing = self.find(name), self.missing(name, options)
         parameters = _keywords(function)
         taken = {key: value for key, value in (offered or {}).items() if key in parameters}
-        awaited = {key: get for key, get in (late or {}).items() if key in parameters and key not in options}
-        settable = {key: p for key, p in parameters.items() if key not in (offered or {})}
-        self._check(name, settable, options, set(awaited))
+        awaited = {key: get for key, get in (late or {}).items() if key in missing}
+        self._check(name, {key: p for key, p in parameters.items() if key not in (offered or {})}, options)
+        if lacking := sorted(missing - set(taken) - set(awaited)):
+            raise ValueError(f"{self.noun} '{name}' needs the options {lacking}, which are not given. Add them.")
         return partial(self._call, name, partial(function, **options, **taken), awaited)
 
-    def asks_for(self, name: str, argument: str) -> bool:
-        """Whether the function ``name`` has ``argument`` in its signature."""
-        return argument in _keywords(self.find(name))
+    def missing(self, name: str, options: Mapping[str, Any]) -> set[str]:
+        """The options without which the function ``name`` cannot be called, and which are not among ``options``."""
+        keywords = _keywords(self.find(name)).values()
+        return {p.name for p in keywords if p.default is p.empty and p.kind is p.KEYWORD_ONLY} - set(options)
 
-    def _check(
-        self, name: str, settable: Mapping[str, inspect.Parameter], options: Mapping[str, Any], awaited: set[str]
-    ) -> None:
+    def _check(self, name: str, settable: Mapping[str, inspect.Parameter], options: Mapping[str, Any]) -> None:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in settable.values())
         if unknown := [] if takes_any else sorted(set(options) - set(settable)):
             raise ValueError(
                 f"{self.noun} '{name}' has no option {unknown}; its options are {sorted(settable) or 'none'}. Remove "
                 "or rename it."
             )
-        required = {n for n, p in settable.items() if p.default is p.empty and p.kind is p.KEYWORD_ONLY}
-        if missing := sorted(required - set(options) - awaited):
-            raise ValueError(f"{self.noun} '{name}' needs the options {missing}, which are not given. Add them.")
         for option, value in options.items():
             if option in settable and get_origin(annotation := settable[option].annotation) is Literal:
                 check_choice(option, value, get_args(annotation))

@@ -49,6 +49,13 @@ class RewardSource(ABC):
     def setup(self, device: torch.device) -> None:  # noqa: B027 - most sources need none
         """Load what is needed and place it on ``device``. Called once, before the first completion."""
 
+    def fitted_tau(self) -> float | None:
+        """τ of P(people prefer i to j) = σ((s_i − s_j) / τ), in units of the score, where one was fitted.
+
+        Asked for after ``setup``, by an advantage that needs it and was given none.
+        """
+        return None
+
     @abstractmethod
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
         """N scores of N completions; ``prompts[n]`` is the prompt of ``completions[n]``.

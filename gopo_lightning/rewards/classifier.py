@@ -11,6 +11,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from gopo_lightning.distributed.decoder_layers import plain_outputs
 from gopo_lightning.distributed.gathering import compute_device, in_step
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError
+from gopo_lightning.rewards.calibration import read_tau
 from gopo_lightning.rewards.loading import (
     Dtype,
     Truncation,
@@ -136,6 +137,10 @@ class SequenceClassifierReward(RewardSource):
             scores[rows] = self._forward(pad(self.tokenizer, encoded, rows).to(scores.device))
         scores[empty] = torch.nan
         return scores[[number[text] for text in texts_N]]
+
+    def fitted_tau(self) -> float | None:
+        """What reward-model training has left in `calibration.json` beside the weights."""
+        return read_tau(self.model_name, self.revision)
 
     def models(self) -> list[nn.Module]:
         """The classifier."""

@@ -26,10 +26,11 @@ from gopo_lightning.objectives.clipped import LossConfig, denominator, loss_mask
 from gopo_lightning.policy.logprobs import TokenLogprobs, completion_logprobs
 from gopo_lightning.policy.model import Policy, PolicyConfig, eos_token_ids, evaluating, float32_default, load_tokenizer
 from gopo_lightning.policy.prefix_sharing import PrefixSharing, decide_prefix_sharing
-from gopo_lightning.rewards import PairwiseSource, RewardSource, reads_wins
+from gopo_lightning.rewards import PairwiseSource, RewardSource
 from gopo_lightning.rewards.combine import get as combination
 from gopo_lightning.rollout import RolloutEngine, SamplingConfig, TransformersEngine
 from gopo_lightning.training import checks
+from gopo_lightning.training.advantage import Advantage
 from gopo_lightning.training.callbacks.lengths import LengthCheck
 from gopo_lightning.training.callbacks.predictions import PredictionWriter, prediction_records
 from gopo_lightning.training.callbacks.save_on_signal import SaveOnSignal
@@ -154,15 +155,13 @@ class GOPOModule(TrainableState, OptimisedModule):
             "max_grad_norm": max_grad_norm,
         }
         self.phase, self.policy_is_initial = "start", False
-        from_wins = reads_wins(rewards, advantage, advantage_options, combine, combine_options)
+        self.advantage = Advantage(advantage, advantage_options, rewards, combine, combine_options)
         self.rollout = RolloutCallback(
             engine or TransformersEngine(),
             rewards,
             combine=combination(combine, num_sources=len(rewards), **(combine_options or {})),
-            advantage=advantages.ordinal_from_wins
-            if from_wins
-            else advantages.get(advantage, all_reduce=all_reduce_sum, **(advantage_options or {})),
-            from_wins=from_wins,
+            advantage=self.advantage,
+            from_wins=self.advantage.from_wins,
             sampling=sampling,
             num_completions=num_completions,
             eval_num_completions=eval_num_completions,
@@ -224,6 +223,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         install_atomic_saving(self.trainer)
         if stage == "fit":
             checks.check_minibatches(self.trainer, self.num_minibatches)
+            self.advantage.set_up()
             if self._reads_reference:
                 self.reference.load(self.trainer, keep=True)
 

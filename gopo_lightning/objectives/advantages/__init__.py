@@ -87,8 +87,8 @@ def get(
             function of ``rewards_PG``.
         all_reduce: the sum over ranks, handed to a function whose signature asks for it (``batch``); the others need
             no collective.
-        late: options that are not known yet, such as a fitted ``tau``: called at every call, for a function whose
-            signature asks for them, unless ``options`` has them.
+        late: what gives options that are not known yet, such as a fitted ``tau``; called at every call of a function
+            that cannot do without them, unless ``options`` has them.
         options: keyword arguments of the function, checked by its signature.
 
     Raises:

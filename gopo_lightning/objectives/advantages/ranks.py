@@ -62,9 +62,9 @@ def calibrated(rewards_PG: Tensor, *, tau: float) -> Tensor:
     """A_i = 2 Σ_j (2 σ((r_i − r_j) / τ) − 1) / (G_valid − 1) over the valid j ≠ i: wins by how sure they are.
 
     Our own. σ((r_i − r_j) / τ) is the probability that people prefer i to j, for the τ that fits their choices
-    (`temperature.fit_tau`): near-ties count for little, clear wins fully. Equal rewards are ½ and contribute 0, equal
-    infinities too; an infinity beats every finite reward fully. ``ordinal`` is the limit τ → 0, ties included, and
-    τ · A → ``rloo`` as τ → ∞, with the constant 1: 2 σ(x) − 1 = x / 2 + O(x³).
+    (`objectives/calibration.py`): near-ties count for little, clear wins fully. Equal rewards are ½ and contribute 0,
+    equal infinities too; an infinity beats every finite reward fully. ``ordinal`` is the limit τ → 0, ties included,
+    and τ · A → ``rloo`` as τ → ∞, with the constant 1: 2 σ(x) − 1 = x / 2 + O(x³).
 
     Args:
         rewards_PG: computed in float64.

@@ -92,10 +92,8 @@ class ComparisonMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Name → value; ratings give more of them."""
-        data = {state: dim_zero_cat(getattr(self, state)) for state in self._STATES}
+        data = self._data()
         rated = not bool(data["ratings"].isnan().any())
-        if rated and bool(self.all_pairs):
-            data |= _all_pairs(data["scores"], data["ratings"])
         values = {
             "loss": F.binary_cross_entropy_with_logits(data["differences"], data["preferences"]),
             "calibration_error": calibration_error(data["differences"], data["preferences"]),
@@ -112,6 +110,19 @@ class ComparisonMetrics(Metric):
             values["spearman"] = spearman_corrcoef(data["scores"], data["ratings"])
             values["kendall"] = kendall(data["scores"], data["ratings"])
         return {name: value.float() for name, value in values.items()}
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Differences of scores, and preferences of people, of the Q pairs that `compute` counts; a collective."""
+        with self.sync_context():
+            data = self._data()
+        return data["differences"], data["preferences"]
+
+    def _data(self) -> dict[str, Tensor]:
+        """The states, of texts that are rated one by one with all of their pairs."""
+        data = {state: dim_zero_cat(getattr(self, state)) for state in self._STATES}
+        if bool(self.all_pairs) and not bool(data["ratings"].isnan().any()):
+            data |= _all_pairs(data["scores"], data["ratings"])
+        return data
 
 
 def _all_pairs(scores_N: Tensor, ratings_N: Tensor) -> dict[str, Tensor]:

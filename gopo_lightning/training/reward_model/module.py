@@ -1,6 +1,9 @@
 """Training of a reward model on comparisons. The maths is in `objectives/comparison_losses.py` and `metrics.py`."""
 
+import math
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -21,7 +24,9 @@ from gopo_lightning.distributed.collectives import all_or_none, all_reduce_sum, 
 from gopo_lightning.distributed.fsdp import clip_grad_norm
 from gopo_lightning.objectives.comparison_losses import bradley_terry, centring, plackett_luce
 from gopo_lightning.policy.adapters import add_lora, lora_config
+from gopo_lightning.policy.model import evaluating
 from gopo_lightning.policy.prefix_sharing import PrefixSharing
+from gopo_lightning.rewards.calibration import Calibration, calibrate
 from gopo_lightning.rewards.loading import (
     Truncation,
     check_texts,
@@ -45,6 +50,8 @@ Objective: TypeAlias = Literal["bradley_terry", "plackett_luce"]
 
 class RewardModelModule(OptimisedModule):
     """Fine-tunes a sequence classifier with one label on comparisons.
+
+    Beside the exported weights it leaves τ of the held-out pairs, which the `calibrated` advantage reads.
 
     Logs `train/loss`, and of held-out data log-loss, accuracy over pairs (also by gap of ratings), calibration error,
     length bias and, where texts have ratings, Spearman's and Kendall's rank correlations.
@@ -228,14 +235,45 @@ class RewardModelModule(OptimisedModule):
         if self.export_dir is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._check_weights()
+        calibration = self._calibrate()
         if self.trainer.is_global_zero:
             merged = self.model.merge_and_unload() if isinstance(self.model, PeftModel) else self.model
 
             def fill(empty: Path) -> None:
                 cast(PreTrainedModel, merged).save_pretrained(empty)
                 self.tokenizer.save_pretrained(empty)
+                if calibration is not None:
+                    calibration.write(empty)
 
             print(f"reward model saved in {write_export(self.export_dir, fill)}", flush=True)
+
+    @torch.no_grad()
+    def _calibrate(self) -> Calibration | None:
+        """τ of the held-out pairs under the weights that are exported, for which they are scored once more.
+
+        None, and a word, where there is none. A collective.
+        """
+        with evaluating(self.model):
+            for number, batch in enumerate(self._held_out_batches()):
+                self.validation_step(batch, number)
+        if not self.metrics.scores:
+            return None
+        fitted = calibrate(*self.metrics.pairs())
+        self.metrics.reset()
+        if isinstance(fitted, str):
+            rank_zero_info(f"no τ is exported for the calibrated advantage: {fitted}")
+            return None
+        rank_zero_info(f"τ = {fitted.tau:.4g} of {fitted.num_pairs} held-out pairs, log-loss {fitted.log_loss:.3f}")
+        return fitted
+
+    def _held_out_batches(self) -> Iterator[Comparisons]:
+        """Those of a validation."""
+        loaders = self.trainer.val_dataloaders
+        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+        for loader, number in zip(
+            loaders, self.trainer.num_val_batches, strict=False
+        ):  # without validation there is none
+            yield from islice(loader, None if number == math.inf else int(number))
 
     def _check_weights(self) -> None:
         if unsound := [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]:

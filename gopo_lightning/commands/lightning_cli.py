@@ -13,9 +13,10 @@ from typing import Any
 import transformers
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from gopo_lightning._compat import CommandLine
 from gopo_lightning.commands.fsdp import as_fsdp2
 from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.commands.usage import FIELDS
@@ -62,7 +63,7 @@ class _SaveConfig(SaveConfigCallback):
         self.already_saved = True
 
 
-class GOPOCommandLine(LightningCLI):
+class GOPOCommandLine(CommandLine):
     """The command line of ``python -m gopo_lightning``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -76,9 +77,6 @@ class GOPOCommandLine(LightningCLI):
         parser.add_argument(
             "--export_every_n_steps", type=int | None, default=None, help="also export every n optimiser steps"
         )
-
-    def _parse_ckpt_path(self) -> None:
-        """A checkpoint is data: Lightning would let the hyperparameters in it override the config, class paths too."""
 
     def before_instantiate_classes(self) -> None:
         """A secret in the config would be saved with the run; `fsdp` is FSDP2."""

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from gopo_lightning._compat import batches_processed, uses_distributed_sampler
 from gopo_lightning.data import assets, ratings
 from gopo_lightning.data.comparison_batches import Comparisons, collate_comparisons, collate_sentences
 from gopo_lightning.data.comparisons import ComparisonRow, Text, load_comparisons, place
@@ -216,7 +217,7 @@ class PreferenceDataModule(FingerprintedDataModule):
         trainer = self.trainer
         if trainer is None:
             return ShardedSampler(num_rows, shuffle=shuffle, seed=self.seed)
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        if trainer.world_size > 1 and uses_distributed_sampler(trainer):
             raise ValueError(
                 "trainer.use_distributed_sampler=True would divide the data among the ranks a second time; "
                 "this data module does it already. Set trainer.use_distributed_sampler: false."
@@ -236,9 +237,7 @@ class PreferenceDataModule(FingerprintedDataModule):
         (Lightning's own count of epochs differs between checkpoints saved after the last batch and after the epoch.)
         """
         trainer: Any = self.trainer
-        epoch, batches = divmod(
-            trainer.fit_loop.epoch_loop.batch_progress.total.processed, trainer.num_training_batches
-        )
+        epoch, batches = divmod(batches_processed(trainer), trainer.num_training_batches)
         return epoch, batches * self.batch_size
 
     def _loader(

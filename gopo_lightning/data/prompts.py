@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from gopo_lightning._compat import batches_processed, uses_distributed_sampler
 from gopo_lightning.data.batch import collate_with
 from gopo_lightning.data.fingerprint import Digest, FingerprintedDataModule, OnDataChange
 from gopo_lightning.data.rendering import PromptRenderer, Template
@@ -231,16 +232,15 @@ class PromptDataModule(FingerprintedDataModule):
             )
         # Said on resume of every loader without a state; the order of ours needs none.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-        dataset, progress = self._datasets["train"], trainer.fit_loop.epoch_loop.batch_progress
         self._sampler = PromptSampler(
-            len(dataset),
+            len(self._datasets["train"]),
             self.prompts_per_step,
             seed=self.seed,
-            position=lambda: progress.total.processed,
+            position=lambda: batches_processed(trainer),
             origin=lambda: self._origin,
             **self._shard(),
         )
-        return self._loader(dataset, self._sampler)
+        return self._loader(self._datasets["train"], self._sampler)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """All validation prompts in order; nothing if none are given."""
@@ -289,7 +289,7 @@ class PromptDataModule(FingerprintedDataModule):
 
     def _loader(self, dataset: PromptDataset, sampler: PromptSampler | InOrderSampler) -> DataLoader[Any]:
         trainer: Any = self.trainer
-        if sampler.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        if sampler.world_size > 1 and uses_distributed_sampler(trainer):
             raise ValueError(
                 "use_distributed_sampler=True would split prompts that are already split over the ranks. Set "
                 "trainer.use_distributed_sampler: false."

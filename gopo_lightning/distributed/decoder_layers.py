@@ -9,6 +9,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from gopo_lightning._compat import unsplittable_layers
+
 _PLAIN = {
     "output_router_logits": False,
     "output_attentions": False,
@@ -29,7 +31,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         ValueError: the model names none.
     """
     base = base_of(model)
-    names = set(getattr(base, "_no_split_modules", None) or ())
+    names = unsplittable_layers(base)
     layers = [module for module in base.modules() if type(module).__name__ in names]
     if not layers:
         raise ValueError(

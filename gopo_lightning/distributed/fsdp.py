@@ -4,7 +4,7 @@ FSDP2 replaces parameters by DTensors and gathers a layer when its forward or ba
 about sampling on such weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -22,7 +22,6 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
 
 from gopo_lightning.distributed.decoder_layers import base_of, decoder_layers
 
@@ -92,15 +91,16 @@ def clip_grad_norm(policy: nn.Module, max_norm: float) -> Tensor:
 
 
 def full(tree: Any, *, keep: bool) -> Any:
-    """``tree`` with every DTensor as a whole CPU tensor. A collective; ranks with ``keep`` False get empty tensors."""
+    """``tree``, dictionaries of any depth, with every DTensor as a whole CPU tensor.
 
-    def whole(value: Any) -> Any:
-        if not isinstance(value, DTensor):
-            return value
-        tensor = cast(DTensor, value.to(value.device_mesh.device_type)).full_tensor()
-        return tensor.cpu() if keep else torch.empty(0)
-
-    return tree_map(whole, tree, is_leaf=lambda value: isinstance(value, Tensor))
+    A collective; ranks with ``keep`` False get empty tensors.
+    """
+    if isinstance(tree, Mapping):
+        return {key: full(value, keep=keep) for key, value in tree.items()}
+    if not isinstance(tree, DTensor):
+        return tree
+    tensor = cast(DTensor, tree.to(tree.device_mesh.device_type)).full_tensor()
+    return tensor.cpu() if keep else torch.empty(0)
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:

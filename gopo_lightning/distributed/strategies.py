@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -25,8 +24,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Adam, Optimizer
 
+from gopo_lightning._compat import set_data_parallel_size
 from gopo_lightning.distributed.checkpoints import load
 from gopo_lightning.distributed.fsdp import full, like, no_gradient_sync, shard_fsdp2
+
+TIMEOUT = timedelta(minutes=30)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -35,7 +37,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         cpu_offload: keep shards, gradients and optimiser state in CPU memory, and compute on the GPU.
         process_group_backend: nccl or gloo; by the device when null.
-        timeout: longest wait for another rank.
+        timeout: longest wait for another rank; 30 minutes by default, as torch has it.
     """
 
     strategy_name = "fsdp2"
@@ -44,7 +46,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self,
         cpu_offload: bool = False,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
+        timeout: timedelta | None = TIMEOUT,
     ) -> None:
         super().__init__(
             tensor_parallel_size=1,
@@ -56,7 +58,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """All ranks read different prompts (Lightning's default would be tensor parallel within a node)."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     def shard(self, model: nn.Module, *, exact: bool = False) -> None:

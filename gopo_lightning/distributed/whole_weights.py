@@ -5,10 +5,11 @@ from contextlib import contextmanager, nullcontext
 
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from gopo_lightning._compat import persistent_buffers
 from gopo_lightning.distributed.decoder_layers import base_of
 from gopo_lightning.distributed.gathering import forward_is_collective
 
@@ -30,10 +31,9 @@ def _walk(module: nn.Module, prefix: str, gather: bool) -> Iterator[tuple[str, T
         yield from _merged(module, prefix)
         return
     with _whole(module) if gather else nullcontext():
-        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        for name, value in (module._parameters | buffers).items():
-            if value is not None:
-                yield prefix + name, value.detach()
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False)) | persistent_buffers(module)
+        for name, value in own.items():
+            yield prefix + name, value.detach()
         for name, child in module.named_children():
             yield from _walk(child, f"{prefix}{name}.", gather)
 

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
 from gopo_lightning.policy.loading import finding, folder_of, locate
 

@@ -29,6 +29,8 @@ from gopo_lightning.policy.loading import finding, fingerprint, folder_of, load_
 
 Policy: TypeAlias = PreTrainedModel | PeftModel
 
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 
 @dataclass(frozen=True)
 class PolicyConfig:
@@ -283,7 +285,7 @@ def _load_base(config: PolicyConfig) -> PreTrainedModel:
 def _disable_dropout(model: nn.Module) -> None:
     """Every dropout to 0: the policy that is trained must be the policy that sampled."""
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, _DROPOUT):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]

@@ -91,7 +91,7 @@ def _replace(model: nn.Module, new: Mapping[nn.Parameter, Tensor]) -> list[nn.Pa
     """Put ``new`` parameters in the place of old ones, tied ones for tied ones; returns them."""
     made = {old: nn.Parameter(tensor, requires_grad=old.requires_grad) for old, tensor in new.items()}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
             if parameter in made:
-                module._parameters[name] = made[parameter]
+                setattr(module, name, made[parameter])
     return list(made.values())

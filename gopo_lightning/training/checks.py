@@ -6,9 +6,11 @@ from pathlib import PurePath
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from gopo_lightning._compat import save_interval
 from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.rewards import Source
 from gopo_lightning.rollout.engines.base import SamplingConfig
@@ -117,7 +119,7 @@ def _check_intervals(trainer: Trainer, updates_per_rollout: int) -> None:
     intervals = {"trainer.max_steps": max(trainer.max_steps, 0)}
     for callback in trainer.checkpoint_callbacks:
         name = f"every_n_train_steps of {type(callback).__name__}"
-        intervals[name] = getattr(callback, "_every_n_train_steps", None) or 0
+        intervals[name] = save_interval(callback) if isinstance(callback, ModelCheckpoint) else 0
     for name, interval in intervals.items():
         if interval % updates_per_rollout:
             raise ValueError(

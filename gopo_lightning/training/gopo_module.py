@@ -17,6 +17,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gopo_lightning._compat import attached_trainer
 from gopo_lightning.distributed.checkpoints import TrainableState, install_atomic_saving
 from gopo_lightning.distributed.collectives import all_reduce_sum, gather_objects, rank, world_size
 from gopo_lightning.distributed.fsdp import clip_grad_norm, reshard
@@ -206,7 +207,7 @@ class GOPOModule(TrainableState, OptimisedModule):
 
     def configure_model(self) -> None:
         if cast(Policy | None, self.policy) is None:
-            self.policy = load_placed_policy(self.policy_config, self.placement, self._trainer)
+            self.policy = load_placed_policy(self.policy_config, self.placement, attached_trainer(self))
             self.reference.remember(self.policy)
             self._settings["policy"] = self.policy_config.describe()  # now: files may change in a run
             self.policy_is_initial = True

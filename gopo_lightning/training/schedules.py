@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, get_scheduler
 
+from gopo_lightning._compat import set_last_lr, set_up_training_data
+
 WarmupStart = Literal["first_step", "zero"]
 Factor = Callable[[int], float]
 """Number of an update, from 0 → what the learning rate is multiplied by."""
@@ -121,7 +123,7 @@ def num_updates(trainer: Trainer, updates_per_batch: int = 1) -> int | None:
     limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         if trainer.train_dataloader is None:
-            trainer.fit_loop.setup_data()
+            set_up_training_data(trainer)
         batches = trainer.num_training_batches / trainer.accumulate_grad_batches
         if math.isfinite(batches):
             limits.append(math.ceil(batches) * max(trainer.max_epochs, 1) * updates_per_batch)
@@ -138,7 +140,7 @@ def restart(scheduler: LambdaLR, schedule: Schedule, num_updates: int | None) ->
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-    scheduler._last_lr = lrs
+    set_last_lr(scheduler, lrs)
 
 
 def _base_lr(optimizer: Optimizer) -> float:

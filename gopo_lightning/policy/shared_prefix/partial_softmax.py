@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gopo_lightning._compat import HAS_CPU_FLASH_ATTENTION, cpu_flash_attention, cpu_flash_attention_backward
+
 _MAX_SCORES = 2**20
 """Scores that exist at once where no fused kernel serves."""
 
@@ -24,9 +26,7 @@ def attend(
     ``bias``, 0 or -inf and broadcast from four dimensions, is added to the scores; None adds nothing.
     """
     if _has_kernel(query_BHMD, softcap):
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        output, normaliser = kernel(query_BHMD, key_BHND, value_BHND, attn_mask=bias, scale=scale)
-        return output, normaliser
+        return cpu_flash_attention(query_BHMD, key_BHND, value_BHND, bias, scale)
     output = query_BHMD.new_empty(*query_BHMD.shape[:-1], value_BHND.shape[-1])
     normaliser = query_BHMD.new_empty(query_BHMD.shape[:-1], dtype=_wide(query_BHMD))
     for b, m in _chunks(query_BHMD, key_BHND):
@@ -58,10 +58,8 @@ def gradients(
     """This part's share of the gradients of the queries, keys and values; the scores are computed again."""
     grad_BHMD, query_BHMD, output_BHMD, normaliser_BHM = whole
     if _has_kernel(query_BHMD, softcap) and key_BHND.shape[2] >= _KERNEL_PAYS:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         saved = query_BHMD, key_BHND, value_BHND, output_BHMD, normaliser_BHM
-        d_query, d_key, d_value = kernel(grad_BHMD, *saved, 0.0, False, attn_mask=bias, scale=scale)
-        return d_query, d_key, d_value
+        return cpu_flash_attention_backward(grad_BHMD, *saved, bias=bias, scale=scale)
     mean_BHM1 = torch.linalg.vecdot(widen(grad_BHMD), widen(output_BHMD))[..., None]
     d_query, d_key, d_value = (torch.zeros_like(x) for x in (query_BHMD, key_BHND, value_BHND))
     for b, m in _chunks(query_BHMD, key_BHND):
@@ -90,7 +88,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _has_kernel(query: Tensor, softcap: float | None) -> bool:
     """Whether torch has a fused kernel that tells the normaliser, takes a bias and whose gradient can be had alone."""
-    return query.device.type == "cpu" and softcap is None
+    return HAS_CPU_FLASH_ATTENTION and query.device.type == "cpu" and softcap is None
 
 
 def _scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

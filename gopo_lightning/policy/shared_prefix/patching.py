@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from gopo_lightning._compat import (
+    attention_of,
+    checkpoint_function,
+    is_recurrent,
+    set_attention,
+    set_checkpoint_function,
+)
 from gopo_lightning.distributed.decoder_layers import configs_of
 from gopo_lightning.policy.shared_prefix.packing import PackedGroups, PackedLists, PrefixCache
 
@@ -55,8 +62,8 @@ def shared_prefix_attention(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_implementation(model))
         for module in model.modules():
-            if "_gradient_checkpointing_func" in vars(module):
-                stack.enter_context(_checkpoint_function(module, model))
+            if (before := checkpoint_function(module)) is not None:
+                stack.enter_context(_with_attention(before, module, model))
         yield
 
 
@@ -68,28 +75,28 @@ def require_called(model: nn.Module, shared_prefix: PackedGroups | PackedLists |
 
 @contextmanager
 def _implementation(model: nn.Module) -> Iterator[None]:
-    before = [(config, config._attn_implementation) for config in configs_of(model)]
+    before = [(config, attention_of(config)) for config in configs_of(model)]
     try:
         for config, _ in before:
-            config._attn_implementation = IMPLEMENTATION
+            set_attention(config, IMPLEMENTATION)
         yield
     finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
+        for config, name in before:
+            set_attention(config, name)
 
 
 @contextmanager
-def _checkpoint_function(module: nn.Module, model: nn.Module) -> Iterator[None]:
-    before: Callable[..., Any] = vars(module)["_gradient_checkpointing_func"]
+def _with_attention(before: Callable[..., Any], module: nn.Module, model: nn.Module) -> Iterator[None]:
+    """``module`` checkpoints as by ``before``, and recomputes with our attention."""
     options = getattr(before, "keywords", {}) | {
         "use_reentrant": False,
         "context_fn": lambda: (ExitStack(), _implementation(model)),
     }
-    module._gradient_checkpointing_func = partial(checkpoint, **options)  # type: ignore[assignment]
+    set_checkpoint_function(module, partial(checkpoint, **options))
     try:
         yield
     finally:
-        module._gradient_checkpointing_func = before  # type: ignore[assignment]
+        set_checkpoint_function(module, before)
 
 
 def supports_shared_prefix(model: nn.Module, num_tokens: int | None = None) -> tuple[bool, str]:
@@ -109,23 +116,23 @@ def _obstacle(base: nn.Module, model: nn.Module, num_tokens: int | None) -> str 
     text = config.get_text_config()
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "prompt learning adds virtual tokens to each sequence"
-    if not getattr(base, "_supports_attention_backend", False) or config.is_encoder_decoder:
+    if not isinstance(base, PreTrainedModel) or not base.is_backend_compatible() or config.is_encoder_decoder:
         return f"{type(base).__name__} cannot call a registered attention function"
     if any(getattr(module, "is_causal", True) is False for module in base.modules()):
         return f"the attention of {type(base).__name__} is not causal: a prompt sees what follows it"
     kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    if kinds or getattr(base, "_is_stateful", False):
+    if kinds or is_recurrent(base):
         return f"its layers are not all attention over the whole sequence ({', '.join(sorted(kinds)) or 'recurrent'})"
     window = _window(text)
     if window is not None and (num_tokens is None or num_tokens > window):
         return f"its sliding window of {window} tokens may be shorter than a sequence"
-    if getattr(text, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+    if getattr(text, "attn_logit_softcapping", None) and attention_of(config) == "sdpa":
         return "sdpa ignores the soft cap of its attention scores; set attn_implementation to eager"
     for name in ("attention_dropout", "attn_pdrop"):
         if getattr(text, name, 0.0):
             return f"{name} is {getattr(text, name)}; set it to 0"
     for name, module in base.named_modules():
-        if "sinks" in module._parameters:
+        if isinstance(getattr(module, "sinks", None), nn.Parameter):
             return f"{name} has attention sinks"
         if type(module).__name__ == "CheckpointWrapper":
             return "activation checkpointing by torch's wrapper; use the model's own gradient checkpointing"

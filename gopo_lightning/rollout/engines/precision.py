@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from gopo_lightning._compat import onednn_linear
 from gopo_lightning.distributed.decoder_layers import replaced_forward
 from gopo_lightning.distributed.gathering import forward_is_collective
 
@@ -38,18 +39,18 @@ def sampling_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _cast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    masters = {k: master for k, master in module._parameters.items() if master is not None and master.dtype != dtype}
+    masters = {name: master for name, master in module.named_parameters(recurse=False) if master.dtype != dtype}
     try:
         for name, master in masters.items():
-            module._parameters[name] = nn.Parameter(master.detach().to(dtype), requires_grad=False)
+            setattr(module, name, nn.Parameter(master.detach().to(dtype), requires_grad=False))
         yield
     finally:
-        module._parameters.update(masters)
+        for name, master in masters.items():
+            setattr(module, name, master)
 
 
 def _packed(module: nn.Linear) -> AbstractContextManager[None]:
     """In oneDNN's layout for few rows: a product would otherwise lay the weight out anew, a quarter of its time."""
     bias = None if module.bias is None else module.bias.detach().bfloat16()
-    weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().bfloat16())
-    linear = torch.ops.mkldnn._linear_pointwise
-    return replaced_forward(module, lambda x: linear(x.bfloat16(), weight, bias, "none", [], ""))
+    linear = onednn_linear(module.weight.detach().bfloat16(), bias)
+    return _cast(module, torch.bfloat16) if linear is None else replaced_forward(module, lambda x: linear(x.bfloat16()))

@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
-from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
 from typing_extensions import Self
 
+from gopo_lightning._compat import StepBar
 from gopo_lightning.training.callbacks.schedule import Every
 
 
@@ -171,7 +171,7 @@ class PlainLines(ProgressBar):
             self.print(f"{name} batch {done}/{total}")
 
 
-class RichBar(ProgressBar, RichProgressBar):
+class RichBar(ProgressBar, StepBar):
     """The progress bar of a terminal: counts optimiser steps, with the phase beside it."""
 
     _ticker: "_Ticker | None" = None
@@ -202,7 +202,7 @@ class RichBar(ProgressBar, RichProgressBar):
         """Advance the bar."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.max_steps > 0:
-            self._update(self.train_progress_bar_id, trainer.global_step)
+            self.set_trained(trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the bar down."""
@@ -213,9 +213,6 @@ class RichBar(ProgressBar, RichProgressBar):
         """Take the bar down, so that the error stands alone."""
         self._stop_ticker()
         super().on_exception(trainer, pl_module, exception)
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "Training"
 
     def _stop_ticker(self) -> None:
         if self._ticker is not None:

@@ -4,6 +4,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from gopo_lightning._compat import batches_begun, run_validation
+
 
 class ValidateFirst(Callback):
     """Runs the validation loop at step 0 of ``fit``, and in a resumed run the one that its checkpoint was due for.
@@ -32,17 +34,13 @@ class ValidateFirst(Callback):
         """Validate, if that is due at this step and has not been done."""
         if not self._is_due(trainer) or trainer.limit_val_batches == 0 or not trainer.enable_validation:
             return
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        loop.restarting = False
-        trainer.validating = True
-        loop.run()
-        trainer.training = True
+        run_validation(trainer)
         pl_module.train()
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.global_step == 0:
             return True
-        batches, interval = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch
+        interval = trainer.val_check_batch
         if trainer.check_val_every_n_epoch is not None or not isinstance(interval, int):
             return False
-        return batches % interval == 0 and self._validated_step != trainer.global_step
+        return batches_begun(trainer) % interval == 0 and self._validated_step != trainer.global_step

@@ -305,7 +305,7 @@ def test_samples_follow_the_distribution(options: dict[str, Any]) -> None:
 
 
 def test_rows_are_drawn_in_blocks_as_they_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gopo_lightning.training.micro_batches._BLOCK", 3 * 12)  # three rows
+    monkeypatch.setattr("gopo_lightning.policy.lm_head._BLOCK", 3 * 12)  # three rows
     logits_NV, uniforms_N = torch.randn(10, 12), torch.rand(10, dtype=torch.float64)
     config = SamplingConfig(top_p=0.9)
     tokens_N, logprobs_N = draw(logits_NV, uniforms_N, config, None)

@@ -1,4 +1,4 @@
-"""What flows between the stages: prompts, completions, experience.
+"""What flows between the stages: prompts, completions, rollout, experience.
 
 Shape legend, used as a suffix throughout the package:
 
@@ -166,7 +166,7 @@ class Completions(TensorStruct):
     def select(self, index_N: Tensor) -> "Completions":
         """The completions of ``index_N``, without the columns that are padding for all of them."""
         mask_NT = _index(self.mask_NT, index_N)
-        width = max(int(mask_NT.sum(-1).max()), 1)
+        width = max(int(mask_NT.sum(-1).amax()), 1) if len(mask_NT) else 1
         picked = {f.name: _index(getattr(self, f.name), index_N) for f in dataclasses.fields(self)}
         for name in ("tokens_NT", "mask_NT", "sampler_logprobs_NT"):
             if picked[name] is not None:
@@ -175,8 +175,8 @@ class Completions(TensorStruct):
 
 
 @dataclass(frozen=True)
-class Experience(TensorStruct):
-    """One rollout of this rank, scored and ranked: all that a training step reads."""
+class Rollout(TensorStruct):
+    """What this rank sampled from the policy, and how it was scored."""
 
     prompts: PromptBatch
     completions: Completions
@@ -185,41 +185,72 @@ class Experience(TensorStruct):
     which has no float64, on the CPU; so are all rewards and comparisons."""
     rewards_PG: Tensor
     """float64, the sources combined."""
-    advantages_PG: Tensor
-    """float32."""
-    old_logprobs_NT: Tensor | None = None
-    """float32, of the policy that sampled; None when every update is on-policy (the ratio is then 1)."""
-    reference_logprobs_NT: Tensor | None = None
-    """float32, of the frozen reference; None when nothing reads it."""
+    max_new_tokens: int
+    """Most tokens that a completion could have."""
     wins_PGGK: Tensor | None = None
     """float64 comparison matrices of pairwise sources, see `rewards.PairwiseSource`; all NaN in the columns of other
     sources. None without a pairwise source."""
+    weights_PG: Tensor | None = None
+    """float32 ≥ 0, how much a completion counts in the loss and its denominator: 1 in full, 0 not at all, like one
+    without a valid score. None: all count in full."""
+    token_rewards_NT: Tensor | None = None
+    """float32, what single tokens earn beside the completion's reward; the score of a segment stands at its last token.
+    None where nothing gives any."""
+    old_logprobs_NT: Tensor | None = None
+    """float32, of the policy that sampled; None where nothing reads it, as when every update is on-policy."""
+    reference_logprobs_NT: Tensor | None = None
+    """float32, of the frozen reference; None where nothing reads it."""
+    iterate_logprobs_NT: Tensor | None = None
+    """float32, of the policy as it was some updates ago; None where nothing reads it."""
 
     @property
     def group_size(self) -> int:
         """G."""
         return self.rewards_PG.shape[1]
 
+    @property
+    def weights_N(self) -> Tensor:
+        """float32 weights on the device of the tokens, 0 for completions without a valid reward."""
+        weights_PG = torch.ones_like(self.rewards_PG) if self.weights_PG is None else self.weights_PG
+        weights_PG = weights_PG.to(self.rewards_PG.device).masked_fill(self.rewards_PG.isnan(), 0.0)
+        return weights_PG.flatten().float().to(self.completions.mask_NT.device)
+
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def select(self, index_P: Tensor) -> "Experience":
+    def select(self, index_P: Tensor) -> Self:
         """The whole groups of ``index_P``, trimmed to their own longest prompt and completion."""
         G = self.group_size
         index_N = (index_P[:, None] * G + torch.arange(G, device=index_P.device)).flatten()
-        completions = self.completions.select(index_N)
-        width = completions.tokens_NT.shape[1]
+        picked: dict[str, Any] = {}
+        for name in (f.name for f in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if name == "prompts":
+                picked[name] = value.select(index_P)
+            elif name == "completions":
+                picked[name] = value.select(index_N)
+            elif value is not None and "_NT" in name:
+                width = picked["completions"].tokens_NT.shape[1]
+                picked[name] = _index(value, index_N)[:, :width].contiguous()
+            elif value is not None and "_P" in name:
+                picked[name] = _index(value, index_P)
+        return dataclasses.replace(self, **picked)
 
-        def rows(logprobs_NT: Tensor | None) -> Tensor | None:
-            return None if logprobs_NT is None else _index(logprobs_NT, index_N)[:, :width].contiguous()
+    def with_advantages(self, advantages_PG: Tensor, **fields: Any) -> "Experience":
+        """The experience that a training step reads; ``fields`` are further ones of it."""
+        return Experience(**{**vars(self), "advantages_PG": advantages_PG, **fields})
 
-        return Experience(
-            prompts=self.prompts.select(index_P),
-            completions=completions,
-            rewards_PGK=_index(self.rewards_PGK, index_P),
-            rewards_PG=_index(self.rewards_PG, index_P),
-            advantages_PG=_index(self.advantages_PG, index_P),
-            old_logprobs_NT=rows(self.old_logprobs_NT),
-            reference_logprobs_NT=rows(self.reference_logprobs_NT),
-            wins_PGGK=_index(self.wins_PGGK, index_P),
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class Experience(Rollout):
+    """A rollout whose completions have advantages: all that a training step reads."""
+
+    advantages_PG: Tensor
+    """float32, one a completion."""
+    advantages_NT: Tensor | None = None
+    """float32, one a token, 0 outside the mask; None where each token has that of its completion."""
+
+    @property
+    def advantages(self) -> Tensor:
+        """``advantages_NT``, or advantages_N where there is one a completion."""
+        return self.advantages_PG.flatten() if self.advantages_NT is None else self.advantages_NT

@@ -109,10 +109,14 @@ def measure_ours(model: str, shape: Shape, dtype: str, compiled: bool) -> dict[s
     module = GOPOModule(
         policy=PolicyConfig(model, compile=compiled),
         rewards=[FunctionReward("scripts.benchmark_step.reward")],
-        sampling=SamplingConfig(max_new_tokens=shape.T, min_new_tokens=shape.T),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-6, fused=True),  # as TRL by default
-        num_completions=shape.G,
-        warmup_steps=0,
+        rollout={
+            "sampling": SamplingConfig(max_new_tokens=shape.T, min_new_tokens=shape.T),
+            "num_completions": shape.G,
+        },
+        update={
+            "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-6, fused=True),  # as TRL by default
+            "warmup_steps": 0,
+        },
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompts.jsonl"
@@ -220,7 +224,7 @@ def check_gradients(model: str, shape: Shape) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOTrainer
 
-    from gopo_lightning.objectives.clipped import LossConfig, policy_loss
+    from gopo_lightning.objectives.clipped import ClippedSurrogate, policy_loss
     from gopo_lightning.policy.logprobs import completion_logprobs
     from gopo_lightning.types import Completions, Prompt, PromptBatch
 
@@ -258,7 +262,7 @@ def check_gradients(model: str, shape: Shape) -> float:
     ours = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
     completions = Completions(tokens_NT, mask_NT, torch.zeros(N, dtype=torch.bool), ("",) * N)
     logprobs = completion_logprobs(ours, prompts, completions, shared_prefix=True).logprobs_NT
-    loss, _ = policy_loss(logprobs, None, None, advantages_N, mask_NT, config=LossConfig(), denominator=total)
+    loss, _ = policy_loss(logprobs, None, None, advantages_N, mask_NT, config=ClippedSurrogate(), denominator=total)
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in ours.parameters()])
     return float((gradient - expected).norm() / expected.norm())

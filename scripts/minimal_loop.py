@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gopo_lightning.data.sampler import PromptSampler
 from gopo_lightning.objectives.advantages import ordinal, valid
-from gopo_lightning.objectives.clipped import LossConfig, denominator, loss_mask, policy_loss
+from gopo_lightning.objectives.clipped import ClippedSurrogate, policy_loss
 from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.policy.model import eos_token_ids
 from gopo_lightning.rollout import SamplingConfig, TransformersEngine
@@ -50,7 +50,8 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(options.folder)
 model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).to(device).eval()  # no dropout
 optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0)
-engine, sampling, config = TransformersEngine(), SamplingConfig(max_new_tokens=options.max_new_tokens), LossConfig()
+engine, sampling = TransformersEngine(), SamplingConfig(max_new_tokens=options.max_new_tokens)
+config = ClippedSurrogate()
 eos = eos_token_ids(model, tokenizer)
 pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 dataset = [Prompt(i, tuple(tokenizer(text)["input_ids"]), text) for i, text in enumerate(PROMPTS)]
@@ -69,10 +70,9 @@ for step in range(options.steps):
 
     # 3. the clipped surrogate, over the tokens of all completions that have a score
     valid_N = valid(rewards_PG).flatten().to(device)
-    mask_NT = loss_mask(completions.mask_NT, valid_N, completions.truncated_N, config)
-    total = denominator(mask_NT, aggregation="token", max_new_tokens=options.max_new_tokens, num_completions=P * G)
+    mask_NT = completions.mask_NT & valid_N[:, None]
     logprobs_NT = completion_logprobs(model, prompts, completions).logprobs_NT
-    loss, _ = policy_loss(logprobs_NT, None, None, advantages_N, mask_NT, config=config, denominator=total)
+    loss, _ = policy_loss(logprobs_NT, None, None, advantages_N, mask_NT, config=config, denominator=mask_NT.sum())
 
     # 4. one optimiser step
     optimizer.zero_grad()

@@ -97,9 +97,10 @@ def print_outcomes(before: Outcome, after: Outcome, source: str) -> None:
 
 
 def rewards_of(configs: Sequence[str], reward_model: Path) -> str:
-    """The last rewards in ``configs``, in JSON for the command line, with the reward model at ``reward_model``."""
+    """The last sources in ``configs``, in JSON for the command line, with the reward model at ``reward_model``."""
     models = [yaml.safe_load(Path(config).read_text(encoding="utf-8")).get("model", {}) for config in configs]
-    *_, rewards = [model["init_args"]["rewards"] for model in models if "rewards" in model.get("init_args", {})]
+    groups = [model["init_args"]["rewards"] for model in models if "rewards" in model.get("init_args", {})]
+    *_, rewards = [group["sources"] for group in groups if "sources" in group]
     return yaml.safe_dump(rewards, default_flow_style=True, width=10**6).replace(
         f"{CONFIG_ROOT}/reward_model/export", str(reward_model)
     )
@@ -139,7 +140,7 @@ def main() -> None:
     steps = []
     if options.smoke:
         shared += [f"--data.init_args.{part}.limit=4" for part in ("validation", "predict")]
-        shared.append(f"--model.init_args.rewards={rewards_of(options.config, reward_model)}")
+        shared.append(f"--model.init_args.rewards.sources={rewards_of(options.config, reward_model)}")
         steps = ["--trainer.max_steps=3", "--trainer.val_check_interval=3"]
     gopo("fit", *shared, f"--trainer.logger.init_args.version={name}", *steps)
     predictions = []

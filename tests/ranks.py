@@ -21,7 +21,7 @@ from gopo_lightning.distributed.checkpoints import last_of
 from gopo_lightning.distributed.collectives import gather_objects
 from gopo_lightning.distributed.fsdp import shard_fsdp2
 from gopo_lightning.distributed.strategies import FSDP2Strategy
-from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.policy.model import PolicyConfig, load_policy
 from gopo_lightning.rewards import FunctionReward, SequenceClassifierReward
 from gopo_lightning.rollout import SamplingConfig
@@ -109,7 +109,7 @@ def run_case(case: Case, tiny_policy: Path, prompts_file: Path, folder: Path, wo
     options: dict[str, Any] = {
         "policy": PolicyConfig(str(tiny_policy), **({"lora": LORA if case.lora else None} | case.policy)),
         "rewards": [FunctionReward("tests.ranks.mixed", name="mixed")],
-        "loss": LossConfig(kl_coef=case.kl_coef),
+        "loss": ClippedSurrogate(kl_coef=case.kl_coef),
         "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-3, eps=1e-3),
         "max_grad_norm": 0.1,
         "micro_batch_tokens": 60,

@@ -29,8 +29,37 @@ def some_invalid(prompts: list[str], completions: list[str]) -> list[float | Non
     ]
 
 
+GROUPS = {
+    "rollout": ("sampling", "num_completions", "eval_num_completions", "engine"),
+    "rewards": ("sources", "combine", "transforms", "timeout_seconds", "max_invalid_steps"),
+    "objective": ("advantage", "credit", "loss", "iterate_every", "log_entropy", "log_reference_kl"),
+    "update": (
+        "optimizer",
+        "lr_schedule",
+        "warmup_steps",
+        "warmup_start",
+        "lr_schedule_options",
+        "max_grad_norm",
+        "num_inner_epochs",
+        "num_minibatches",
+        "micro_batch_tokens",
+        "prefix_sharing",
+    ),
+}
+"""Fields of the groups of `GOPOModule`'s arguments."""
+
+
+def grouped(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `GOPOModule`, of fields of any group by their own names; ``rewards`` are the sources."""
+    options = dict(options)
+    if "rewards" in options:
+        options["sources"] = options.pop("rewards")
+    groups = {group: {name: options.pop(name) for name in names if name in options} for group, names in GROUPS.items()}
+    return {**{group: fields for group, fields in groups.items() if fields}, **options}
+
+
 def make_module(folder: Path, **overrides: Any) -> GOPOModule:
-    """GOPO with plain SGD."""
+    """GOPO with plain SGD; ``overrides`` as in `grouped`."""
     options: dict[str, Any] = {
         "policy": PolicyConfig(str(folder)),
         "rewards": [FunctionReward("tests.runs.count_vowels", name="vowels")],
@@ -43,7 +72,7 @@ def make_module(folder: Path, **overrides: Any) -> GOPOModule:
         "max_grad_norm": None,
         "seed": 3,
     }
-    return GOPOModule(**(options | overrides))
+    return GOPOModule(**grouped(options | overrides))
 
 
 def make_data(prompts_file: Path, **overrides: Any) -> PromptDataModule:

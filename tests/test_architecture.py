@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gopo_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 300
-LARGER = {"training/gopo_module.py": 402}  # a third of it documents the options that users set
+LARGER = {"training/gopo_module.py": 350}  # the wiring
 
 PARTS = [
     "_compat",
@@ -89,7 +89,6 @@ def test_a_part_imports_only_from_those_before_it(file: Path) -> None:
     assert not later, f"{name_of(file)} imports from {later}, which are not before {part_of(file)!r}"
 
 
-@pytest.mark.xfail(strict=True, reason="the rollout callback reads the module")
 def test_no_file_imports_itself_by_a_detour() -> None:
     try:
         TopologicalSorter(file_graph()).prepare()

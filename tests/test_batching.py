@@ -4,19 +4,19 @@ import pytest
 import torch
 
 from gopo_lightning.training.micro_batches import MicroBatch, fill_up, forwarded_tokens, minibatches, split_groups
-from gopo_lightning.types import Completions, Experience, Prompt, PromptBatch
+from gopo_lightning.types import Completions, Prompt, PromptBatch, Rollout
 
 G = 2
 
 
-def experience(prompt_lengths: list[int], completion_lengths: list[int]) -> Experience:
+def experience(prompt_lengths: list[int], completion_lengths: list[int]) -> Rollout:
     prompts = PromptBatch.collate([Prompt(i, (1,) * n, "") for i, n in enumerate(prompt_lengths)], 0)
     lengths_N = torch.tensor(completion_lengths).repeat_interleave(G)
     mask_NT = torch.arange(max(completion_lengths)) < lengths_N[:, None]
     N = len(mask_NT)
     completions = Completions(mask_NT.long(), mask_NT, torch.zeros(N, dtype=torch.bool), ("",) * N)
     zeros = torch.zeros(len(prompt_lengths), G)
-    return Experience(prompts, completions, zeros[..., None], zeros, zeros)
+    return Rollout(prompts, completions, zeros[..., None], zeros, completions.tokens_NT.shape[1])
 
 
 def groups(batches: list[torch.Tensor]) -> list[list[int]]:

@@ -66,7 +66,8 @@ def experience(rewards: list[list[float]], texts: tuple[str, ...] = (), num_sour
     )
     rewards_PGK = rewards_PG[..., None].expand(P, G, num_sources)
     advantages_PG = rewards_PG.nan_to_num(0)
-    return Experience(PromptBatch.collate(prompts, 0), completions, rewards_PGK, rewards_PG, advantages_PG)
+    prompt_batch = PromptBatch.collate(prompts, 0)
+    return Experience(prompt_batch, completions, rewards_PGK, rewards_PG, 3, advantages_PG=advantages_PG)
 
 
 class Module(L.LightningModule):

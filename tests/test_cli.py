@@ -45,18 +45,20 @@ def config(tmp_path: Path, tiny_policy: Path, prompts_file: Path) -> Path:
             "class_path": "gopo_lightning.GOPOModule",
             "init_args": {
                 "policy": {"name": str(tiny_policy)},
-                "rewards": [
-                    {
-                        "class_path": "gopo_lightning.rewards.FunctionReward",
-                        "init_args": {"function": "tests.runs.some_invalid", "name": "vowels"},
-                    }
-                ],
-                "sampling": {"max_new_tokens": 24},
-                "num_completions": 4,
-                "eval_num_completions": 2,
-                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.003, "fused": False}},
-                "lr_schedule": "constant",
-                "warmup_steps": 0,
+                "rollout": {"sampling": {"max_new_tokens": 24}, "num_completions": 4, "eval_num_completions": 2},
+                "rewards": {
+                    "sources": [
+                        {
+                            "class_path": "gopo_lightning.rewards.FunctionReward",
+                            "init_args": {"function": "tests.runs.some_invalid", "name": "vowels"},
+                        }
+                    ]
+                },
+                "update": {
+                    "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.003, "fused": False}},
+                    "lr_schedule": "constant",
+                    "warmup_steps": 0,
+                },
             },
         },
         "data": {
@@ -90,10 +92,10 @@ def test_help_of_a_command_names_the_commands_that_show_every_field(capsys: pyte
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["num_completions=1"], "num_completions=1: ranking needs at least 2 completions; use 8"),
-        (["sampling.top_p=7"], "top_p is 7.0, but it must be in (0, 1]; 1 keeps every token."),
+        (["rollout.num_completions=1"], "num_completions=1: ranking needs at least 2 completions; use 8"),
+        (["rollout.sampling.top_p=7"], "top_p is 7.0, but it must be in (0, 1]; 1 keeps every token."),
         (
-            ["engine=gopo_lightning.rollout.TransformersEngine", "engine.max_rows=0"],
+            ["rollout.engine=gopo_lightning.rollout.TransformersEngine", "rollout.engine.max_rows=0"],
             "max_rows is 0, but it must be >= 1; leave it out for no limit.",
         ),
     ],
@@ -109,7 +111,10 @@ def test_what_a_class_says_of_its_arguments_is_the_last_word(options: list[str],
 def test_the_remedy_is_not_lost_behind_its_cause(config: Path) -> None:
     reward = {"class_path": "gopo_lightning.rewards.FunctionReward", "init_args": {"function": "no.such.thing"}}
     with pytest.raises(ValueError, match=r"^cannot load 'no.such.thing': No module named 'no'\. ") as error:
-        run(["--config", str(config), f"--model.init_args.rewards={json.dumps([reward])}"], instantiate_only=True)
+        run(
+            ["--config", str(config), f"--model.init_args.rewards.sources={json.dumps([reward])}"],
+            instantiate_only=True,
+        )
     assert isinstance(error.value.__cause__, ImportError)
 
 
@@ -185,7 +190,7 @@ def events(run: Path) -> EventAccumulator:
 
 
 def test_every_tag_is_defined_in_the_docs(config: Path, tmp_path: Path) -> None:
-    loss = ["--model.init_args.loss.kl_coef=0.1", "--model.init_args.loss.clip_ceiling=4"]
+    loss = [f"--model.init_args.objective.loss.{option}" for option in ("kl_coef=0.1", "clip_ceiling=4")]
     run(["fit", "--config", str(config), *loss])
     tags = events(tmp_path / "run" / "version_0").Tags()
     logged = {*tags["scalars"], *tags["histograms"], *(tag.removesuffix("/text_summary") for tag in tags["tensors"])}
@@ -206,19 +211,19 @@ def test_every_tag_is_defined_in_the_docs(config: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", ["</a>", '["</a>"]', '["</a>", "5"]'])
 def test_a_stop_string_is_given_as_text_or_as_a_list(given: str) -> None:
     cli = run(
-        ["--config=configs/quickstart/gopo.yaml", f"--model.init_args.sampling.stop_strings={given}"],
+        ["--config=configs/quickstart/gopo.yaml", f"--model.init_args.rollout.sampling.stop_strings={given}"],
         instantiate_only=True,
     )
-    assert cli.model.rollout.sampling.stop_strings == (("</a>", "5") if "5" in given else ("</a>",))
+    assert cli.model.sampling.stop_strings == (("</a>", "5") if "5" in given else ("</a>",))
 
 
 @pytest.mark.parametrize(
     ("option", "attributes"),
     [
-        ("loss.sampler_correction_cap=null", "loss_config.sampler_correction_cap"),
-        ("loss.clip_ceiling=None", "loss_config.clip_ceiling"),
+        ("objective.loss.sampler_correction_cap=null", "loss.sampler_correction_cap"),
+        ("objective.loss.clip_ceiling=None", "loss.clip_ceiling"),
         ("policy.lora=null", "policy_config.lora"),
-        ("max_grad_norm=null", "max_grad_norm"),
+        ("update.max_grad_norm=null", "update_config.max_grad_norm"),
     ],
 )
 def test_null_on_the_command_line_is_null_at_any_depth(option: str, attributes: str, tmp_path: Path) -> None:
@@ -229,9 +234,9 @@ def test_null_on_the_command_line_is_null_at_any_depth(option: str, attributes: 
             {
                 "model": {
                     "init_args": {
-                        "loss": {"sampler_correction_cap": 2.0, "clip_ceiling": 4.0},
+                        "objective": {"loss": {"init_args": {"sampler_correction_cap": 2.0, "clip_ceiling": 4.0}}},
                         "policy": {"lora": {"r": 4}},
-                        "max_grad_norm": 2.0,
+                        "update": {"max_grad_norm": 2.0},
                     }
                 }
             }

@@ -46,11 +46,11 @@ def test_layers_are_instantiated_together(layers: list[Path], tmp_path: Path, mo
     module = instantiate(layers, f"--trainer.logger.init_args.save_dir={tmp_path}", *fsdp1)
     for path in layers:
         if path.parent.name == "advantage":
-            assert module._settings["advantage"] == init_args(path)["advantage"]
+            assert module.objective_config.advantage == init_args(path)["objective"]["advantage"]
         if path.stem == "smoke":
             assert module.sampling.max_new_tokens == 16
         if path.stem == "vllm":
-            assert type(module.rollout.engine).__name__ == "VLLMEngine"
+            assert type(module.collector.engine).__name__ == "VLLMEngine"
 
 
 @pytest.mark.parametrize("path", TASKS, ids=str)
@@ -75,9 +75,11 @@ def test_gopo_and_grpo_of_the_quickstart_differ_in_the_advantage() -> None:
     gopo, grpo = (yaml.safe_load((CONFIGS / "quickstart" / name).read_text()) for name in ("gopo.yaml", "grpo.yaml"))
     ours, theirs = gopo["model"].pop("init_args"), grpo["model"].pop("init_args")
     assert gopo == grpo
-    assert (ours.pop("advantage"), theirs.pop("advantage")) == ("ordinal", "grpo")
-    assert (ours.pop("combine"), theirs.pop("combine")) == ("lexicographic", "weighted_sum")
-    assert len(theirs.pop("combine_options")["weights"]) == len(ours["rewards"])
+    assert (ours["objective"].pop("advantage"), theirs["objective"].pop("advantage")) == ("ordinal", "grpo")
+    assert ours["rewards"].pop("combine") == "lexicographic"
+    combine = theirs["rewards"].pop("combine")
+    assert combine["function"] == "weighted_sum"
+    assert len(combine["init_args"]["weights"]) == len(ours["rewards"]["sources"])
     assert ours == theirs
 
 

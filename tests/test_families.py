@@ -276,7 +276,7 @@ def test_a_run_of_several_updates_on_the_numbers_that_were_sampled(kind: str, tm
     assert trainer.callback_metrics["train/sampler_logprob_diff"] < 1e-4
     assert trainer.callback_metrics["train/loss"].isfinite()
     assert trainer.callback_metrics["val/win_rate"].isfinite()
-    assert module._shares_prefix is (kind == "mixtral")
+    assert module.forward_pass.shares_prefix is (kind == "mixtral")
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "predict"])

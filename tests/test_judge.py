@@ -484,7 +484,7 @@ def test_a_run_with_a_wrong_key_ends_before_its_first_rollout(
     judge = LLMJudge("m", base_url=server.url, api_key_env="JUDGE_KEY", cache_dir=None)
     module = make_module(tiny_policy, rewards=[judge])
     rollouts: list[int] = []
-    monkeypatch.setattr(module.rollout.engine, "generate", lambda *args, **options: rollouts.append(1))
+    monkeypatch.setattr(module.collector.engine, "generate", lambda *args, **options: rollouts.append(1))
     with pytest.raises(SourceConfigError, match="refuses model m with the key in JUDGE_KEY"):
         fit(module, prompts_file, tmp_path)
     assert not rollouts and not server.questions

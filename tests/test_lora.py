@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
 from gopo_lightning.distributed.fsdp import reshard
-from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.policy import adapters
-from gopo_lightning.policy.adapters import InitialWeights, lora_config
+from gopo_lightning.policy.adapters import KeptWeights, lora_config
 from gopo_lightning.policy.loading import fingerprint
 from gopo_lightning.policy.model import Policy, PolicyConfig, load_policy, load_tokenizer, reference_of
 from gopo_lightning.policy.sharded_loading import policy_without_weights
@@ -171,7 +171,7 @@ def test_an_adapter_is_trained_on(adapter: Path, qwen: Path, tmp_path: Path) -> 
 def kl_of(folder: Path, prompts_file: Path, policy: PolicyConfig, *, resume: Path | None = None, **trainer: Any) -> Any:
     """train/kl of the last step; the checkpoint of step 2 is left as ``<folder>/2.ckpt``."""
     torch.manual_seed(9 if resume is None else 10)
-    module = make_module(folder, policy=policy, loss=LossConfig(kl_coef=0.1), optimizer=adamw)
+    module = make_module(folder, policy=policy, loss=ClippedSurrogate(kl_coef=0.1), optimizer=adamw)
     fitting = make_trainer(folder, **{"max_steps": 2, "limit_val_batches": 0} | trainer)
     fitting.fit(module, make_data(prompts_file), ckpt_path=resume)
     if fitting.global_step == 2:
@@ -212,7 +212,7 @@ def test_bfloat16_rounds_policy_and_reference_alike(
 def initial_weights_of_shards(rank: int, folder: Path) -> dict[str, Any]:
     """Logits at the beginning, of the reference after training, and of what was trained before and after it."""
     policy = sharded_policy(PolicyConfig(str(folder)))
-    initial, before = InitialWeights(policy), logits(policy)
+    initial, before = KeptWeights.of(policy), logits(policy)
     reshard(policy)
     disturb(policy)
     trained = logits(policy)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.rewards import FunctionReward
 from tests.ranks import Case, assert_same_run, launch, on, read, run_case
 
@@ -29,7 +29,7 @@ RUNS = {
         "single",
         max_steps=6,
         prompts_per_step=6,
-        module={"num_minibatches": 6, "micro_batch_tokens": 1, "loss": LossConfig(aggregation="constant")},
+        module={"num_minibatches": 6, "micro_batch_tokens": 1, "loss": ClippedSurrogate(aggregation="constant")},
     ),
     "tied": Case("tied", max_steps=6, prompts_per_step=6, module={"num_minibatches": 3} | TIED),
     "whole": Case("whole", max_steps=2, prompts_per_step=6, module=TIED),

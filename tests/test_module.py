@@ -12,11 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from gopo_lightning.objectives.advantages import ordinal
-from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.policy.model import PolicyConfig
 from gopo_lightning.rewards import FunctionReward
 from gopo_lightning.rollout import SamplingConfig
+from gopo_lightning.training.forward import PolicyForward
 from gopo_lightning.training.gopo_module import GOPOModule
+from gopo_lightning.training.update import GradientUpdate
 from tests.runs import make_data, make_module, make_trainer, weights
 
 
@@ -70,9 +72,11 @@ def test_one_step_is_the_gradient_of_the_formula(tiny_policy: Path, prompts_file
     assert gradient.norm() > 1e-2
 
 
-@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(aggregation="sequence"), LossConfig(aggregation="constant")])
+@pytest.mark.parametrize(
+    "loss", [ClippedSurrogate(), ClippedSurrogate(aggregation="sequence"), ClippedSurrogate(aggregation="constant")]
+)
 def test_the_split_into_micro_batches_does_not_matter(
-    loss: LossConfig, tiny_policy: Path, prompts_file: Path, tmp_path: Path
+    loss: ClippedSurrogate, tiny_policy: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     results = []
     for budget in (None, 100, 1):
@@ -87,18 +91,18 @@ def test_groups_without_advantage_are_not_forwarded(
 ) -> None:
     """With β = 0 a tied group gives no gradient, so leaving it out changes nothing but the time."""
     forwarded: list[int] = []
-    original = GOPOModule._accumulate
+    original = GradientUpdate._accumulate
 
-    def spy(self: GOPOModule, experience: Any, *args: Any) -> None:
+    def spy(self: GradientUpdate, module: Any, policy: Any, experience: Any, *args: Any) -> None:
         forwarded.append(len(experience))
-        original(self, experience, *args)
+        original(self, module, policy, experience, *args)
 
-    monkeypatch.setattr(GOPOModule, "_accumulate", spy)
+    monkeypatch.setattr(GradientUpdate, "_accumulate", spy)
     skipping = fit(make_module(tiny_policy, rewards=invalid_reward()), prompts_file, tmp_path / "a", max_steps=1)
     active = int(skipping.experiences[0].advantages_PG.ne(0).any(-1).sum())
     assert sum(forwarded) == active < 4
-    split = GOPOModule._micro_batches
-    monkeypatch.setattr(GOPOModule, "_micro_batches", lambda self, experience, *_, **__: split(self, experience))
+    split = PolicyForward.micro_batches
+    monkeypatch.setattr(PolicyForward, "micro_batches", lambda self, experience, *_: split(self, experience))
     complete = fit(make_module(tiny_policy, rewards=invalid_reward()), prompts_file, tmp_path / "b", max_steps=1)
     torch.testing.assert_close(complete.weights[0], skipping.weights[0], rtol=0, atol=1e-6)
 
@@ -117,7 +121,7 @@ def test_reference_is_loaded_only_if_something_reads_it(tiny_policy: Path, promp
     plain = make_module(tiny_policy)
     fit(plain, prompts_file, tmp_path / "plain", max_steps=1)
     assert plain.reference.copy is None
-    with_kl = make_module(tiny_policy, loss=LossConfig(kl_coef=0.1))
+    with_kl = make_module(tiny_policy, loss=ClippedSurrogate(kl_coef=0.1))
     fit(with_kl, prompts_file, tmp_path / "kl")
     assert with_kl.reference.copy is not None
     assert scalars(tmp_path / "kl", "train/kl")[0] == pytest.approx(0, abs=1e-6)
@@ -126,7 +130,7 @@ def test_reference_is_loaded_only_if_something_reads_it(tiny_policy: Path, promp
 
 def test_under_lora_the_reference_is_the_base(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
     lora = PolicyConfig(str(tiny_policy), lora={"r": 4, "target_modules": ["q_proj", "v_proj"]})
-    module = make_module(tiny_policy, policy=lora, loss=LossConfig(kl_coef=0.1))
+    module = make_module(tiny_policy, policy=lora, loss=ClippedSurrogate(kl_coef=0.1))
     fit(module, prompts_file, tmp_path, max_steps=3)
     assert module.reference.copy is None
     kl = scalars(tmp_path, "train/kl")
@@ -140,7 +144,7 @@ def test_a_checkpoint_holds_policy_and_optimiser_and_nothing_frozen(
     tiny_policy: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     module = make_module(
-        tiny_policy, loss=LossConfig(kl_coef=0.1), optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3)
+        tiny_policy, loss=ClippedSurrogate(kl_coef=0.1), optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3)
     )
     path = tmp_path / "run.ckpt"
     trainer = make_trainer(tmp_path, max_steps=1)
@@ -182,10 +186,10 @@ def test_validation_at_step_0_is_a_draw_and_the_reference_outlives_a_resume(
     trainer = make_trainer(tmp_path)
     (result,) = trainer.validate(again, make_data(prompts_file), ckpt_path=str(path), verbose=False)
     assert result["val/win_rate"] == pytest.approx(wins[-1])
-    stored = dict(again.rollout.reference.state_dict())
-    again.rollout.reference.load_state_dict({})  # lost: it is sampled anew from the step-0 weights
+    stored = dict(again.validation.stored.state_dict())
+    again.validation.stored.load_state_dict({})  # lost: it is sampled anew from the step-0 weights
     (result,) = trainer.validate(again, make_data(prompts_file), ckpt_path=None, verbose=False)
-    assert again.rollout.reference.state_dict() == stored
+    assert again.validation.stored.state_dict() == stored
 
 
 def test_every_curve_is_drawn_over_optimiser_steps(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
@@ -202,14 +206,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(
 ) -> None:
     module = make_module(tiny_policy)
 
-    module.rollout.on_train_batch_start = _then_poison(module)  # type: ignore[method-assign]
+    module.rollout_callback.on_train_batch_start = _then_poison(module)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="must be finite"):
         fit(module, prompts_file, tmp_path, max_steps=1)
     assert list(tmp_path.rglob("nonfinite_step0_rank0.pt"))
 
 
 def _then_poison(module: GOPOModule) -> Any:
-    original = module.rollout.on_train_batch_start
+    original = module.rollout_callback.on_train_batch_start
 
     def hook(trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         original(trainer, pl_module, batch, batch_idx)
@@ -245,7 +249,7 @@ def test_trainer_options_that_would_be_ignored_are_refused(
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be above 0; use null"),
         ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm=nan"),
-        ({"advantage_options": {"tie": "average"}}, "tie"),
+        ({"advantage": {"function": "ordinal", "init_args": {"tie": "average"}}}, "tie"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str, tiny_policy: Path) -> None:

@@ -415,10 +415,14 @@ def test_a_run_on_two_rewards(name: str, tiny_policy: Path, prompts_file: Path, 
 
 
 def test_options_without_effect_and_shared_names_are_refused(tiny_policy: Path) -> None:
-    with pytest.raises(ValueError, match=r"advantage_options=.*comparisons have no such option"):
-        make_module(tiny_policy, rewards=[FunctionComparator(longer)], advantage_options={"ties": "average"})
-    for options in ({"combine_options": {"weights": [-1]}}, {"combine": "borda"}):
-        with pytest.raises(ValueError, match=r"only source, 'longer', gives .* nothing is to be combined. Remove both"):
+    with pytest.raises(ValueError, match=r"objective.advantage has init_args .*comparisons have no such option"):
+        make_module(
+            tiny_policy,
+            rewards=[FunctionComparator(longer)],
+            advantage={"function": "ordinal", "init_args": {"ties": "average"}},
+        )
+    for options in ({"combine": {"function": "weighted_sum", "init_args": {"weights": [-1]}}}, {"combine": "borda"}):
+        with pytest.raises(ValueError, match=r"only source, 'longer', gives .* nothing is to be combined. Remove it"):
             make_module(tiny_policy, rewards=[FunctionComparator(longer)], **options)
     with pytest.raises(ValueError, match=r"\['longer'\] names several reward sources"):
         make_module(tiny_policy, rewards=[FunctionComparator(longer), FunctionComparator(longer)])
@@ -435,12 +439,12 @@ def test_fewer_completions_than_asked_are_refused(
     tiny_policy: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = make_module(tiny_policy, rewards=[FunctionComparator(longer)])
-    generate = module.rollout.engine.generate
+    generate = module.collector.engine.generate
 
     def short(*args: Any, **options: Any) -> Any:
         return generate(*args, **options).select(torch.arange(7))
 
-    monkeypatch.setattr(module.rollout.engine, "generate", short)
+    monkeypatch.setattr(module.collector.engine, "generate", short)
     with pytest.raises(ValueError, match=r"TransformersEngine returned 7 completions for 4 prompts × 2"):
         fit(module, prompts_file, tmp_path)
 

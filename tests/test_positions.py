@@ -162,7 +162,9 @@ def test_frequencies_by_layer_are_read_too() -> None:
 def test_the_engine_refuses_what_would_be_an_index_error() -> None:
     with pytest.raises(ValueError, match=r"longest prompt of a batch has 9 tokens, .* positions for 64\. Lower"):
         generate(build("gpt2"), prompt_batch(), "never", max_new_tokens=56)
-    with pytest.raises(ValueError, match=r"positions for 64\. Lower model.init_args.sampling.max_new_tokens\.$"):
+    with pytest.raises(
+        ValueError, match=r"positions for 64\. Lower model.init_args.rollout.sampling.max_new_tokens\.$"
+    ):
         check_length(build("gpt2"), 9, 64, "row 0")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gopo_lightning.objectives.advantages import ordinal
-from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.policy.prefix_sharing import check_shared_prefix
 from gopo_lightning.training.gopo_module import GOPOModule
@@ -91,7 +91,12 @@ def experience_of(shape: Shape) -> Experience:
     completions = Completions(tokens_NT, mask_NT, torch.zeros(len(mask_NT), dtype=torch.bool), ("",) * len(mask_NT))
     rewards_PG = torch.tensor(shape.rewards)
     return Experience(
-        PromptBatch.collate(prompts, 258), completions, rewards_PG[..., None], rewards_PG, ordinal(rewards_PG)
+        PromptBatch.collate(prompts, 258),
+        completions,
+        rewards_PG[..., None],
+        rewards_PG,
+        2 * T_MAX,
+        advantages_PG=ordinal(rewards_PG),
     )
 
 
@@ -151,10 +156,10 @@ def module_with(shape: Shape, tiny_policy: Path, policy: PreTrainedModel, refere
         tiny_policy,
         num_completions=3,
         sampling=replace(make_module(tiny_policy).sampling, max_new_tokens=2 * T_MAX),
-        loss=LossConfig(kl_coef=shape.kl_coef, aggregation=shape.aggregation),  # type: ignore[arg-type]
+        loss=ClippedSurrogate(kl_coef=shape.kl_coef, aggregation=shape.aggregation),  # type: ignore[arg-type]
         **{key: getattr(shape, key) for key in ("num_minibatches", "num_inner_epochs", "micro_batch_tokens")},
     )
-    module.policy, module._shares_prefix = policy, shape.shared
+    module.policy, module.forward_pass.shares_prefix = policy, shape.shared
     module.reference = SimpleNamespace(of=lambda _: _Given(reference))  # type: ignore[assignment]
     module._trainer = SimpleNamespace(global_step=0, strategy=None)  # type: ignore[assignment]
     module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign,assignment]
@@ -189,11 +194,11 @@ def test_an_update_has_the_gradient_of_the_loops(
     module, experience = module_with(shape, tiny_policy, policy, reference), experience_of(shape)
     updates: list[tuple[Tensor, Tensor]] = []
     groups: list[set[int]] = []
-    module._step = lambda experience, sums: updates.append((sums["loss"], flat_gradient(policy))) or policy.zero_grad()  # type: ignore[method-assign,assignment,func-returns-value]
-    with_logprobs = module._with_logprobs(experience)
+    module.update._step = lambda *args: updates.append((args[-1]["loss"], flat_gradient(policy))) or policy.zero_grad()  # type: ignore[method-assign,assignment,func-returns-value]
+    with_logprobs = module._with_logprobs(experience, module.needs)
     for groups_P in module._minibatches(with_logprobs):
         groups.append(set(groups_P.tolist()))
-        module._update(with_logprobs, groups_P)
+        module.update(module, policy, with_logprobs, groups_P)
     assert len(groups) == shape.num_minibatches * shape.num_inner_epochs
     for epoch in range(shape.num_inner_epochs):
         part = groups[epoch * shape.num_minibatches : (epoch + 1) * shape.num_minibatches]
@@ -218,7 +223,7 @@ def test_frozen_logprobs_are_those_of_each_completion_alone(
 ) -> None:
     policy, plain, reference = models
     module, experience = module_with(shape, tiny_policy, policy, reference), experience_of(shape)
-    logprobs_NT = module._frozen_logprobs(policy, experience)
+    logprobs_NT = module.forward_pass.frozen(policy, experience)
     mask_NT = experience.completions.mask_NT
     with torch.no_grad():
         expected = one_by_one(plain, experience)

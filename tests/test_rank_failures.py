@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.policy.model import PolicyConfig
 from gopo_lightning.rewards import FunctionComparator, FunctionReward, RewardSource, SequenceClassifierReward
 from gopo_lightning.rollout import TransformersEngine
@@ -98,7 +98,7 @@ FAILURES: dict[str, dict[str, Any]] = {
     "combine": {"combine": f"{__name__}.breaks"},
     "advantage": {"advantage": f"{__name__}.breaks"},
     "raises": {"rewards": [FunctionReward(raises)]},
-    "hangs": {"rewards": [FunctionReward(hangs)], "reward_timeout_seconds": 2.0},
+    "hangs": {"rewards": [FunctionReward(hangs)], "timeout_seconds": 2.0},
     "judge": {"rewards": [FunctionComparator(stuck_judge)]},
     "set-up": {"rewards": [WrongKey()]},
     "infinite": {"rewards": [FunctionReward(infinite)], "advantage": "batch"},
@@ -111,7 +111,7 @@ def sized_case(strategy: str, name: str, folder: Path, **changes: Any) -> Case:
     module = {
         "policy": PolicyConfig(str(folder / "policy")),
         "rewards": [SequenceClassifierReward(str(folder / "reward_model"))],
-        "loss": LossConfig(kl_coef=0.1),
+        "loss": ClippedSurrogate(kl_coef=0.1),
     }
     return Case(f"{strategy}-{name}", strategy, max_steps=1, module=module | changes)
 
@@ -168,7 +168,7 @@ def save_models(folder: Path) -> None:
             "RuntimeError .*'raises' raised ConnectionError: the reward server is gone",
             "reward source 'raises'",
         ),
-        ("hangs", "TimeoutError .*'hangs' has not answered within reward_timeout_seconds=2", "reward source 'hangs'"),
+        ("hangs", "TimeoutError .*'hangs' has not answered within timeout_seconds=2", "reward source 'hangs'"),
         (
             "judge",
             "RuntimeError .*'stuck_judge' raised ConnectionError: the judge is gone",

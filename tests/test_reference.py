@@ -105,7 +105,7 @@ def test_what_is_stored_is_not_sampled_again(
         return length(completions)
 
     module = still(tiny_policy, rewards=[FunctionReward(counted, name="r")])
-    monkeypatch.setattr(type(module.rollout), "_sample_reference", None)
+    monkeypatch.setattr(type(module.validation), "_sample_reference", None)
     data = make_data(prompts_file)
     trainer = make_trainer(tmp_path, max_steps=3, val_check_interval=1)
     trainer.fit(module, data, ckpt_path=str(checkpoint))

@@ -37,8 +37,11 @@ def resume(first: Path, tiny_policy: Path, prompts_file: Path, folder: Path, **m
     [
         ({"seed": 4}, "seed 3 → 4"),
         ({"num_completions": 3}, "num_completions 4 → 3"),
-        ({"advantage": "grpo"}, "advantage ordinal → grpo"),
-        ({"advantage_options": {"ties": "arbitrary"}}, "advantage_options.ties absent → arbitrary"),
+        ({"advantage": "grpo"}, "objective.advantage.function ordinal → grpo"),
+        (
+            {"advantage": {"function": "ordinal", "init_args": {"ties": "arbitrary"}}},
+            "objective.advantage.init_args.ties absent → arbitrary",
+        ),
     ],
 )
 def test_another_run_is_refused_or_warned_about(
@@ -90,7 +93,7 @@ class Rates(Callback):
         ({"optimizer": adamw(lr=1e-2)}, [(1e-2, 0.01)] * 2, "optimizer.lr 0.001 → 0.01."),
         ({"optimizer": adamw(weight_decay=0.5)}, [(1e-3, 0.5)] * 2, "optimizer.weight_decay 0.01 → 0.5."),
         ({"lr_schedule": "linear"}, [(5e-4, 0.01), (2.5e-4, 0.01)], "schedule.name constant → linear."),
-        ({"max_grad_norm": 2.0}, [(1e-3, 0.01)] * 2, "max_grad_norm None → 2.0."),
+        ({"max_grad_norm": 2.0}, [(1e-3, 0.01)] * 2, "update.max_grad_norm None → 2.0."),
     ],
 )
 def test_what_may_change_acts_from_the_resume_on_and_is_said(

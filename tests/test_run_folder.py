@@ -110,10 +110,11 @@ model:
   class_path: gopo_lightning.GOPOModule
   init_args:
     policy: {{name: {policy}}}
-    rewards: [{{class_path: gopo_lightning.rewards.FunctionReward, init_args: {{function: tests.runs.count_vowels}}}}]
-    sampling: {{max_new_tokens: 4}}
-    num_completions: 2
-    eval_num_completions: 2
+    rewards:
+      sources:
+        - class_path: gopo_lightning.rewards.FunctionReward
+          init_args: {{function: tests.runs.count_vowels}}
+    rollout: {{sampling: {{max_new_tokens: 4}}, num_completions: 2, eval_num_completions: 2}}
 data:
   class_path: gopo_lightning.PromptDataModule
   init_args:

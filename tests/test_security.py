@@ -92,10 +92,8 @@ def values(tmp_path: Path, tiny_policy: Path, prompts_file: Path) -> dict[str, A
             "class_path": "gopo_lightning.GOPOModule",
             "init_args": {
                 "policy": {"name": str(tiny_policy)},
-                "rewards": [reward],
-                "sampling": {"max_new_tokens": 4},
-                "num_completions": 2,
-                "eval_num_completions": 1,
+                "rewards": {"sources": [reward]},
+                "rollout": {"sampling": {"max_new_tokens": 4}, "num_completions": 2, "eval_num_completions": 1},
             },
         },
         "data": {
@@ -129,7 +127,7 @@ def test_a_key_from_the_environment_is_written_nowhere(
     monkeypatch.setenv("JUDGE_KEY", KEY)
     server.key = KEY
     judge = {"model": "m", "base_url": server.url, "api_key_env": "JUDGE_KEY", "cache_dir": str(tmp_path / "cache")}
-    values["model"]["init_args"]["rewards"] = [
+    values["model"]["init_args"]["rewards"]["sources"] = [
         {"class_path": "gopo_lightning.rewards.LLMJudge", "init_args": judge},
     ]
     gopo(values, "fit", tmp_path, "--export_every_n_steps=1")
@@ -169,8 +167,8 @@ def test_a_server_that_repeats_the_key_does_not_put_it_into_errors(
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("model.init_args.rewards.0.init_args.extra_body.api_key", "x"),
-        ("model.init_args.rewards.0.init_args.api_key_env", KEY),
+        ("model.init_args.rewards.sources.0.init_args.extra_body.api_key", "x"),
+        ("model.init_args.rewards.sources.0.init_args.api_key_env", KEY),
         ("trainer.logger.init_args.password", "x"),
         ("trainer.logger.init_args.access_token", "x"),
         ("trainer.logger.init_args.token", "x"),
@@ -230,7 +228,9 @@ def test_shipped_configs_and_our_own_options_hold_no_secrets() -> None:
 
 def test_a_secret_in_the_config_is_refused_before_it_is_saved(values: dict[str, Any], tmp_path: Path) -> None:
     judge = {"model": "m", "api_key_env": None, "extra_body": {"api_key": "hunter2"}}
-    values["model"]["init_args"]["rewards"] = [{"class_path": "gopo_lightning.rewards.LLMJudge", "init_args": judge}]
+    values["model"]["init_args"]["rewards"]["sources"] = [
+        {"class_path": "gopo_lightning.rewards.LLMJudge", "init_args": judge}
+    ]
     with pytest.raises(ValueError, match="extra_body.api_key holds a secret") as error:
         gopo(values, "fit", tmp_path)
     assert not (tmp_path / "run").exists() and "hunter2" not in "".join(traceback.format_exception(error.value))

@@ -315,4 +315,4 @@ def test_training_falls_back_on_whatever_its_trial_says(
 def group_experience() -> Experience:
     """Three prompts with four completions each, of which nothing but the tokens matters."""
     zeros_PG = torch.zeros(3, 4)
-    return Experience(prompt_batch(), ragged_completions(), zeros_PG[..., None], zeros_PG, zeros_PG)
+    return Experience(prompt_batch(), ragged_completions(), zeros_PG[..., None], zeros_PG, 8, advantages_PG=zeros_PG)

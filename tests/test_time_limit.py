@@ -30,7 +30,7 @@ def hang(completions: list[str], **_: Any) -> list[float]:
 
 def test_a_source_that_hangs_is_stopped_and_named(capfd: pytest.CaptureFixture) -> None:
     start = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"reward source 'slow' .* reward_timeout_seconds=0.2") as error:
+    with pytest.raises(TimeoutError, match=r"reward source 'slow' .* timeout_seconds=0.2") as error:
         score_groups([FunctionReward(hang, name="slow")], [PROMPT], [["a", "b"]], timeout_seconds=0.2)
     assert time.monotonic() - start < 5
     assert error.value.__cause__ is not None  # shows where
@@ -107,8 +107,8 @@ def test_outside_of_the_main_thread_it_works_too() -> None:
 
 
 def test_the_option_reaches_the_sources(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
-    module = make_module(tiny_policy, rewards=[FunctionReward(hang, name="slow")], reward_timeout_seconds=0.2)
+    module = make_module(tiny_policy, rewards=[FunctionReward(hang, name="slow")], timeout_seconds=0.2)
     with pytest.raises(TimeoutError, match="reward source 'slow'"):
         make_trainer(tmp_path).fit(module, make_data(prompts_file))
-    with pytest.raises(ValueError, match="reward_timeout_seconds=0 must be above 0"):
-        make_module(tiny_policy, reward_timeout_seconds=0)
+    with pytest.raises(ValueError, match="timeout_seconds=0 must be above 0"):
+        make_module(tiny_policy, timeout_seconds=0)

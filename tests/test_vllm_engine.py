@@ -264,15 +264,15 @@ def test_the_overlay_trains_with_log_probs_that_agree(
 ) -> None:
     """The command line, with the one flag that users add."""
     overlay = yaml.safe_load(Path("configs/engine/vllm.yaml").read_text())
-    assert overlay["model"]["init_args"].keys() == {"engine", "loss"}
+    assert overlay["model"]["init_args"].keys() == {"rollout", "objective"}
     cli = run(
         [
             "--config=configs/quickstart/gopo.yaml",
             "--config=configs/engine/vllm.yaml",
             f"--model.init_args.policy.name={policies['llama']}",
-            f"--model.init_args.engine.init_args.options={json.dumps(OPTIONS)}",
-            "--model.init_args.sampling.max_new_tokens=8",
-            '--model.init_args.rewards=[{"class_path": "gopo_lightning.rewards.FunctionReward", "init_args": '
+            f"--model.init_args.rollout.engine.init_args.options={json.dumps(OPTIONS)}",
+            "--model.init_args.rollout.sampling.max_new_tokens=8",
+            '--model.init_args.rewards.sources=[{"class_path": "gopo_lightning.rewards.FunctionReward", "init_args": '
             '{"function": "tests.runs.count_vowels"}}]',
             f"--trainer.logger.init_args.save_dir={tmp_path}",
         ],

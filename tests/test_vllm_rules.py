@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.rollout import SamplingConfig, VLLMEngine
 from gopo_lightning.rollout.engines import vllm as vllm_engine
@@ -228,7 +228,7 @@ def test_a_run_is_refused_before_it_begins(
         tiny_policy,
         engine=VLLMEngine(**engine),
         sampling=SamplingConfig(max_new_tokens=4, **sampling),
-        loss=LossConfig(sampler_correction_cap=2.0),
+        loss=ClippedSurrogate(sampler_correction_cap=2.0),
     )
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path).fit(module, make_data(prompts_file))

@@ -20,7 +20,7 @@ every field is documented:
   python -m gopo_lightning fit --model.help RewardModelModule       reward-model training
   python -m gopo_lightning fit --data.help PromptDataModule         prompts
   python -m gopo_lightning fit --data.help PreferenceDataModule     preferences
-  python -m gopo_lightning fit --model.init_args.rewards.help gopo_lightning.rewards.SequenceClassifierReward
-  python -m gopo_lightning fit --model.init_args.engine.help gopo_lightning.rollout.TransformersEngine
+  python -m gopo_lightning fit --model.init_args.rewards.sources.help gopo_lightning.rewards.SequenceClassifierReward
+  python -m gopo_lightning fit --model.init_args.rollout.engine.help gopo_lightning.rollout.TransformersEngine
   python -m gopo_lightning fit --config CONFIG.yaml --print_config  the whole configuration, defaults filled in
 """

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
@@ -232,22 +232,31 @@ def head_of_adapter(folder: Path) -> int | None:
 # ------------------------------------------------------------------ reference
 
 
-class InitialWeights:
-    """The trained weights of a policy as they are now, sharded or not, to be put back in their place for a while."""
+class KeptWeights:
+    """Trained weights of a policy at one time, sharded or not, to be put back in their place for a while.
 
-    def __init__(self, policy: nn.Module) -> None:
-        self._kept = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+    Args:
+        tensors: by the parameter's name.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    @classmethod
+    def of(cls, policy: nn.Module) -> "KeptWeights":
+        """Those that ``policy`` has now."""
+        return cls({name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad})
 
     @contextmanager
     @torch.no_grad()
     def inside(self, policy: nn.Module) -> Iterator[None]:
         """``policy`` is what it was; sharded, its gathered weights must be freed before and after."""
-        trained = {name: p for name, p in policy.named_parameters() if name in self._kept}
+        trained = {name: p for name, p in policy.named_parameters() if name in self.tensors}
         now = {name: p.detach().clone() for name, p in trained.items()}
         try:
             for name, parameter in trained.items():
-                self._kept[name] = self._kept[name].to(device=parameter.device, dtype=parameter.dtype)
-                parameter.copy_(self._kept[name])
+                self.tensors[name] = self.tensors[name].to(device=parameter.device, dtype=parameter.dtype)
+                parameter.copy_(self.tensors[name])
             yield
         finally:
             for name, parameter in trained.items():

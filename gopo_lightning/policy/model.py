@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from gopo_lightning.distributed.decoder_layers import compile_layers
 from gopo_lightning.policy.adapters import (
-    InitialWeights,
+    KeptWeights,
     add_lora,
     base_of_adapter,
     check_policy_lora,
@@ -147,7 +147,7 @@ def load_reference(config: PolicyConfig) -> PreTrainedModel:
 
 
 @contextmanager
-def reference_of(policy: Policy, frozen: PreTrainedModel | InitialWeights | None) -> Iterator[nn.Module]:
+def reference_of(policy: Policy, frozen: PreTrainedModel | KeptWeights | None) -> Iterator[nn.Module]:
     """The reference model of ``policy``, which is the policy of step 0.
 
     Args:

@@ -25,7 +25,7 @@ def check_length(model: nn.Module, prompt_tokens: int, max_new_tokens: int, wher
         )
     else:
         return
-    remedy = "Lower model.init_args.sampling.max_new_tokens"
+    remedy = "Lower model.init_args.rollout.sampling.max_new_tokens"
     if limit > max_new_tokens:
         fitting = limit - max_new_tokens
         remedy += f", or set data.init_args.max_prompt_tokens: {fitting} and overlong: drop or truncate_left"

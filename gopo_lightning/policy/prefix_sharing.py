@@ -12,12 +12,12 @@ from gopo_lightning.distributed.decoder_layers import uncompiled
 from gopo_lightning.policy.lm_head import logit_rule
 from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.policy.shared_prefix import supports_shared_prefix
-from gopo_lightning.types import Completions, Experience, PromptBatch
+from gopo_lightning.types import Completions, PromptBatch, Rollout
 
 PrefixSharing = Literal["auto", "always", "never"]
 
 
-def decide_prefix_sharing(mode: PrefixSharing, model: nn.Module, experience: Experience, temperature: float) -> bool:
+def decide_prefix_sharing(mode: PrefixSharing, model: nn.Module, rollout: Rollout, temperature: float) -> bool:
     """Whether to share, after comparing both forms on a small group; all ranks must call this, and decide alike.
 
     Raises:
@@ -25,10 +25,10 @@ def decide_prefix_sharing(mode: PrefixSharing, model: nn.Module, experience: Exp
     """
     if mode == "never":
         return False
-    num_tokens = experience.prompts.tokens_PL.shape[1] + experience.completions.tokens_NT.shape[1]
+    num_tokens = rollout.prompts.tokens_PL.shape[1] + rollout.completions.tokens_NT.shape[1]
     _, reason = supports_shared_prefix(model, max(gather_objects(num_tokens)))  # ranks must decide alike
     if not reason:
-        reason = max(gather_objects(_tried(model, experience, temperature)))
+        reason = max(gather_objects(_tried(model, rollout, temperature)))
     if reason and mode == "always":
         raise ValueError(f"prefix_sharing=always, but {type(model).__name__} cannot: {reason}. Use auto or never.")
     if reason:
@@ -36,10 +36,10 @@ def decide_prefix_sharing(mode: PrefixSharing, model: nn.Module, experience: Exp
     return not reason
 
 
-def _tried(model: nn.Module, experience: Experience, temperature: float) -> str:
+def _tried(model: nn.Module, rollout: Rollout, temperature: float) -> str:
     """What speaks against sharing by a trial on the model itself; empty if nothing does."""
     try:
-        agreement = check_shared_prefix(model, experience.prompts, experience.completions, temperature=temperature)
+        agreement = check_shared_prefix(model, rollout.prompts, rollout.completions, temperature=temperature)
     except Exception as error:  # noqa: BLE001 - whatever a foreign model does not take is a reason not to share
         return f"{type(error).__name__}: {error}".partition("\n")[0]
     if agreement.ok:

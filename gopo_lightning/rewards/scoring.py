@@ -202,13 +202,14 @@ def reads_wins(
         return False
     if options:
         raise ValueError(
-            f"advantage_options={dict(options)}: comparisons have no such option, ties are ½. Remove advantage_options."
+            f"objective.advantage has init_args {dict(options)}: comparisons have no such option, ties are ½. "
+            "Remove them."
         )
     if combine != "weighted_sum" or combine_options:
         raise ValueError(
-            f"combine={combine}, combine_options={dict(combine_options or {})}: the only source, '{sources[0].name}', "
-            "gives comparisons, and the ordinal advantage reads these: nothing is to be combined. Remove both, or "
-            "turn the source's own answers round for a negative weight."
+            f"rewards.combine={combine} with init_args {dict(combine_options or {})}: the only source, "
+            f"'{sources[0].name}', gives comparisons, and the ordinal advantage reads these: nothing is to be "
+            "combined. Remove it, or turn the source's own answers round for a negative weight."
         )
     return True
 

@@ -30,7 +30,7 @@ def time_limit(seconds: float | None, what: str) -> Iterator[None]:
         yield
         return
     message = (
-        f"{what} has not answered within reward_timeout_seconds={seconds:g}. Mend it, or raise the limit (null has "
+        f"{what} has not answered within rewards.timeout_seconds={seconds:g}. Mend it, or raise the limit (null has "
         "none); --ckpt_path last goes on from the newest checkpoint."
     )
 

@@ -48,7 +48,7 @@ class InvalidSteps:
                 )
             if count == WARN_AFTER:
                 rank_zero_warn(
-                    f"{said}: nothing is learned from it. model.init_args.max_invalid_steps ends such a run."
+                    f"{said}: nothing is learned from it. model.init_args.rewards.max_invalid_steps ends such a run."
                 )
 
     def state_dict(self) -> dict[str, int]:

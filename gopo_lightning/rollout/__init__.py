@@ -1,7 +1,18 @@
-"""Sampling: the engine protocol and the engines."""
+"""Prompts to experience: engines, transforms, and the callback that fills ``batch["experience"]``."""
 
+from gopo_lightning.rollout.callback import RolloutCallback
 from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.engines.transformers import TransformersEngine
 from gopo_lightning.rollout.engines.vllm import VLLMEngine
+from gopo_lightning.rollout.transforms import KLInReward, RankFilter, Transform
 
-__all__ = ["RolloutEngine", "SamplingConfig", "TransformersEngine", "VLLMEngine"]
+__all__ = [
+    "KLInReward",
+    "RankFilter",
+    "RolloutCallback",
+    "RolloutEngine",
+    "SamplingConfig",
+    "Transform",
+    "TransformersEngine",
+    "VLLMEngine",
+]

@@ -12,7 +12,7 @@ from gopo_lightning.objectives import advantages
 from gopo_lightning.objectives.named import Named
 from gopo_lightning.rewards import RewardSource, Source, reads_wins
 
-_REMEDY = "Set advantage_options: {tau: …}, in units of the reward that is ranked."
+_REMEDY = "Set objective.advantage: {function: …, init_args: {tau: …}}, in units of the reward that is ranked."
 
 
 class Advantage:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from gopo_lightning._compat import save_interval
 from gopo_lightning.distributed.run_folder import run_folder
+from gopo_lightning.objectives.base import Needed
 from gopo_lightning.rewards import Source
 from gopo_lightning.rollout.engines.base import SamplingConfig
+from gopo_lightning.training.config import RewardConfig, RolloutConfig, UpdateConfig
 from gopo_lightning.types import TensorStruct
 
 
@@ -46,18 +48,42 @@ def check_sources(sources: Sequence[Source]) -> None:
         raise ValueError(f"{doubled} names several reward sources, which share their curves then; set `name` of each")
 
 
+def check_groups(rollout: RolloutConfig, rewards: RewardConfig, update: UpdateConfig) -> None:
+    """ValueError for counts and limits that make no sense, and for sources that cannot be told apart."""
+    check_positive(
+        eval_num_completions=rollout.eval_num_completions,
+        num_inner_epochs=update.num_inner_epochs,
+        num_minibatches=update.num_minibatches,
+        micro_batch_tokens=1 if update.micro_batch_tokens is None else update.micro_batch_tokens,
+    )
+    check_group_size(rollout.num_completions)
+    check_sources(rewards.sources)
+    check_above_zero(timeout_seconds=rewards.timeout_seconds, max_grad_norm=update.max_grad_norm)
+
+
+def check_iterate(needs: frozenset[Needed], iterate_every: int | None) -> None:
+    """The iterate is kept where it is read, and nowhere else."""
+    if "iterate" in needs and iterate_every is None:
+        raise ValueError("the loss reads the iterate: set objective.iterate_every, updates from one copy to the next")
+    if "iterate" not in needs and iterate_every is not None:
+        raise ValueError(
+            f"objective.iterate_every={iterate_every}, but nothing reads the iterate. Remove it, or use a loss that "
+            "does, such as ClippedSurrogate with kl_anchor: iterate."
+        )
+
+
 def check_trainer(trainer: Trainer, *, updates_per_rollout: int, policy_dtype: str) -> None:
     """What manual optimisation cannot honour; Lightning's own messages do not name the remedy."""
     check_outputs(trainer)
     if trainer.gradient_clip_val:
         raise ValueError(
             f"trainer.gradient_clip_val={trainer.gradient_clip_val}: the module clips by itself; "
-            f"set model.init_args.max_grad_norm={trainer.gradient_clip_val} instead"
+            f"set model.init_args.update.max_grad_norm={trainer.gradient_clip_val} instead"
         )
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: one batch is one rollout; "
-            "set model.init_args.micro_batch_tokens to split it"
+            "set model.init_args.update.micro_batch_tokens to split it"
         )
     if trainer.precision == "16-mixed":
         raise ValueError("trainer.precision=16-mixed: its loss scaling is not supported here; use bf16-mixed")

@@ -31,13 +31,3 @@ def rollout_metrics(
     for phase in ("rollout", "train"):
         metrics[f"throughput/{phase}_tokens_per_second"] = lengths_N.sum() / seconds[phase]
     return metrics | {f"seconds/{phase}": torch.tensor(value) for phase, value in seconds.items()}
-
-
-def update_metrics(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Curves of one update from sums over its micro-batches and ranks: means over ``tokens``, but for the loss (a sum
-    by itself) and for ``padding``, which is a part of the tokens ``forwarded``."""
-    tokens = sums["tokens"].clamp(min=1)
-    metrics = {"train/loss": sums["loss"], "train/padding_fraction": sums["padding"] / sums["forwarded"]}
-    for key in sorted(sums.keys() - {"tokens", "loss", "padding", "forwarded"}):
-        metrics[f"train/{key}_fraction" if key.startswith("clip") else f"train/{key}"] = sums[key] / tokens
-    return metrics

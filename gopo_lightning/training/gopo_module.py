@@ -1,180 +1,151 @@
 """The LightningModule: policy, frozen reference, rewards; optimiser steps and logging. The maths lives elsewhere.
 
-batch["experience"] ──▶ log-probs ──▶ loss ──▶ backward ──▶ optimiser step
+prompts ──▶ Collector ──▶ Rollout ──▶ Shaping ──▶ Experience ──▶ GradientUpdate ──▶ optimiser step
 """
 
 import os
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from time import perf_counter
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gopo_lightning._compat import attached_trainer
 from gopo_lightning.distributed.checkpoints import TrainableState, install_atomic_saving
-from gopo_lightning.distributed.collectives import all_reduce_sum, gather_objects, rank, world_size
-from gopo_lightning.distributed.fsdp import clip_grad_norm, reshard
-from gopo_lightning.distributed.strategies import gradient_sync
-from gopo_lightning.objectives import advantages
-from gopo_lightning.objectives.clipped import LossConfig, denominator, loss_mask, policy_loss
-from gopo_lightning.policy.logprobs import TokenLogprobs, completion_logprobs
-from gopo_lightning.policy.model import Policy, PolicyConfig, eos_token_ids, evaluating, float32_default, load_tokenizer
-from gopo_lightning.policy.prefix_sharing import PrefixSharing, decide_prefix_sharing
-from gopo_lightning.rewards import PairwiseSource, RewardSource
-from gopo_lightning.rewards.combine import get as combination
-from gopo_lightning.rollout import RolloutEngine, SamplingConfig, TransformersEngine
-from gopo_lightning.training import checks
-from gopo_lightning.training.advantage import Advantage
+from gopo_lightning.distributed.collectives import all_or_none, rank, world_size
+from gopo_lightning.objectives.base import Needed
+from gopo_lightning.policy.model import Policy, PolicyConfig, eos_token_ids, float32_default, load_tokenizer
+from gopo_lightning.rewards.validity import InvalidSteps
+from gopo_lightning.rollout import RolloutCallback, SamplingConfig
+from gopo_lightning.rollout.collector import Actor
+from gopo_lightning.rollout.engines.base import ChecksSampling
+from gopo_lightning.rollout.phases import Phases
+from gopo_lightning.rollout.transforms import Context
+from gopo_lightning.training import build, checks
 from gopo_lightning.training.callbacks.lengths import LengthCheck
 from gopo_lightning.training.callbacks.predictions import PredictionWriter, prediction_records
 from gopo_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from gopo_lightning.training.callbacks.validate_first import ValidateFirst
-from gopo_lightning.training.curves import rollout_metrics, update_metrics
-from gopo_lightning.training.micro_batches import MicroBatch, fill_up, forwarded_tokens, minibatches, split_groups
+from gopo_lightning.training.companions import Iterate
+from gopo_lightning.training.config import ObjectiveConfig, RewardConfig, RolloutConfig, UpdateConfig, as_config
+from gopo_lightning.training.curves import rollout_metrics
+from gopo_lightning.training.forward import PolicyForward
+from gopo_lightning.training.micro_batches import minibatches
 from gopo_lightning.training.optimisation import OptimisedModule
-from gopo_lightning.training.placement import PlacementConfig, Reference, load_placed_policy
+from gopo_lightning.training.placement import PlacementConfig, Reference, load_placed_policy, set_up_source
 from gopo_lightning.training.resume import OnSettingChange, plain
-from gopo_lightning.training.rollout_callback import RolloutCallback
-from gopo_lightning.training.schedules import Schedule, WarmupStart
-from gopo_lightning.training.validation import EvaluationMetrics
-from gopo_lightning.types import Experience
+from gopo_lightning.training.schedules import Schedule
+from gopo_lightning.training.update import GradientUpdate
+from gopo_lightning.training.validation import EvaluationMetrics, Validation
+from gopo_lightning.types import Experience, PromptBatch, Rollout
+
+R = TypeVar("R", bound=Rollout)
+
+if TYPE_CHECKING:  # in Python a group may be a dict, and the first field of a group may stand for it
+    PolicyGroup: TypeAlias = PolicyConfig | Mapping[str, Any] | str
+    RewardGroup: TypeAlias = RewardConfig | Mapping[str, Any] | Sequence[Any]
+    RolloutGroup: TypeAlias = RolloutConfig | Mapping[str, Any]
+    ObjectiveGroup: TypeAlias = ObjectiveConfig | Mapping[str, Any] | str
+    UpdateGroup: TypeAlias = UpdateConfig | Mapping[str, Any]
+    PlacementGroup: TypeAlias = PlacementConfig | Mapping[str, Any]
+else:  # what the command line parses
+    PolicyGroup, RewardGroup, RolloutGroup = PolicyConfig, RewardConfig, RolloutConfig
+    ObjectiveGroup, UpdateGroup, PlacementGroup = ObjectiveConfig, UpdateConfig, PlacementConfig
 
 
 class GOPOModule(TrainableState, OptimisedModule):
-    """Group Ordinal Policy Optimization (arXiv 2602.03876) and its baselines.
+    """Group Ordinal Policy Optimization (arXiv 2602.03876), its baselines and its relatives.
+
+    In Python each group of arguments may be a dict of its fields: ``GOPOModule(policy="…", rewards=[…])``.
 
     Args:
         policy: which causal LM to train.
-        rewards: what scores the completions, or compares them with each other; at least one.
-        sampling: temperature, lengths and stop conditions of the completions.
+        rewards: what scores the completions, or compares them with each other.
+        rollout: how completions are sampled.
+        objective: advantage, credit and loss.
+        update: optimiser, schedule, minibatches and memory.
         placement: where weights are, and when, under strategies that shard.
-        loss: clipping, KL penalty and aggregation.
-        engine: what samples the completions.
-        optimizer: built on the policy's trainable parameters; AdamW by default.
-        combine: several sources → one reward: `weighted_sum`; `borda` adds the ranks within each source;
-            `lexicographic` lets a source only break the ties of those before it; `z_score` normalises each source
-            within the group, then adds; or the dotted path of your own function rewards_PGK → rewards_PG.
-        combine_options: keyword arguments of that function, such as `weights: [1, 0.5]`, one per source.
-        advantage: `ordinal` (GOPO), `calibrated`, `grpo`, `rloo`, … (docs/rewards.md), or the dotted path of your own
-            function rewards_PG → advantages_PG. Where the only source is pairwise, `ordinal` reads its comparisons.
-        advantage_options: keyword arguments of that function, such as `ties: arbitrary`.
-        num_completions: G, completions of one prompt in training; at least 2.
-        eval_num_completions: completions of one prompt in validation, test and predict.
-        lr_schedule: a schedule of `transformers.get_scheduler`, such as `constant_with_warmup`, `linear`, `cosine`.
-        warmup_steps: optimiser steps over which the learning rate rises to its whole.
-        warmup_start: the warm-up's step k = 0, 1, … has (k + 1) / warmup_steps of the learning rate (`first_step`), or
-            k / warmup_steps (`zero`, transformers' rule: the first step changes nothing). A checkpoint keeps its own.
-        lr_schedule_options: keyword arguments of the schedule, such as `min_lr_rate: 0.1` of `cosine_with_min_lr`.
-        max_grad_norm: gradients are scaled down to this L2 norm; null for none.
-        micro_batch_tokens: most tokens of one forward and backward, in whole groups (a larger one goes alone);
-            null takes a minibatch at once. The result does not depend on it, memory does.
-        num_inner_epochs: passes over one rollout.
-        num_minibatches: optimiser steps in one pass; must divide the data module's prompts_per_step.
-        prefix_sharing: `always` forwards a group's prompt once, `never` with each completion; `auto` shares after
-            comparing both on the first step, and else says why not.
-        log_entropy: log the policy's entropy.
-        log_reference_kl: log the KL divergence to the reference although kl_coef is 0 (one more forward a step).
-        reward_timeout_seconds: longest time of one reward source for one batch; beyond it the run ends with an error on
-            all ranks. Null waits for ever.
-        max_invalid_steps: so many steps in a row without any valid score of a reward source end the run; null warns.
         seed: of the completions' random streams; the value of seed_everything when null.
         on_setting_change: what happens when a run is resumed with another seed, num_completions, advantage, optimiser
             class or policy: `refuse`, or `warn` and go on. Any other setting may change, and acts from the resume on.
     """
 
+    fixed_settings = ("seed", "rollout.num_completions", "objective.advantage", "optimizer.class", "policy")
+
     def __init__(
         self,
-        policy: PolicyConfig,
-        rewards: list[RewardSource | PairwiseSource],
-        sampling: SamplingConfig,
-        placement: PlacementConfig = PlacementConfig(),  # noqa: B008  (frozen)
-        loss: LossConfig = LossConfig(),  # noqa: B008
-        engine: RolloutEngine | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0),
-        combine: str = "weighted_sum",
-        combine_options: dict[str, Any] | None = None,
-        advantage: str = "ordinal",
-        advantage_options: dict[str, Any] | None = None,
-        num_completions: int = 8,
-        eval_num_completions: int = 4,
-        lr_schedule: str = "constant_with_warmup",
-        warmup_steps: int = 10,
-        warmup_start: WarmupStart = "first_step",
-        lr_schedule_options: dict[str, Any] | None = None,
-        max_grad_norm: float | None = 1.0,
-        micro_batch_tokens: int | None = None,
-        num_inner_epochs: int = 1,
-        num_minibatches: int = 1,
-        prefix_sharing: PrefixSharing = "auto",
-        log_entropy: bool = True,
-        log_reference_kl: bool = False,
-        reward_timeout_seconds: float | None = 1200.0,
-        max_invalid_steps: int | None = None,
+        policy: PolicyGroup,
+        rewards: RewardGroup,
+        rollout: RolloutGroup = RolloutConfig(),  # noqa: B008  (frozen)
+        objective: ObjectiveGroup = ObjectiveConfig(),  # noqa: B008
+        update: UpdateGroup = UpdateConfig(),  # noqa: B008
+        placement: PlacementGroup = PlacementConfig(),  # noqa: B008
         seed: int | None = None,
         on_setting_change: OnSettingChange = "refuse",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        checks.check_positive(
-            eval_num_completions=eval_num_completions,
-            num_inner_epochs=num_inner_epochs,
-            num_minibatches=num_minibatches,
-            micro_batch_tokens=1 if micro_batch_tokens is None else micro_batch_tokens,
-        )
-        checks.check_group_size(num_completions)
-        checks.check_sources(rewards)
-        checks.check_above_zero(reward_timeout_seconds=reward_timeout_seconds, max_grad_norm=max_grad_norm)
-        self.policy_config, self.sampling, self.loss_config, self.placement = policy, sampling, loss, placement
-        self.optimizer_callable = optimizer
-        self.schedule = Schedule(lr_schedule, warmup_steps, warmup_start, lr_schedule_options or {})
-        self.max_grad_norm, self.micro_batch_tokens = max_grad_norm, micro_batch_tokens
-        self.num_inner_epochs, self.num_minibatches = num_inner_epochs, num_minibatches
-        self.prefix_sharing, self.on_setting_change = prefix_sharing, on_setting_change
-        self._shares_prefix: bool | None = None  # decided at the first step
-        self.log_entropy, self.log_reference_kl = log_entropy, log_reference_kl
-        self.reward_names = [source.name for source in rewards]
+        self.policy_config = as_config(PolicyConfig, policy, "policy")
+        self.reward_config = as_config(RewardConfig, rewards, "rewards")
+        self.rollout_config = as_config(RolloutConfig, rollout, "rollout")
+        self.objective_config = as_config(ObjectiveConfig, objective, "objective")
+        self.update_config = as_config(UpdateConfig, update, "update")
+        self.placement = as_config(PlacementConfig, placement, "placement")
+        self.on_setting_change: OnSettingChange = on_setting_change
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        checks.check_groups(self.rollout_config, self.reward_config, self.update_config)
+        self.optimizer_callable = self.update_config.optimizer
+        self.schedule = Schedule(
+            self.update_config.lr_schedule,
+            self.update_config.warmup_steps,
+            self.update_config.warmup_start,
+            self.update_config.lr_schedule_options or {},
+        )
+        self.phases, self.policy_is_initial = Phases(), False
+        self.reward_names = [source.name for source in self.reward_config.sources]
+        self.invalid = InvalidSteps(self.reward_names, self.reward_config.max_invalid_steps)
+        self.collector = build.collector(self.rollout_config, self.reward_config, self.seed, self.phases)
+        self.advantage = build.advantage(self.reward_config, self.objective_config)
+        self.shaping = build.shaping(self.reward_config, self.objective_config, self.advantage)
+        self.loss = self.objective_config.loss
+        every = self.objective_config.iterate_every
+        self.iterate = None if every is None else Iterate(every)
+        checks.check_iterate(self.needs, every)
+        self.forward_pass = PolicyForward(
+            self.sampling.temperature, self.update_config.micro_batch_tokens, self.update_config.prefix_sharing
+        )
+        self.update = GradientUpdate(
+            self.loss,
+            self.forward_pass,
+            max_grad_norm=self.update_config.max_grad_norm,
+            log_entropy=self.objective_config.log_entropy,
+        )
         self._settings = {
             "seed": self.seed,
-            "num_completions": num_completions,
-            "advantage": advantage,
-            "advantage_options": advantage_options or {},
-            "combine": combine,
-            "combine_options": combine_options or {},
-            "rewards": self.reward_names,
-            "sampling": asdict(sampling),
-            "loss": asdict(loss),
-            "num_inner_epochs": num_inner_epochs,
-            "num_minibatches": num_minibatches,
-            "max_grad_norm": max_grad_norm,
+            **build.settings(self.rollout_config, self.reward_config, self.objective_config, self.update_config),
         }
-        self.phase, self.policy_is_initial = "start", False
-        self.advantage = Advantage(advantage, advantage_options, rewards, combine, combine_options)
-        self.rollout = RolloutCallback(
-            engine or TransformersEngine(),
-            rewards,
-            combine=combination(combine, num_sources=len(rewards), **(combine_options or {})),
-            advantage=self.advantage,
-            from_wins=self.advantage.from_wins,
-            sampling=sampling,
-            num_completions=num_completions,
-            eval_num_completions=eval_num_completions,
-            seed=self.seed,
-            reward_timeout_seconds=reward_timeout_seconds,
-            max_invalid_steps=max_invalid_steps,
-        )
         self.policy: Policy = cast(Policy, None)  # see configure_model
-        self.reference = Reference(policy, placement)  # no module: hidden from state_dict, checkpoints and the strategy
+        self.reference = Reference(self.policy_config, self.placement)  # no module: hidden from state_dict and strategy
+        self.validation = Validation(self.collector, self.rollout_config.eval_num_completions, self.reference)
+        self.rollout_callback = RolloutCallback(self)
         self.eval_metrics = EvaluationMetrics(self.reward_names)
 
     # ------------------------------------------------------------------ set-up
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Of the completions."""
+        return self.rollout_config.sampling
+
+    @property
+    def phase(self) -> str:
+        """What is done at the moment; the progress bar shows it."""
+        return self.phases.current
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -189,11 +160,13 @@ class GOPOModule(TrainableState, OptimisedModule):
     @property
     def updates_per_batch(self) -> int:
         """K, optimiser steps per rollout."""
-        return self.num_inner_epochs * self.num_minibatches
+        return self.update_config.num_inner_epochs * self.update_config.num_minibatches
 
     @property
-    def _reads_reference(self) -> bool:
-        return self.loss_config.kl_coef > 0 or self.log_reference_kl
+    def needs(self) -> frozenset[Needed]:
+        """Frozen log-probs that something reads."""
+        needs = self.loss.needs | self.shaping.needs
+        return needs | {"reference"} if self.objective_config.log_reference_kl else needs
 
     def configure_callbacks(self) -> list[Callback]:
         checks.check_trainer(
@@ -202,8 +175,8 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.placement.check(self.trainer)
         if self.trainer.state.fn == "fit":
             checks.check_sampling(self.sampling, updates_per_rollout=self.updates_per_batch)
-        kept = super().configure_callbacks()
-        return [*kept, SaveOnSignal(), LengthCheck(), self.rollout, ValidateFirst(), PredictionWriter()]
+        kept, lengths = super().configure_callbacks(), LengthCheck(self.sampling.max_new_tokens)
+        return [*kept, SaveOnSignal(), lengths, self.rollout_callback, ValidateFirst(), PredictionWriter()]
 
     def configure_model(self) -> None:
         if cast(Policy | None, self.policy) is None:
@@ -222,155 +195,125 @@ class GOPOModule(TrainableState, OptimisedModule):
 
     def setup(self, stage: str) -> None:
         install_atomic_saving(self.trainer)
+        engine = self.collector.engine
+        if isinstance(engine, ChecksSampling):
+            engine.check_sampling(self.sampling, logprobs=stage == "fit" and self.loss.reads_sampler)
+        for source in self.collector.sources:
+            with all_or_none(f"the set-up of reward source '{source.name}'"):
+                set_up_source(source, self.placement, self.trainer)
+        self.validation.stored.begin(self._made_by())
         if stage == "fit":
-            checks.check_minibatches(self.trainer, self.num_minibatches)
+            checks.check_minibatches(self.trainer, self.update_config.num_minibatches)
             self.advantage.set_up()
-            if self._reads_reference:
+            if "reference" in self.needs:
                 self.reference.load(self.trainer, keep=True)
+
+    def _made_by(self) -> dict[str, Any]:
+        """All but the prompt that decides what the reference says in an evaluation."""
+        policy = self.policy_config
+        return {
+            "policy": (policy.name, policy.revision, policy.dtype),
+            "precision": str(self.trainer.precision),
+            "engine": type(self.collector.engine).__name__,
+            "sampling": sorted(asdict(self.sampling).items()),
+            "num_completions": self.rollout_config.eval_num_completions,
+            "seed": self.seed,
+        }
 
     def on_fit_start(self) -> None:
         self.policy.train()
+
+    # ---------------------------------------------------------------- rollouts
+
+    def training_batch(self, prompts: PromptBatch, *, step: int) -> dict[str, Any]:
+        """``experience`` and the ``seconds`` of its phases; called by the rollout callback."""
+        self.phases.begin()
+        if self.iterate is not None:
+            self.iterate.refresh(self.policy, step)
+        rollout = self.collector.collect(self._actor(), prompts, self.rollout_config.num_completions, step=step)
+        self.invalid.update(step, rollout.rewards_PGK)
+        if self.shaping.needs:
+            autocast = self.trainer.precision_plugin.forward_context()  # the callback's hooks run outside of it
+            with self.phases("logprobs", self.device), autocast, float32_default():
+                rollout = self._with_logprobs(rollout, self.shaping.needs)
+        experience = self.shaping(rollout, Context(self.seed, step))
+        self.phases.current = "train"
+        return {"experience": experience, "seconds": self.phases.seconds}
+
+    def validation_batch(self, prompts: PromptBatch) -> dict[str, Any]:
+        """``rollout`` and win rates, with the ``seconds``; called by the rollout callback."""
+        self.phases.begin()
+        batch = self.validation.batch(self._actor(), prompts, self.trainer, is_initial=self.policy_is_initial)
+        return {**batch, "seconds": self.phases.seconds}
+
+    def prediction_batch(self, prompts: PromptBatch) -> dict[str, Any]:
+        """``rollout`` and the ``seconds``; called by the rollout callback."""
+        self.phases.begin()
+        return {"rollout": self.validation.rollout(self._actor(), prompts), "seconds": self.phases.seconds}
+
+    def _actor(self) -> Actor:
+        """The policy as it is now."""
+        autocast, gather = self.trainer.precision_plugin.forward_context, self.placement.rollout_gather
+        return Actor(self.policy, self.tokenizer, self.eos_token_ids, self.device, autocast, gather)
+
+    def rollout_state(self) -> dict[str, Any]:
+        """What the next rollouts and validations depend on beside the weights. A collective."""
+        state = {"reference": self.validation.stored.state_dict(), "invalid": self.invalid.state_dict()}
+        state["transforms"] = self.shaping.state_dict()
+        if self.iterate is not None:
+            state["iterate"] = self.iterate.state_dict(keep=self.trainer.is_global_zero)
+        return state
+
+    def load_rollout_state(self, state: Mapping[str, Any]) -> None:
+        """What ``rollout_state`` gave."""
+        self.validation.stored.load_state_dict(state["reference"])
+        self.invalid.load_state_dict(state.get("invalid", {}))
+        self.shaping.load_state_dict(state.get("transforms", {}))
+        if self.iterate is not None and "iterate" in state:
+            self.iterate.load_state_dict(state["iterate"])
 
     # ---------------------------------------------------------------- training
 
     @float32_default()
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        start, experience = perf_counter(), self._with_logprobs(batch["experience"])
-        updates = [self._update(experience, groups_P) for groups_P in self._minibatches(experience)]
+        start = perf_counter()
+        experience = self._with_logprobs(batch["experience"], self.needs)
+        updates = []
+        for groups_P in self._minibatches(experience):
+            updates.append(self.update(self, self.policy, experience, groups_P))
+            self.policy_is_initial = False
         metrics = {key: torch.stack([update[key] for update in updates]).mean() for key in updates[0]}
         if (difference := "train/sampler_logprob_diff") in metrics:
             metrics[difference] = updates[0][difference]  # later ones saw other weights
+        self.shaping.commit(experience)
         seconds = {**batch["seconds"], "train": perf_counter() - start}  # the metrics have synchronised the device
         self._log_training(experience, metrics, seconds)
 
-    def _with_logprobs(self, experience: Experience) -> Experience:
-        """Adds the log-probs that must be taken before the first update: the old policy's and the reference's."""
-        if self._shares_prefix is None:
-            self._shares_prefix = decide_prefix_sharing(
-                self.prefix_sharing, self.policy, experience, self.sampling.temperature
-            )
-            reshard(self.policy)
-        old = reference = None
-        if self.updates_per_batch > 1:
-            old = self._frozen_logprobs(self.policy, experience)
-        if self._reads_reference:
+    def _with_logprobs(self, rollout: R, needs: frozenset[Needed]) -> R:
+        """Adds the frozen log-probs that are needed, before the first update, and are not there. A collective."""
+        self.forward_pass.decide(self.policy, rollout)
+        found: dict[str, Any] = {}
+        differs = self.updates_per_batch > 1 or "old" in self.shaping.needs  # else old is current
+        if "old" in needs and differs and rollout.old_logprobs_NT is None:
+            found["old_logprobs_NT"] = self.forward_pass.frozen(self.policy, rollout)
+        if "reference" in needs and rollout.reference_logprobs_NT is None:
             with self.reference.of(self.policy) as model:
-                reference = self._frozen_logprobs(model, experience)
-        return replace(experience, old_logprobs_NT=old, reference_logprobs_NT=reference)
-
-    @torch.no_grad()
-    def _frozen_logprobs(self, model: torch.nn.Module, experience: Experience) -> Tensor:
-        """logprobs_NT without gradient, micro-batch by micro-batch."""
-        G = experience.group_size
-        logprobs_PGT = torch.zeros_like(experience.completions.tokens_NT, dtype=torch.float32).unflatten(0, (-1, G))
-        with evaluating(model):
-            for groups_P, _ in self._micro_batches(experience):
-                logprobs_NT = self._logprobs(model, experience.select(groups_P)).logprobs_NT
-                logprobs_PGT[groups_P, :, : logprobs_NT.shape[1]] = logprobs_NT.unflatten(0, (-1, G))
-        reshard(model)
-        return logprobs_PGT.flatten(0, 1)
-
-    def _logprobs(self, model: torch.nn.Module, experience: Experience, with_entropy: bool = False) -> TokenLogprobs:
-        return completion_logprobs(
-            model,
-            experience.prompts,
-            experience.completions,
-            temperature=self.sampling.temperature,
-            with_entropy=with_entropy,
-            shared_prefix=bool(self._shares_prefix),
-        )
+                found["reference_logprobs_NT"] = self.forward_pass.frozen(model, rollout)
+        if "iterate" in needs and rollout.iterate_logprobs_NT is None:
+            assert self.iterate is not None
+            with self.iterate.of(self.policy) as model:
+                found["iterate_logprobs_NT"] = self.forward_pass.frozen(model, rollout)
+        return replace(rollout, **found) if found else rollout
 
     def _minibatches(self, experience: Experience) -> Iterator[Tensor]:
         """This rank's groups of num_inner_epochs × num_minibatches updates; the split is drawn anew each epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.trainer.global_step)
-        draw = partial(minibatches, len(experience), self.num_minibatches, generator, rank(), world_size())
-        return (groups_P for _ in range(self.num_inner_epochs) for groups_P in draw())
-
-    def _micro_batches(
-        self, experience: Experience, groups_P: Tensor | None = None, skip_zero: bool = False
-    ) -> list[MicroBatch]:
-        """The groups (None: all) by token budget, as many micro-batches on every rank.
-
-        With ``skip_zero`` those without advantage are left out, unless all are, on all ranks.
-        """
-        wanted_P = torch.ones(len(experience), dtype=torch.bool)
-        if groups_P is not None:
-            wanted_P = torch.zeros_like(wanted_P).index_fill(0, groups_P, True)
-        active_P = wanted_P & experience.advantages_PG.ne(0).any(-1).cpu() if skip_zero else wanted_P
-        split = partial(split_groups, experience, budget=self.micro_batch_tokens, shared=bool(self._shares_prefix))
-        active, wanted = (split(active_P=some_P) for some_P in (active_P, wanted_P))
-        numbers = gather_objects((len(active), len(wanted)))
-        num_active, num_wanted = (max(column) for column in zip(*numbers, strict=True))
-        return fill_up(experience, active if num_active else wanted, num_active or num_wanted)
-
-    def _update(self, experience: Experience, groups_P: Tensor) -> dict[str, Tensor]:
-        """One optimiser step on ``groups_P``; the denominator is that of the whole minibatch over all ranks."""
-        config = self.loss_config
-        mask_PGT = self._loss_mask(experience).unflatten(0, (-1, experience.group_size))
-        total = all_reduce_sum(
-            denominator(
-                mask_PGT[groups_P].flatten(0, 1),
-                aggregation=config.aggregation,
-                max_new_tokens=self.sampling.max_new_tokens,
-                num_completions=len(groups_P) * experience.group_size,
-            )
-        )
-        micro_batches = self._micro_batches(experience, groups_P, skip_zero=config.kl_coef == 0)
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
-        for i, (micro_P, counts) in enumerate(micro_batches):
-            with gradient_sync(self.trainer.strategy, self.policy, sync=i + 1 == len(micro_batches)):
-                self._accumulate(experience.select(micro_P), total, sums, counts)
-        return self._step(experience, sums)
-
-    def _loss_mask(self, experience: Experience) -> Tensor:
-        completions, valid_PG = experience.completions, advantages.valid(experience.rewards_PG)
-        valid_N = valid_PG.flatten().to(completions.mask_NT.device)
-        return loss_mask(completions.mask_NT, valid_N, completions.truncated_N, self.loss_config)
-
-    def _accumulate(self, experience: Experience, total: Tensor, sums: dict[str, Tensor], counts: bool) -> None:
-        """Forward and backward of one micro-batch, with weight 0 unless it ``counts``; adds its metrics to ``sums``."""
-        completions, mask_NT = experience.completions, self._loss_mask(experience) & counts
-        current = self._logprobs(self.policy, experience, with_entropy=self.log_entropy)
-        loss, metrics = policy_loss(
-            current.logprobs_NT,
-            experience.old_logprobs_NT,
-            experience.reference_logprobs_NT,
-            experience.advantages_PG.flatten(),
-            mask_NT,
-            config=self.loss_config,
-            denominator=total,
-            sampler_logprobs_NT=completions.sampler_logprobs_NT,
-        )
-        self.manual_backward(loss * world_size())  # DDP and FSDP average over ranks; the denominator is global
-        metrics["tokens"], metrics["loss"] = mask_NT.sum(), loss.detach()
-        real, forwarded = forwarded_tokens(experience, shared=bool(self._shares_prefix))
-        padding = forwarded - real * counts
-        metrics["padding"], metrics["forwarded"] = torch.tensor([padding, forwarded], device=self.device)
-        if current.entropy_NT is not None:
-            metrics["entropy"] = current.entropy_NT.detach()[mask_NT].sum()
-        if completions.sampler_logprobs_NT is not None:
-            difference_NT = current.logprobs_NT.detach() - completions.sampler_logprobs_NT
-            metrics["sampler_logprob_diff"] = difference_NT[mask_NT].abs().sum()
-        for key, value in metrics.items():
-            sums[key] += value.double()
-
-    def _step(self, experience: Experience, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Clip, step, and the minibatch's metrics over all ranks."""
-        keys = sorted(sums)
-        reduced = dict(zip(keys, all_reduce_sum(torch.stack([sums[key] for key in keys])), strict=True))
-        grad_norm = clip_grad_norm(self.policy, self.max_grad_norm or float("inf"))
-        checks.check_finite(self.trainer, experience, reduced["loss"], grad_norm)
-        optimizer: Any = self.optimizers()
-        scheduler: Any = self.lr_schedulers()
-        lr = optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        self.policy_is_initial = False
-        optimizer.zero_grad()
-        scheduler.step()
-        return {"train/grad_norm": grad_norm, "train/lr": torch.tensor(lr), **update_metrics(reduced)}
+        num_minibatches = self.update_config.num_minibatches
+        draw = partial(minibatches, len(experience), num_minibatches, generator, rank(), world_size())
+        return (groups_P for _ in range(self.update_config.num_inner_epochs) for groups_P in draw())
 
     def _log_training(self, experience: Experience, metrics: dict[str, Tensor], seconds: dict[str, float]) -> None:
-        self._log(metrics | rollout_metrics(experience, self.rollout.reward_sources, seconds))
+        self._log(metrics | rollout_metrics(experience, self.collector.sources, seconds))
         writer = getattr(self.logger, "experiment", None)
         if hasattr(writer, "add_histogram"):
             writer.add_histogram("advantage/histogram", experience.advantages_PG, self.trainer.global_step)  # type: ignore[union-attr]
@@ -383,7 +326,7 @@ class GOPOModule(TrainableState, OptimisedModule):
     # -------------------------------------------------------------- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        self.phase = "validate"
+        self.phases.current = "validate"
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.eval_metrics.update_batch(batch)
@@ -394,9 +337,15 @@ class GOPOModule(TrainableState, OptimisedModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.eval_metrics.update_batch(batch)
 
+    def on_validation_end(self) -> None:
+        self.validation.end(self.trainer, "reference_completions.jsonl")
+
     def on_test_epoch_end(self) -> None:
         self._log(self.eval_metrics.pop("test"))
 
+    def on_test_end(self) -> None:
+        self.validation.end(self.trainer, "reference_completions_test.jsonl")
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """One record per prompt, padding rows left out."""
-        return prediction_records(batch["experience"], batch["is_padding"], self.reward_names)
+        return prediction_records(batch["rollout"], batch["is_padding"], self.reward_names)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gopo_lightning.types import Experience
+from gopo_lightning.types import Rollout
 
 
 class MicroBatch(NamedTuple):
@@ -36,9 +36,7 @@ def minibatches(
     return [part[part % world_size == rank] // world_size for part in parts]
 
 
-def split_groups(
-    experience: Experience, *, budget: int | None, shared: bool, active_P: Tensor | None = None
-) -> list[Tensor]:
+def split_groups(rollout: Rollout, *, budget: int | None, shared: bool, active_P: Tensor | None = None) -> list[Tensor]:
     """Row numbers (int64, on the CPU) of the groups of each micro-batch, longest first; none without active groups.
 
     Args:
@@ -47,9 +45,9 @@ def split_groups(
             prompt and completion together).
         active_P: bool, groups to forward; the others are left out. All if None.
     """
-    G = experience.group_size
-    prompt_P, completion_P = _lengths(experience)
-    order = _longest_first(experience)
+    G = rollout.group_size
+    prompt_P, completion_P = _lengths(rollout)
+    order = _longest_first(rollout)
     chosen = [p for p in order if active_P is None or bool(active_P[p])]
 
     def cost(groups: list[int]) -> int:
@@ -66,10 +64,10 @@ def split_groups(
     return [torch.tensor(groups) for groups in batches]
 
 
-def fill_up(experience: Experience, batches: list[Tensor], number: int) -> list[MicroBatch]:
+def fill_up(rollout: Rollout, batches: list[Tensor], number: int) -> list[MicroBatch]:
     """``number`` micro-batches, the most that a rank has: every rank makes as many forwards, backwards and collectives.
 
-    The largest are halved; when all are single groups, the shortest group of ``experience`` fills up, with weight 0.
+    The largest are halved; when all are single groups, the shortest group of ``rollout`` fills up, with weight 0.
     """
     batches = list(batches)
     while len(batches) < number and max(map(len, batches), default=0) > 1:
@@ -77,28 +75,28 @@ def fill_up(experience: Experience, batches: list[Tensor], number: int) -> list[
         half = len(batches[place]) // 2
         batches.append(batches[place][half:])
         batches[place] = batches[place][:half]
-    filler = MicroBatch(torch.tensor(_longest_first(experience)[-1:]), counts=False)
+    filler = MicroBatch(torch.tensor(_longest_first(rollout)[-1:]), counts=False)
     return [*map(MicroBatch, batches), *[filler] * (number - len(batches))]
 
 
-def _lengths(experience: Experience) -> tuple[Tensor, Tensor]:
+def _lengths(rollout: Rollout) -> tuple[Tensor, Tensor]:
     """Tokens of each group's prompt, and of its longest completion; int64 [P] each, on the CPU."""
-    completions_PG = experience.completions.lengths_N.reshape(-1, experience.group_size)
-    return experience.prompts.mask_PL.sum(-1).cpu(), completions_PG.amax(-1).cpu()
+    completions_PG = rollout.completions.lengths_N.reshape(-1, rollout.group_size)
+    return rollout.prompts.mask_PL.sum(-1).cpu(), completions_PG.amax(-1).cpu()
 
 
-def _longest_first(experience: Experience) -> list[int]:
-    prompt_P, completion_P = _lengths(experience)
-    return sorted(range(len(experience)), key=lambda p: (-int(completion_P[p]), -int(prompt_P[p]), p))
+def _longest_first(rollout: Rollout) -> list[int]:
+    prompt_P, completion_P = _lengths(rollout)
+    return sorted(range(len(rollout)), key=lambda p: (-int(completion_P[p]), -int(prompt_P[p]), p))
 
 
-def forwarded_tokens(experience: Experience, shared: bool) -> tuple[int, int]:
+def forwarded_tokens(rollout: Rollout, shared: bool) -> tuple[int, int]:
     """``(real, all)`` tokens of one micro-batch's forward; the difference is padding. ``shared`` as above."""
-    P, L = experience.prompts.tokens_PL.shape
-    N, T = experience.completions.tokens_NT.shape
-    prompt = int(experience.prompts.mask_PL.sum())
-    completion = int(experience.completions.lengths_N.sum())
+    P, L = rollout.prompts.tokens_PL.shape
+    N, T = rollout.completions.tokens_NT.shape
+    prompt = int(rollout.prompts.mask_PL.sum())
+    completion = int(rollout.completions.lengths_N.sum())
     if shared:
         return prompt + completion, P * L + N * T
-    group_lengths_P = experience.prompts.mask_PL.sum(-1) + experience.completions.lengths_N.view(P, -1).amax(-1)
+    group_lengths_P = rollout.prompts.mask_PL.sum(-1) + rollout.completions.lengths_N.view(P, -1).amax(-1)
     return N // P * prompt + completion, N * int(group_lengths_P.max())

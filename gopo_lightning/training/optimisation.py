@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -29,6 +29,8 @@ class OptimisedModule(LightningModule):
     optimizer_callable: Callable[[Iterable[nn.Parameter]], Optimizer]
     schedule: Schedule
     on_setting_change: OnSettingChange
+    fixed_settings: ClassVar[tuple[str, ...]] = ("optimizer.class",)
+    """Dotted names of the settings that make a run what it is, each with all below it."""
 
     @property
     def updates_per_batch(self) -> int:
@@ -63,7 +65,9 @@ class OptimisedModule(LightningModule):
         training = self.trainer.state.fn == "fit"
         if training:
             self._keep_warmup_start(checkpoint)
-        check_checkpoint(checkpoint, self.run_settings(), self.on_setting_change, training=training)
+        check_checkpoint(
+            checkpoint, self.run_settings(), self.fixed_settings, self.on_setting_change, training=training
+        )
         states = checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", [])
         for optimizer_state, scheduler_state in zip(*states, strict=True):
             take_over(optimizer_state, scheduler_state, self._as_configured[1])

@@ -1,21 +1,20 @@
 """Where weights are, and when: how the policy is loaded and gathered, and where frozen models wait for their phase."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal, cast
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from transformers import PreTrainedModel
 
 from gopo_lightning.distributed.fsdp import reshard
 from gopo_lightning.distributed.gathering import Gather
+from gopo_lightning.distributed.offloading import on_device
 from gopo_lightning.distributed.strategies import FSDP2Strategy, check_strategy, shard
-from gopo_lightning.policy.adapters import InitialWeights
+from gopo_lightning.policy.adapters import KeptWeights
 from gopo_lightning.policy.model import Policy, PolicyConfig, load_policy, load_reference, reference_of
 from gopo_lightning.policy.sharded_loading import fill, policy_without_weights
 from gopo_lightning.rewards import HoldsModels, Source
@@ -93,27 +92,6 @@ def set_up_source(source: Source, placement: PlacementConfig, trainer: Trainer) 
             source.setup(trainer.strategy.root_device)
 
 
-@contextmanager
-def on_device(models: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """``models`` compute on ``device`` inside; those that wait in CPU memory leave their copies there again after.
-
-    The weights must not be changed inside: nothing is copied back. Sharded ones stay where they are.
-    """
-    tensors = [t for m in models for t in chain(m.parameters(), m.buffers()) if not isinstance(t, DTensor)]
-    home = [tensor.data for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = _copy(tensor.data, device)
-        yield
-    finally:
-        for tensor, data in zip(tensors, home, strict=True):
-            tensor.data = data
-
-
-def _copy(data: Tensor, device: torch.device) -> Tensor:
-    return data.to(device, non_blocking=True)
-
-
 class Reference:
     """The frozen policy of step 0: of an adapter its own base or the weights it began with, else a copy that is loaded
     when it is needed.
@@ -122,13 +100,13 @@ class Reference:
     def __init__(self, config: PolicyConfig, placement: PlacementConfig) -> None:
         self.config, self.placement = config, placement
         self.copy: PreTrainedModel | None = None
-        self.initial: InitialWeights | None = None
+        self.initial: KeptWeights | None = None
         self._kept, self._device = False, CPU
 
     def remember(self, policy: Policy) -> None:
         """Keep what ``policy``, as it was loaded, begins with, if its base alone does not say."""
         if self.config.trains_adapter and not self.config.begins_as_base:
-            self.initial = InitialWeights(policy)
+            self.initial = KeptWeights.of(policy)
 
     def load(self, trainer: Trainer, *, keep: bool) -> None:
         """Load and place the copy, if there is to be one; ``release`` lets it go unless it was once to be kept."""

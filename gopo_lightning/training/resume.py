@@ -1,13 +1,13 @@
 """Whether a resumed run goes on as the one that was interrupted: which settings differ, and what follows from that.
 
-Settings are nested dicts of plain values, as a checkpoint keeps them. Some make the run what it is (`FIXED`): with
+Settings are nested dicts of plain values, as a checkpoint keeps them. Some make the run what it is (fixed ones): with
 another value of these, what was trained and what will be trained do not belong together. The others act from the
 resume on.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -16,18 +16,6 @@ OnSettingChange = Literal["refuse", "warn"]
 
 KEY = "gopo_settings"
 """Under which a checkpoint keeps them."""
-FIXED = (
-    "seed",
-    "num_completions",
-    "advantage",
-    "advantage_options",
-    "optimizer.class",
-    "policy",
-    "model",
-    "objective",
-)
-"""Dotted names of settings, each with all below it."""
-
 _ADDRESS = re.compile(" at 0x[0-9a-f]+")
 _ABSENT = "absent"
 
@@ -43,10 +31,9 @@ class Change(NamedTuple):
     before: Any
     now: Any
 
-    @property
-    def is_fixed(self) -> bool:
-        """Whether the run would be another one."""
-        return any(self.name == fixed or self.name.startswith(f"{fixed}.") for fixed in FIXED)
+    def is_any_of(self, names: Sequence[str]) -> bool:
+        """Whether it is one of the settings with these dotted names, or stands below one."""
+        return any(self.name == name or self.name.startswith(f"{name}.") for name in names)
 
     def __str__(self) -> str:
         return f"{self.name} {self.before} → {self.now}"
@@ -75,35 +62,41 @@ def describe_setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> 
 
 
 def check_setting_changes(
-    old: Mapping[str, Any], new: Mapping[str, Any], on_change: OnSettingChange, *, option: str
+    old: Mapping[str, Any], new: Mapping[str, Any], fixed: Sequence[str], on_change: OnSettingChange, *, option: str
 ) -> list[Change]:
     """Refuse or tell, in one sentence, and return the changes.
 
     Args:
         old: of the checkpoint.
         new: of the run that resumes.
-        on_change: what happens where a fixed setting differs.
+        fixed: dotted names of the settings that make the run what it is, each with all below it.
+        on_change: what happens where one of these differs.
         option: the option that holds ``on_change``, for the message.
 
     Raises:
         ValueError: a fixed setting differs, and ``on_change`` is refuse.
     """
     changes = describe_setting_changes(old, new)
-    fixed = "; ".join(str(change) for change in changes if change.is_fixed)
-    if fixed and on_change == "refuse":
+    other = "; ".join(str(change) for change in changes if change.is_any_of(fixed))
+    if other and on_change == "refuse":
         raise ValueError(
-            f"the run was started with other settings: {fixed}. It would not be the one that was interrupted. Restore "
+            f"the run was started with other settings: {other}. It would not be the one that was interrupted. Restore "
             f"them, start a new run, or set {option}: warn to go on with the new ones."
         )
-    if fixed:
-        rank_zero_warn(f"this run goes on as another one from here: {fixed} ({option}: warn).")
-    if free := "; ".join(str(change) for change in changes if not change.is_fixed):
+    if other:
+        rank_zero_warn(f"this run goes on as another one from here: {other} ({option}: warn).")
+    if free := "; ".join(str(change) for change in changes if not change.is_any_of(fixed)):
         rank_zero_info(f"Settings that changed since the checkpoint, and act from here on: {free}.")
     return changes
 
 
 def check_checkpoint(
-    checkpoint: Mapping[str, Any], settings: Mapping[str, Any], on_change: OnSettingChange, *, training: bool
+    checkpoint: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    fixed: Sequence[str],
+    on_change: OnSettingChange,
+    *,
+    training: bool,
 ) -> None:
     """`check_setting_changes` of what ``checkpoint`` keeps; an evaluation takes any settings, but of its policy.
 
@@ -113,7 +106,7 @@ def check_checkpoint(
     if KEY not in checkpoint:
         return
     now = settings if training else {**checkpoint[KEY], "policy": settings.get("policy")}
-    check_setting_changes(checkpoint[KEY], now, on_change, option="model.init_args.on_setting_change")
+    check_setting_changes(checkpoint[KEY], now, fixed, on_change, option="model.init_args.on_setting_change")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -165,7 +165,7 @@ def _full_quota(lab: Lab, half: int) -> Row:
     return row
 
 
-GONE, SLOW = "ConnectionError: the reward server is gone", "has not answered within reward_timeout_seconds=5"
+GONE, SLOW = "ConnectionError: the reward server is gone", "has not answered within timeout_seconds=5"
 FAULTS = [
     kill_at_random,
     torn,

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from tests.faults.lab import Lab, Row
+from tests.runs import grouped
 
 MAX_SECONDS = 60.0
 TIMEOUT_SECONDS = 5.0
@@ -167,7 +168,7 @@ def config_values(folder: Path, name: str, policy: Path, prompts: Path, function
         "rewards": [reward],
         "sampling": {"max_new_tokens": 8},
         "num_completions": 4,
-        "reward_timeout_seconds": TIMEOUT_SECONDS,
+        "timeout_seconds": TIMEOUT_SECONDS,
     }
     return {
         "trainer": {
@@ -177,7 +178,7 @@ def config_values(folder: Path, name: str, policy: Path, prompts: Path, function
             "logger": logger,
             "callbacks": [keeper],
         },
-        "model": {"class_path": "gopo_lightning.GOPOModule", "init_args": module},
+        "model": {"class_path": "gopo_lightning.GOPOModule", "init_args": grouped(module)},
         "data": {
             "class_path": "gopo_lightning.PromptDataModule",
             "init_args": {"train": {"path": str(prompts)}, "prompts_per_step": 4},

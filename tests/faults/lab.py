@@ -54,7 +54,7 @@ class Lab:
             self.policy,
             rewards=[FunctionReward(reward, name="reward")],
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-            reward_timeout_seconds=timeout_seconds,
+            timeout_seconds=timeout_seconds,
         )
         data = make_data(prompts or self.prompts, on_data_change=on_data_change)
         trainer.fit(module, data, ckpt_path=last_of(trainer))

@@ -40,25 +40,37 @@ def describe(*arguments: str) -> dict[str, Any]:
 
 
 def _policy_module(module: GOPOModule) -> dict[str, Any]:
-    rollout = module.rollout
+    collector, objective, update = module.collector, module.objective_config, module.update_config
+    settings = module._settings
     return {
         "policy": _plain(module.policy_config),
         "sampling": _plain(module.sampling),
-        "loss": _plain(module.loss_config),
+        "loss": _plain(module.loss),
         "placement": _plain(module.placement),
         "schedule": _plain(module.schedule),
         "optimizer": _optimizer(module.optimizer_callable),
-        "settings": _plain(module._settings),
-        "engine": {"class": type(rollout.engine).__name__, **_plain(vars(rollout.engine))},
-        "rewards": [{"class": type(s).__name__, **_plain(vars(s))} for s in rollout.reward_sources],
-        "from_wins": rollout.from_wins,
-        "num_completions": rollout.num_completions,
-        "eval_num_completions": rollout.eval_num_completions,
-        "reward_timeout_seconds": rollout.reward_timeout_seconds,
-        "micro_batch_tokens": module.micro_batch_tokens,
-        "prefix_sharing": module.prefix_sharing,
-        "log_entropy": module.log_entropy,
-        "log_reference_kl": module.log_reference_kl,
+        "settings": {
+            "seed": module.seed,
+            "num_completions": settings["rollout"]["num_completions"],
+            "sampling": _plain(settings["rollout"]["sampling"]),
+            "rewards": settings["rewards"]["sources"],
+            "combine": settings["rewards"]["combine"]["function"],
+            "combine_options": settings["rewards"]["combine"].get("init_args", {}),
+            "advantage": settings["objective"]["advantage"]["function"],
+            "advantage_options": settings["objective"]["advantage"].get("init_args", {}),
+            "loss": {k: v for k, v in settings["objective"]["loss"].items() if k != "class"},
+            **settings["update"],
+        },
+        "engine": {"class": type(collector.engine).__name__, **_plain(vars(collector.engine))},
+        "rewards": [{"class": type(s).__name__, **_plain(vars(s))} for s in collector.sources],
+        "from_wins": module.shaping.from_wins,
+        "num_completions": module.rollout_config.num_completions,
+        "eval_num_completions": module.validation.num_completions,
+        "reward_timeout_seconds": collector.timeout_seconds,
+        "micro_batch_tokens": update.micro_batch_tokens,
+        "prefix_sharing": update.prefix_sharing,
+        "log_entropy": objective.log_entropy,
+        "log_reference_kl": objective.log_reference_kl,
         "on_setting_change": module.on_setting_change,
     }
 

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from gopo_lightning.objectives.clipped import LossConfig
+from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.policy.model import PolicyConfig
 from gopo_lightning.rewards import FunctionComparator, FunctionReward
 from gopo_lightning.rollout import SamplingConfig
@@ -50,7 +50,7 @@ def cases(policy: Path) -> dict[str, dict[str, Any]]:
         "several updates, KL, two sources": {
             "rewards": [_some_invalid(), _vowels()],
             "combine": "lexicographic",
-            "loss": LossConfig(kl_coef=0.05, clip_low=0.001, clip_high=0.001),
+            "loss": ClippedSurrogate(kl_coef=0.05, clip_low=0.001, clip_high=0.001),
             "num_inner_epochs": 2,
             "num_minibatches": 2,
             "micro_batch_tokens": 60,
@@ -59,7 +59,7 @@ def cases(policy: Path) -> dict[str, dict[str, Any]]:
         "LoRA, GRPO, sequences": {
             "policy": PolicyConfig(str(policy), lora=lora),
             "advantage": "grpo",
-            "loss": LossConfig(
+            "loss": ClippedSurrogate(
                 aggregation="sequence",
                 importance_sampling="sequence",
                 mask_truncated=True,
@@ -77,7 +77,7 @@ def cases(policy: Path) -> dict[str, dict[str, Any]]:
             "prefix_sharing": "never",
             "advantage": "batch",
             "sampling": SamplingConfig(max_new_tokens=16, top_p=0.9, stop_strings=("e",)),
-            "loss": LossConfig(
+            "loss": ClippedSurrogate(
                 aggregation="constant", clip_ceiling=3.0, sampler_correction_cap=2.0, token_weight="log"
             ),
             "lr_schedule": "cosine",
@@ -87,8 +87,7 @@ def cases(policy: Path) -> dict[str, dict[str, Any]]:
         },
         "borda, several updates": {
             "rewards": [_some_invalid(), _vowels()],
-            "combine": "borda",
-            "combine_options": {"weights": [1.0, 2.0]},
+            "combine": {"function": "borda", "init_args": {"weights": [1.0, 2.0]}},
             "num_minibatches": 2,
             "micro_batch_tokens": 90,
         },

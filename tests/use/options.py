@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from allpairspy import AllPairs
 
+from tests.runs import grouped
 from tests.use import policies, rewards
 
 Row = dict[str, Any]
@@ -18,6 +19,8 @@ Row = dict[str, Any]
 ROLLOUTS = 4
 """Of every run; validation at 0, 2 and 4."""
 
+_LOSS = ("aggregation", "importance_sampling", "mask_truncated", "kl_coef")
+_CALIBRATED = {"function": "calibrated", "init_args": {"tau": 0.5}}
 _REWARDS = "gopo_lightning.rewards."
 _VOWELS = ("FunctionReward", {"function": "my_rewards.vowels"})
 _SHORTER = ("FunctionComparator", {"function": "my_rewards.shorter"})
@@ -182,9 +185,13 @@ def config(row: Row, policy: Path) -> dict[str, Any]:
         "policy": {"name": str(policy)},
         "rewards": [{"class_path": _REWARDS + name, "init_args": values} for name, values in sources],
         "combine": row["combine"],
-        "advantage": row["advantage"],
-        "advantage_options": {"tau": 0.5} if row["advantage"] == "calibrated" else None,
-        "loss": {name: row[name] for name in ("aggregation", "importance_sampling", "mask_truncated", "kl_coef")},
+        "advantage": _CALIBRATED if row["advantage"] == "calibrated" else row["advantage"],
+        "loss": {
+            "class_path": "gopo_lightning.objectives.ClippedSurrogate",
+            "init_args": {
+                name: row[name] for name in ("aggregation", "importance_sampling", "mask_truncated", "kl_coef")
+            },
+        },
         "sampling": {
             "max_new_tokens": row["max_new_tokens"],
             "min_new_tokens": row["min_new_tokens"],
@@ -234,7 +241,7 @@ def config(row: Row, policy: Path) -> dict[str, Any]:
                 {"class_path": "gopo_lightning.callbacks.SampleTable", "init_args": {"every_n_steps": 2}},
             ],
         },
-        "model": {"class_path": "gopo_lightning.GOPOModule", "init_args": init_args},
+        "model": {"class_path": "gopo_lightning.GOPOModule", "init_args": grouped(init_args)},
         "data": {"class_path": "gopo_lightning.PromptDataModule", "init_args": data},
     }
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from gopo_lightning.data.json_lines import dumps, read_jsonl, write_jsonl
 from gopo_lightning.distributed.run_folder import run_folder
-from gopo_lightning.types import Experience
+from gopo_lightning.types import Rollout
 
 
-def prediction_records(experience: Experience, is_padding_P: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+def prediction_records(rollout: Rollout, is_padding_P: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     """A record per prompt: completions, rewards by source, token counts, finish reasons (`stop` or `length`)."""
-    G, completions = experience.group_size, experience.completions
+    G, completions = rollout.group_size, rollout.completions
     lengths_PG = completions.lengths_N.reshape(-1, G).tolist()
     truncated_PG = completions.truncated_N.reshape(-1, G).tolist()
     return [
@@ -24,11 +24,11 @@ def prediction_records(experience: Experience, is_padding_P: Tensor, names: Sequ
             "prompt": prompt.text,
             "messages": None if prompt.messages is None else [dict(message) for message in prompt.messages],
             "completions": list(completions.texts[p * G : (p + 1) * G]),
-            "rewards": {name: experience.rewards_PGK[p, :, k].tolist() for k, name in enumerate(names)},
+            "rewards": {name: rollout.rewards_PGK[p, :, k].tolist() for k, name in enumerate(names)},
             "num_tokens": lengths_PG[p],
             "finish_reasons": ["length" if truncated else "stop" for truncated in truncated_PG[p]],
         }
-        for p, prompt in enumerate(experience.prompts.prompts)
+        for p, prompt in enumerate(rollout.prompts.prompts)
         if not is_padding_P[p]
     ]
 

@@ -87,6 +87,8 @@ class RewardModelModule(OptimisedModule):
             (a causal one; it checks itself on the first pairs) and it saves tokens, `always` or an error, `never`.
     """
 
+    fixed_settings = ("optimizer.class", "model", "objective")
+
     def __init__(
         self,
         model: str,

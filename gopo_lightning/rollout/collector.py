@@ -1,0 +1,148 @@
+"""Prompts → `Rollout`: samples completions from a policy and scores them. Knows no module and no Trainer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from gopo_lightning.distributed.collectives import all_or_none
+from gopo_lightning.distributed.gathering import Gather, gathered
+from gopo_lightning.distributed.offloading import on_device
+from gopo_lightning.policy.model import evaluating, float32_default, warn_of_endless_turns
+from gopo_lightning.rewards import GroupScores, HoldsModels, Source, score_groups
+from gopo_lightning.rewards.pairwise import Groups
+from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
+from gopo_lightning.rollout.engines.streams import stream_seeds
+from gopo_lightning.rollout.phases import Phases
+from gopo_lightning.types import Completions, Prompt, PromptBatch, Rollout
+
+
+@dataclass(frozen=True)
+class Actor:
+    """A policy that is ready to sample."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: Sequence[int]
+    device: torch.device
+    """Where the policy and the reward models compute."""
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    """The precision in which it samples."""
+    gather: Gather = "full"
+    """How sharded weights are gathered meanwhile."""
+
+
+class Collector:
+    """Samples completions of prompts and has them scored.
+
+    Args:
+        engine: samples completions.
+        sources: the K reward sources.
+        combine: rewards_PGK → rewards_PG.
+        sampling: temperature, lengths, stop conditions.
+        seed: of the random streams; a completion's stream is keyed by (seed, step, prompt row, completion index).
+        phases: is told what is done, and how long it takes.
+        timeout_seconds: longest time of one source for one batch.
+
+    What fails on one rank fails on all: each stage that can fail is ``all_or_none``, one after the other and never one
+    inside another, so that every rank takes part in equally many collectives.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        sources: Sequence[Source],
+        combine: Callable[[Tensor], Tensor],
+        sampling: SamplingConfig,
+        seed: int,
+        phases: Phases,
+        timeout_seconds: float | None = None,
+    ) -> None:
+        self.engine, self.sources, self.combine = engine, sources, combine
+        self.sampling, self.seed, self.phases, self.timeout_seconds = sampling, seed, phases, timeout_seconds
+        self._turns_are_checked = False
+
+    def collect(
+        self, actor: Actor, prompts: PromptBatch, num_completions: int, *, step: int, compare: bool = True
+    ) -> Rollout:
+        """Sample from ``actor`` and score.
+
+        Args:
+            actor: the policy.
+            prompts: P prompts.
+            num_completions: G.
+            step: keys the random streams.
+            compare: False: pairwise sources are not asked to compare a group with itself, and their columns are NaN.
+        """
+        completions = self.sample(actor, prompts, num_completions, step)
+        with self.phases("reward", actor.device):
+            scores = self.score(prompts.prompts, completions.groups(num_completions), actor.device, compare=compare)
+            device = device_of_rewards(prompts.tokens_PL.device)
+            rewards_PGK = scores.rewards_PGK.to(device)
+            rewards_PG = self.combined(rewards_PGK)
+        return Rollout(
+            prompts,
+            completions,
+            rewards_PGK,
+            rewards_PG,
+            self.sampling.max_new_tokens,
+            wins_PGGK=None if scores.wins_PGGK is None else scores.wins_PGGK.to(device),
+        )
+
+    @all_or_none("sampling")
+    def sample(self, actor: Actor, prompts: PromptBatch, num_completions: int, step: int) -> Completions:
+        """Completions of ``actor``, N = P * G."""
+        if prompts.prompts[0].messages is not None and not self._turns_are_checked:
+            warn_of_endless_turns(actor.tokenizer, actor.eos_token_ids)
+            self._turns_are_checked = True
+        seeds_N = stream_seeds(self.seed, step, [prompt.index for prompt in prompts.prompts], num_completions)
+        with (
+            self.phases("rollout", actor.device),
+            evaluating(actor.model),
+            torch.no_grad(),
+            gathered(actor.model, actor.gather),
+            actor.autocast(),
+            float32_default(),
+        ):
+            completions = self.engine.generate(
+                actor.model,
+                actor.tokenizer,
+                prompts,
+                num_completions,
+                self.sampling,
+                seeds_N=seeds_N,
+                eos_token_ids=actor.eos_token_ids,
+            )
+        if len(completions) != len(seeds_N):
+            raise ValueError(
+                f"{type(self.engine).__name__} returned {len(completions)} completions for {len(prompts)} prompts × "
+                f"{num_completions}; a group needs all of its completions. Repair the engine."
+            )
+        return completions
+
+    def score(self, prompts: Sequence[Prompt], groups: Groups, device: torch.device, *, compare: bool) -> GroupScores:
+        """Scores of P groups by all sources."""
+        with self.scoring(device):
+            return score_groups(self.sources, prompts, groups, compare=compare, timeout_seconds=self.timeout_seconds)
+
+    @all_or_none("combining the rewards")
+    def combined(self, rewards_PGK: Tensor) -> Tensor:
+        """rewards_PG."""
+        return self.combine(rewards_PGK)
+
+    @contextmanager
+    def scoring(self, device: torch.device) -> Iterator[None]:
+        """The models of the sources are on ``device`` inside."""
+        with ExitStack() as stack:
+            with all_or_none("placing the reward models"):
+                models = [m for source in self.sources if isinstance(source, HoldsModels) for m in source.models()]
+                stack.enter_context(on_device(models, device))
+            yield
+
+
+def device_of_rewards(device: torch.device) -> torch.device:
+    """``device``, or the CPU where it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device

@@ -1,0 +1,91 @@
+"""What the groups of arguments describe, made of them."""
+
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from gopo_lightning.objectives import credit
+from gopo_lightning.rewards import combine
+from gopo_lightning.rollout import TransformersEngine
+from gopo_lightning.rollout.collector import Collector
+from gopo_lightning.rollout.phases import Phases
+from gopo_lightning.rollout.shaping import Shaping
+from gopo_lightning.training.advantage import Advantage
+from gopo_lightning.training.config import (
+    Named,
+    ObjectiveConfig,
+    RewardConfig,
+    RolloutConfig,
+    UpdateConfig,
+    name_and_options,
+)
+
+
+def collector(rollout: RolloutConfig, rewards: RewardConfig, seed: int, phases: Phases) -> Collector:
+    """Samples and scores."""
+    name, options = name_and_options(rewards.combine, "rewards.combine")
+    return Collector(
+        rollout.engine or TransformersEngine(),
+        rewards.sources,
+        combine.get(name, num_sources=len(rewards.sources), **options),
+        rollout.sampling,
+        seed,
+        phases,
+        rewards.timeout_seconds,
+    )
+
+
+def advantage(rewards: RewardConfig, objective: ObjectiveConfig) -> Advantage:
+    """Rewards or comparisons → advantages."""
+    return Advantage(
+        *name_and_options(objective.advantage, "objective.advantage"),
+        rewards.sources,
+        *name_and_options(rewards.combine, "rewards.combine"),
+    )
+
+
+def shaping(rewards: RewardConfig, objective: ObjectiveConfig, advantage: Advantage) -> Shaping:
+    """Transforms, advantage and credit."""
+    name, options = name_and_options(objective.credit, "objective.credit")
+    return Shaping(
+        advantage,
+        from_wins=advantage.from_wins,
+        transforms=rewards.transforms,
+        credit=credit.get(name, **options),
+    )
+
+
+def settings(
+    rollout: RolloutConfig, rewards: RewardConfig, objective: ObjectiveConfig, update: UpdateConfig
+) -> dict[str, Any]:
+    """What a checkpoint says of a run: what a resume compares."""
+    return {
+        "rollout": {"num_completions": rollout.num_completions, "sampling": asdict(rollout.sampling)},
+        "rewards": {
+            "sources": [source.name for source in rewards.sources],
+            "combine": _named(rewards.combine),
+            "transforms": [_described(transform) for transform in rewards.transforms],
+        },
+        "objective": {
+            "advantage": _named(objective.advantage),
+            "credit": _named(objective.credit),
+            "loss": _described(objective.loss),
+            "iterate_every": objective.iterate_every,
+        },
+        "update": {
+            "num_inner_epochs": update.num_inner_epochs,
+            "num_minibatches": update.num_minibatches,
+            "max_grad_norm": update.max_grad_norm,
+        },
+    }
+
+
+def _named(named: Named) -> dict[str, Any]:
+    """`function`, and `init_args` if there are any."""
+    name, options = name_and_options(named, "a function")
+    return {"function": name} | ({"init_args": options} if options else {})
+
+
+def _described(part: Any) -> dict[str, Any]:
+    """Class and options of an objective or transform; what begins with an underscore is its state."""
+    options = asdict(part) if is_dataclass(part) and not isinstance(part, type) else vars(part)
+    return {"class": type(part).__name__, **{k: v for k, v in options.items() if not k.startswith("_")}}

@@ -1,0 +1,143 @@
+"""The groups of `GOPOModule`'s arguments: rollout, rewards, objective, update.
+
+(`PolicyConfig` and `PlacementConfig` stand with what they configure.)
+
+A field that takes a class is given `class_path` and `init_args`, one that takes a function `function` and `init_args`
+(jsonargparse keeps `class_path` for classes). A name is enough where there is nothing to set:
+
+    loss: {class_path: gopo_lightning.objectives.ClippedSurrogate, init_args: {kl_coef: 0.05}}
+    advantage: {function: ordinal, init_args: {ties: arbitrary}}
+    advantage: grpo
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, cast
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+
+from gopo_lightning.objectives.base import Objective
+from gopo_lightning.objectives.clipped import ClippedSurrogate
+from gopo_lightning.policy.prefix_sharing import PrefixSharing
+from gopo_lightning.rewards import PairwiseSource, RewardSource
+from gopo_lightning.rollout import RolloutEngine, SamplingConfig, Transform
+from gopo_lightning.training.schedules import WarmupStart
+
+C = TypeVar("C")
+Named = str | dict[str, Any]
+"""A name or dotted path; or `function`, which is one, with its keyword arguments, `init_args`."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Temperature, lengths and stop conditions of the completions."""
+    num_completions: int = 8
+    """G, completions of one prompt in training; at least 2."""
+    eval_num_completions: int = 4
+    """Completions of one prompt in validation, test and predict."""
+    engine: RolloutEngine | None = None
+    """What samples the completions; TransformersEngine when null."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What the completions are worth."""
+
+    sources: Sequence[RewardSource | PairwiseSource]
+    """What scores the completions, or compares them with each other; at least one."""
+    combine: Named = "weighted_sum"
+    """Several sources → one reward: `weighted_sum`; `borda` adds the ranks within each source; `lexicographic` lets a
+    source only break the ties of those before it; `z_score` normalises each source within the group, then adds; or the
+    dotted path of your own function rewards_PGK → rewards_PG. An argument such as `weights` has one value a source."""
+    transforms: Sequence[Transform] = ()
+    """What changes the rewards before the advantages, or the weights after them, in this order; in training only."""
+    timeout_seconds: float | None = 1200.0
+    """Longest time of one source for one batch; beyond it the run ends with an error on all ranks. Null waits for
+    ever."""
+    max_invalid_steps: int | None = None
+    """So many steps in a row without any valid score of a source end the run; null warns."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    advantage: Named = "ordinal"
+    """`ordinal` (GOPO), `grpo`, `dr_grpo`, `rloo`, `batch`, or the dotted path of your own function rewards_PG →
+    advantages_PG. Where the only source is pairwise, `ordinal` reads its comparison matrices."""
+    credit: Named = "broadcast"
+    """Advantages of completions → of tokens: `broadcast`, `reward_to_go`, or the dotted path of your own function
+    experience → advantages_NT."""
+    loss: Objective = field(default_factory=ClippedSurrogate)
+    """Log-probs and advantages → the loss: ClippedSurrogate, or your own subclass of `objectives.base.Objective`."""
+    iterate_every: int | None = None
+    """Keep a copy of the trained weights, taken anew every so many updates, for a loss that reads the iterate."""
+    log_entropy: bool = True
+    """Log the policy's entropy."""
+    log_reference_kl: bool = False
+    """Log the KL divergence to the reference although the loss does not read it (one more forward a step)."""
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How the policy is updated."""
+
+    optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
+    """Built on the policy's trainable parameters; AdamW by default."""
+    lr_schedule: str = "constant_with_warmup"
+    """A schedule of `transformers.get_scheduler`, such as `constant_with_warmup`, `linear`, `cosine`."""
+    warmup_steps: int = 10
+    """Optimiser steps over which the learning rate rises to its whole."""
+    warmup_start: WarmupStart = "first_step"
+    """The warm-up's step k = 0, 1, … has (k + 1) / warmup_steps of the learning rate (`first_step`), or
+    k / warmup_steps (`zero`, transformers' rule: the first step changes nothing). A checkpoint keeps its own."""
+    lr_schedule_options: dict[str, Any] | None = None
+    """Keyword arguments of the schedule, such as `min_lr_rate: 0.1` of `cosine_with_min_lr`."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this L2 norm; null for none."""
+    num_inner_epochs: int = 1
+    """Passes over one rollout."""
+    num_minibatches: int = 1
+    """Optimiser steps in one pass; must divide the data module's prompts_per_step."""
+    micro_batch_tokens: int | None = None
+    """Most tokens of one forward and backward, in whole groups (a larger one goes alone); null takes a minibatch at
+    once. The result does not depend on it, memory does."""
+    prefix_sharing: PrefixSharing = "auto"
+    """`always` forwards a group's prompt once, `never` with each completion; `auto` shares after comparing both on the
+    first step, and else says why not."""
+
+
+def as_config(kind: type[C], given: Any, option: str) -> C:
+    """``given`` as it is, or made of a dict of its fields; of a text or list the first field alone.
+
+    Raises:
+        ValueError: a field that ``kind`` does not have.
+    """
+    if isinstance(given, kind):
+        return given
+    names = [f.name for f in fields(cast(Any, kind))]
+    if not isinstance(given, Mapping):
+        return kind(**{names[0]: given})
+    if unknown := sorted(set(given) - set(names)):
+        raise ValueError(f"{option} has no {unknown}; its fields are {names}. Remove or rename it.")
+    return kind(**given)
+
+
+def name_and_options(named: Named, option: str) -> tuple[str, dict[str, Any]]:
+    """What ``named`` names, and its keyword arguments.
+
+    >>> name_and_options({"function": "ordinal", "init_args": {"ties": "arbitrary"}}, "advantage")
+    ('ordinal', {'ties': 'arbitrary'})
+
+    Raises:
+        ValueError: neither a name nor `function` with `init_args`.
+    """
+    if isinstance(named, str):
+        return named, {}
+    if not isinstance(named.get("function"), str) or set(named) - {"function", "init_args"}:
+        raise ValueError(f"{option}={named} must be a name, or function with init_args. Correct it.")
+    return named["function"], dict(named.get("init_args") or {})

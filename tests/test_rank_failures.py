@@ -168,7 +168,7 @@ def save_models(folder: Path) -> None:
             "RuntimeError .*'raises' raised ConnectionError: the reward server is gone",
             "reward source 'raises'",
         ),
-        ("hangs", "TimeoutError .*'hangs' has not answered within timeout_seconds=2", "reward source 'hangs'"),
+        ("hangs", "TimeoutError .*'hangs' has not answered within rewards.timeout_seconds=2", "reward source 'hangs'"),
         (
             "judge",
             "RuntimeError .*'stuck_judge' raised ConnectionError: the judge is gone",

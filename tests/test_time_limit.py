@@ -30,7 +30,7 @@ def hang(completions: list[str], **_: Any) -> list[float]:
 
 def test_a_source_that_hangs_is_stopped_and_named(capfd: pytest.CaptureFixture) -> None:
     start = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"reward source 'slow' .* timeout_seconds=0.2") as error:
+    with pytest.raises(TimeoutError, match=r"reward source 'slow' .* rewards\.timeout_seconds=0.2") as error:
         score_groups([FunctionReward(hang, name="slow")], [PROMPT], [["a", "b"]], timeout_seconds=0.2)
     assert time.monotonic() - start < 5
     assert error.value.__cause__ is not None  # shows where

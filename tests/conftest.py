@@ -88,10 +88,13 @@ def write_prompts(folder: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_seed_for_the_next_test() -> Iterator[None]:
-    """`seed_everything` of a command line leaves its seed in the environment, where the processes of ranks read it."""
+def _same_environment_for_the_next_test() -> Iterator[None]:
+    """Runs leave their seed and their rank in it, where the processes of a later test would read them."""
+    before = dict(os.environ)
     yield
-    os.environ.pop("PL_GLOBAL_SEED", None)
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

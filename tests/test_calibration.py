@@ -179,7 +179,7 @@ def test_a_run_with_the_fitted_tau(reward_model: Path, tiny_policy: Path, prompt
     experience = fit(module, prompts_file, tmp_path, max_steps=1).experiences[0]
     expected_PG = advantages.calibrated(experience.rewards_PG, tau=read_tau(str(reward_model / "export"), None))  # type: ignore[arg-type]
     assert expected_PG.any() and torch.equal(experience.advantages_PG, expected_PG)
-    given = make_module(tiny_policy, rewards=[source], advantage="calibrated", advantage_options={"tau": 0.25})
+    given = make_module(tiny_policy, rewards=[source], advantage={"function": "calibrated", "init_args": {"tau": 0.25}})
     experience = fit(given, prompts_file, tmp_path / "given", max_steps=1).experiences[0]
     assert torch.equal(experience.advantages_PG, advantages.calibrated(experience.rewards_PG, tau=0.25))
 
@@ -228,14 +228,14 @@ VOWELS = FunctionReward("tests.runs.count_vowels", name="vowels")
     [
         {"rewards": [VOWELS, FunctionReward("tests.runs.count_vowels", name="again")]},
         {"rewards": [VOWELS], "combine": "borda"},
-        {"rewards": [VOWELS], "combine_options": {"weights": [2.0]}},
+        {"rewards": [VOWELS], "combine": {"function": "weighted_sum", "init_args": {"weights": [2.0]}}},
         {"rewards": [FunctionComparator(longer)]},
     ],
 )
 def test_a_fitted_tau_is_used_for_one_score_as_it_is(options: dict[str, Any], tiny_policy: Path) -> None:
-    with pytest.raises(ValueError, match=r"'calibrated' needs tau. .*here the reward is .*advantage_options: {tau: …}"):
+    with pytest.raises(ValueError, match=r"'calibrated' needs tau. .*here the reward is .*objective\.advantage"):
         make_module(tiny_policy, advantage="calibrated", **options)
-    make_module(tiny_policy, advantage="calibrated", advantage_options={"tau": 1.0}, **options)
+    make_module(tiny_policy, advantage={"function": "calibrated", "init_args": {"tau": 1.0}}, **options)
     make_module(tiny_policy, advantage=f"{__name__}.tempered", **options)  # can do without
 
 
@@ -246,7 +246,7 @@ def tempered(rewards_PG: Tensor, *, tau: float = 3.0) -> Tensor:
 
 def test_a_source_without_a_tau_stops_the_run_at_setup(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
     module = make_module(tiny_policy, rewards=[VOWELS], advantage="calibrated")
-    with pytest.raises(ValueError, match=r"needs tau, and none was fitted for reward source 'vowels'.*Set advantage_"):
+    with pytest.raises(ValueError, match=r"needs tau, and none was fitted for reward source .vowels.*Set objective"):
         fit(module, prompts_file, tmp_path)
     module = make_module(tiny_policy, rewards=[VOWELS], advantage=f"{__name__}.tempered")
     experience = fit(module, prompts_file, tmp_path, max_steps=1).experiences[0]

@@ -97,7 +97,10 @@ DOORS: dict[str, dict[str, Any]] = {
 
 def write_config(folder: Path, policy: Path, prompts: Path, options: Mapping[str, Any], **trainer: Any) -> Path:
     """A run of ``options``, groups of arguments of the module."""
-    reward = {"class_path": "gopo_lightning.rewards.FunctionReward", "init_args": {"function": "tests.runs.count_vowels"}}
+    reward = {
+        "class_path": "gopo_lightning.rewards.FunctionReward",
+        "init_args": {"function": "tests.runs.count_vowels"},
+    }
     groups: dict[str, Any] = {
         "policy": {"name": str(policy)},
         "rewards": {"sources": [reward]},
@@ -127,9 +130,7 @@ def write_config(folder: Path, policy: Path, prompts: Path, options: Mapping[str
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_a_method_is_named_in_yaml_and_trains(
-    door: str, tiny_policy: Path, prompts_file: Path, tmp_path: Path
-) -> None:
+def test_a_method_is_named_in_yaml_and_trains(door: str, tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_policy, prompts_file, DOORS[door])
     module = run(["fit", "--config", str(config)]).model
     assert module.trainer.global_step == 2
@@ -141,5 +142,7 @@ def test_the_state_of_a_transform_is_in_the_checkpoint(tiny_policy: Path, prompt
     config = write_config(tmp_path, tiny_policy, prompts_file, DOORS["transform"])
     (first,) = run(["fit", "--config", str(config)]).model.shaping.transforms
     assert first._seen == 1
-    (again,) = run(["fit", "--config", str(config), "--ckpt_path=last", "--trainer.max_steps=6"]).model.shaping.transforms
+    (again,) = run(
+        ["fit", "--config", str(config), "--ckpt_path=last", "--trainer.max_steps=6"]
+    ).model.shaping.transforms
     assert again._seen == 3

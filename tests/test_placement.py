@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -16,12 +16,12 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from gopo_lightning.distributed import gathering
 from gopo_lightning.distributed.fsdp import clip_grad_norm, shard_fsdp2, whole_bytes
 from gopo_lightning.distributed.gathering import gathered, in_step
+from gopo_lightning.distributed.offloading import on_device
 from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.policy.model import PolicyConfig, load_policy
 from gopo_lightning.policy.sharded_loading import fill, policy_without_weights
 from gopo_lightning.rollout import SamplingConfig, TransformersEngine
-from gopo_lightning.training import placement
-from gopo_lightning.training.placement import PlacementConfig, on_device
+from gopo_lightning.training.placement import PlacementConfig
 from gopo_lightning.types import PromptBatch
 from tests.architectures import build, prompt_batch, ragged_completions
 from tests.conftest import byte_tokenizer
@@ -311,7 +311,7 @@ def test_an_adapter_made_from_the_weights_is_refused_by_shards(option: dict[str,
 def test_offloaded_weights_come_back_without_a_copy() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     before = [(tensor, tensor.data_ptr()) for tensor in [*model.parameters(), *model.buffers()]]
-    elsewhere = patch.object(placement, "_copy", lambda data, device: data.clone())
+    elsewhere = patch.object(Tensor, "to", lambda data, *args, **options: data.clone())
     with elsewhere, pytest.raises(RuntimeError), on_device([model], torch.device("cpu")):
         assert all(tensor.data_ptr() != pointer for tensor, pointer in before)
         raise RuntimeError

@@ -183,10 +183,10 @@ def test_the_longest_prompt_is_known_with_its_row_and_refused_before_training(ov
     data.setup("fit")
     num_tokens, row = {"error": (40, 1), "truncate_left": (35, 1), "drop": (30, 2)}[overlong]
     assert data.longest_prompts == {"train": (num_tokens, f"row {row} (counted from 0) of {path}")}
-    check = LengthCheck()
+    check = LengthCheck(max_new_tokens=4)
     if overlong == "error":
         check.on_fit_start(trainer, module)
-    module.sampling.max_new_tokens = 40
+    check.max_new_tokens = 40
     with pytest.raises(ValueError, match=rf"row {row} .*p.jsonl has {num_tokens} .*max_prompt_tokens: 24 and overlong"):
         check.on_fit_start(trainer, module)
     trainer.state = SimpleNamespace(fn="validate")

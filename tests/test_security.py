@@ -24,10 +24,12 @@ from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.data import PromptDataModule
 from gopo_lightning.data.preferences import PreferenceDataModule
 from gopo_lightning.data.sources import PromptSource
+from gopo_lightning.objectives import ClippedSurrogate
 from gopo_lightning.policy.model import PolicyConfig, load_policy, load_reference, load_tokenizer
 from gopo_lightning.rewards import LLMJudge, LocalJudge, SequenceClassifierReward, SourceConfigError, score_groups
 from gopo_lightning.training import callbacks
 from gopo_lightning.training.checks import check_stays_inside
+from gopo_lightning.training.config import ObjectiveConfig, RewardConfig, RolloutConfig, UpdateConfig
 from gopo_lightning.training.reward_model import RewardModelModule
 from tests.conftest import byte_tokenizer
 from tests.runs import make_data, make_module, make_trainer
@@ -220,6 +222,7 @@ def test_shipped_configs_and_our_own_options_hold_no_secrets() -> None:
     for path in Path("configs").rglob("*.yaml"):
         refuse_secrets(yaml.safe_load(path.read_text()) or {})
     classes = [GOPOModule, RewardModelModule, PromptDataModule, PreferenceDataModule, PromptSource, PolicyConfig]
+    classes += [RolloutConfig, RewardConfig, ObjectiveConfig, UpdateConfig, ClippedSurrogate]
     classes += [getattr(room, name) for room in (rewards, rollout, callbacks) for name in room.__all__]
     names = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
     assert {"num_completions", "tokenizer", "max_tokens", "stop_strings", "api_key_env"} <= names

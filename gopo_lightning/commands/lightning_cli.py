@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gopo_lightning._compat import CommandLine
 from gopo_lightning.commands.fsdp import as_fsdp2
+from gopo_lightning.commands.renamed import refuse_old_names
 from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.commands.usage import FIELDS
 from gopo_lightning.distributed.checkpoints import last_of, load, searched, step_of
@@ -43,6 +44,7 @@ class _Parser(LightningArgumentParser):
     ) -> Any:
         """Null is null at any depth: jsonargparse hands it from a class to its fields as the text None."""
         given = sys.argv[1:] if args is None else args
+        refuse_old_names(given)
         return super().parse_args([re.sub(r"\A(--[\w.]+)=None\Z", r"\1=null", arg) for arg in given], *more, **options)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:

@@ -5,7 +5,7 @@ completion. It is named in YAML by a name below, or by the dotted path of your o
 """
 
 import functools
-import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gopo_lightning.objectives.estimators import clean
+from gopo_lightning.objectives.named import load_callable
 from gopo_lightning.types import Experience
 
 Credit = Callable[[Experience], Tensor | None]
@@ -68,10 +69,13 @@ def get(name: str, **options: Any) -> Credit:
     """The credit ``name`` (one of the above, or a dotted path) with ``options`` bound.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is none of this name, or it does not take these options.
     """
-    module, _, attribute = name.rpartition(".")
-    function = _BY_NAME.get(name) or (getattr(importlib.import_module(module), attribute, None) if module else None)
-    if function is None:
+    if name not in _BY_NAME and "." not in name:
         raise ValueError(f"unknown credit '{name}'. Use one of {sorted(_BY_NAME)} or the dotted path of a function.")
+    function = _BY_NAME.get(name) or load_callable(name)
+    try:
+        inspect.signature(function).bind(None, **options)
+    except TypeError as error:
+        raise ValueError(f"credit '{name}' with init_args {options}: {error}. Correct them.") from error
     return functools.partial(function, **options)

@@ -8,6 +8,7 @@ from gopo_lightning.rewards.function import FunctionReward
 from gopo_lightning.rewards.llm_judge import LLMJudge
 from gopo_lightning.rewards.local_judge import LocalJudge
 from gopo_lightning.rewards.pairwise import PairComparator, PairwiseSource
+from gopo_lightning.rewards.recorded import RecordedReward
 from gopo_lightning.rewards.scoring import (
     GroupScores,
     Source,
@@ -27,6 +28,7 @@ __all__ = [
     "PairComparator",
     "PairwiseSource",
     "RankingOracle",
+    "RecordedReward",
     "RewardModelComparator",
     "RewardSource",
     "SequenceClassifierReward",

@@ -2,6 +2,7 @@
 
 from gopo_lightning.rollout.callback import RolloutCallback
 from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
+from gopo_lightning.rollout.engines.recorded import RecordedEngine
 from gopo_lightning.rollout.engines.transformers import TransformersEngine
 from gopo_lightning.rollout.engines.vllm import VLLMEngine
 from gopo_lightning.rollout.transforms import KLInReward, RankFilter, Transform
@@ -9,6 +10,7 @@ from gopo_lightning.rollout.transforms import KLInReward, RankFilter, Transform
 __all__ = [
     "KLInReward",
     "RankFilter",
+    "RecordedEngine",
     "RolloutCallback",
     "RolloutEngine",
     "SamplingConfig",

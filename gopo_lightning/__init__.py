@@ -1,6 +1,6 @@
 """GOPO: post-train language models on ranked rewards, as a PyTorch Lightning app.
 
-The names below are what YAML files use in a ``class_path``; they are imported on first use, so that
+The names below are for Python code and the ``class_path`` of YAML files; they are imported on first use, so that
 ``python -m gopo_lightning --help`` answers at once.
 """
 
@@ -14,6 +14,7 @@ _EXPORTS = {
     "RewardModelModule": "gopo_lightning.training.reward_model",
     "PromptDataModule": "gopo_lightning.data.prompts",
     "PreferenceDataModule": "gopo_lightning.data.preferences",
+    "trainer_defaults": "gopo_lightning.training.trainer_defaults",
 }
 _PACKAGES = {
     "callbacks": "gopo_lightning.training.callbacks",

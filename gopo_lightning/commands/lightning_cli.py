@@ -26,16 +26,9 @@ from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.training import gopo_module as module  # noqa: F401  (registers the short class names)
 from gopo_lightning.training.callbacks import ExportHF
 from gopo_lightning.training.gopo_module import GOPOModule
+from gopo_lightning.training.trainer_defaults import trainer_defaults
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-TRAINER_DEFAULTS = {
-    "use_distributed_sampler": False,  # the data modules bring their own samplers
-    "inference_mode": False,  # sharded weights are gathered in place
-    "num_sanity_val_steps": 0,  # a full validation runs at step 0 instead
-    "check_val_every_n_epoch": None,  # val_check_interval counts batches across epochs
-    "log_every_n_steps": 1,
-}
 
 
 class _Parser(LightningArgumentParser):
@@ -149,7 +142,7 @@ def run(args: list[str] | None = None, *, instantiate_only: bool = False) -> GOP
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_callback=_SaveConfig,
-        trainer_defaults=TRAINER_DEFAULTS,
+        trainer_defaults=trainer_defaults(),
         parser_class=_Parser,
         seed_everything_default=0,
         args=args,

@@ -16,6 +16,7 @@ from gopo_lightning.objectives.base import Needed
 from gopo_lightning.rewards import Source
 from gopo_lightning.rollout.engines.base import SamplingConfig
 from gopo_lightning.training.config import RewardConfig, RolloutConfig, UpdateConfig
+from gopo_lightning.training.trainer_defaults import trainer_defaults
 from gopo_lightning.types import TensorStruct
 
 
@@ -75,6 +76,7 @@ def check_iterate(needs: frozenset[Needed], iterate_every: int | None) -> None:
 def check_trainer(trainer: Trainer, *, updates_per_rollout: int, policy_dtype: str) -> None:
     """What manual optimisation cannot honour; Lightning's own messages do not name the remedy."""
     check_outputs(trainer)
+    _check_defaults(trainer)
     if trainer.gradient_clip_val:
         raise ValueError(
             f"trainer.gradient_clip_val={trainer.gradient_clip_val}: the module clips by itself; "
@@ -93,6 +95,20 @@ def check_trainer(trainer: Trainer, *, updates_per_rollout: int, policy_dtype: s
             "Use policy.dtype: float32 with trainer.precision: bf16-mixed."
         )
     _check_intervals(trainer, updates_per_rollout)
+
+
+def _check_defaults(trainer: Trainer) -> None:
+    """What Lightning's own defaults would do to a run; see `trainer_defaults`. (The data modules check samplers.)"""
+    given = {
+        "num_sanity_val_steps": (trainer.num_sanity_val_steps, "a full validation runs at step 0 instead"),
+        "inference_mode": (trainer.validate_loop.inference_mode, "sharded weights are gathered in place"),
+    }
+    for name, (value, reason) in given.items():
+        if value != trainer_defaults()[name]:
+            raise ValueError(
+                f"trainer.{name}={value}: {reason}. Set it to {trainer_defaults()[name]}; in Python make the Trainer "
+                "with Trainer(**gopo_lightning.trainer_defaults(), …)."
+            )
 
 
 def check_outputs(trainer: Trainer) -> None:

@@ -36,7 +36,12 @@ def example(seed: int = 1, spread: float = 0.5) -> dict[str, Tensor]:
 
 
 def one_group(
-    mask_NT: Tensor, *, valid_N: Tensor | None = None, truncated_N: Tensor | None = None, max_new_tokens: int = T
+    mask_NT: Tensor,
+    *,
+    valid_N: Tensor | None = None,
+    truncated_N: Tensor | None = None,
+    max_new_tokens: int = T,
+    **fields: Any,
 ) -> Experience:
     """A group of these completions, of which some may have no reward or be cut off."""
     num = len(mask_NT)
@@ -48,7 +53,7 @@ def one_group(
         rewards_1N[..., None],
         rewards_1N,
         max_new_tokens,
-        advantages_PG=torch.zeros(1, num),
+        **{"advantages_PG": torch.zeros(1, num)} | fields,
     )
 
 
@@ -419,6 +424,124 @@ def test_bfloat16_inputs_are_raised_to_float32() -> None:
     loss = loss_of(ClippedSurrogate(kl_coef=0.1), x)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, loss_of(ClippedSurrogate(kl_coef=0.1), raised))
+
+
+# Weights of completions
+
+
+def objective_loss(
+    config: ClippedSurrogate, x: dict[str, Tensor], total: Tensor | None = None, **fields: Any
+) -> tuple[float, Tensor]:
+    """Loss and gradient by way of `Objective`, of one group with ``fields``; ``total``: of a whole it is a part of."""
+    names = ("old_logprobs_NT", "reference_logprobs_NT")
+    experience = one_group(
+        x["mask_NT"], advantages_PG=x["advantages"][None], **{name: x[name] for name in names}, **fields
+    )
+    logprobs_NT = x["logprobs_NT"].detach().clone().requires_grad_()
+    mask_NT = config.mask(experience)
+    total = config.denominator(experience, mask_NT) if total is None else total
+    loss = config(logprobs_NT, experience, mask_NT, total).value
+    return loss.item(), torch.autograd.grad(loss, logprobs_NT)[0]
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_weight_0_is_no_reward(aggregation: str) -> None:
+    """Neither numerator nor denominator has it, but the one of ``constant``, which counts all completions."""
+    config, x = ClippedSurrogate(aggregation=aggregation, kl_coef=0.1), example()
+    weights_PG = torch.tensor([[1.0, 0.0, 1.0, 1.0]])
+    loss, gradient_NT = objective_loss(config, x, weights_PG=weights_PG)
+    without, expected_NT = objective_loss(config, x, valid_N=weights_PG[0] > 0)
+    assert loss == without and torch.equal(gradient_NT, expected_NT)
+    assert gradient_NT[1].eq(0).all() and gradient_NT[0].ne(0).any()
+    counted = {"token": 6 + 1 + 4, "sequence": 3, "constant": 4 * T}[aggregation]
+    experience = one_group(x["mask_NT"], weights_PG=weights_PG)
+    assert config.denominator(experience, config.mask(experience)) == counted
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_weight_1_changes_nothing(aggregation: str) -> None:
+    config, x = ClippedSurrogate(aggregation=aggregation, kl_coef=0.1), example()
+    plain, weighed = objective_loss(config, x), objective_loss(config, x, weights_PG=torch.ones(1, N))
+    assert plain[0] == weighed[0] and torch.equal(plain[1], weighed[1])
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "denominator"), [("token", 0.5 * 2 + 2 * 1), ("sequence", 0.5 + 2), ("constant", 2 * 4)]
+)
+def test_fractional_weights_by_hand(aggregation: str, denominator: float) -> None:
+    """On policy the ratio is 1: completions of 2 and 1 tokens, A = 3 and −1, weights ½ and 2."""
+    config = ClippedSurrogate(aggregation=aggregation)
+    mask_NT = torch.tensor([[True, True], [True, False]])
+    experience = one_group(
+        mask_NT, max_new_tokens=4, advantages_PG=torch.tensor([[3.0, -1.0]]), weights_PG=torch.tensor([[0.5, 2.0]])
+    )
+    assert config.denominator(experience, mask_NT).item() == denominator
+    logprobs_NT = torch.full((2, 2), -1.0).requires_grad_()
+    loss = config(logprobs_NT, experience, config.mask(experience), torch.tensor(denominator)).value
+    per_token = 0.5 * 3 / (2 if aggregation == "sequence" else 1)
+    assert loss.item() == pytest.approx((-2 * per_token + 2) / denominator)
+    loss.backward()
+    expected_NT = torch.tensor([[-per_token, -per_token], [2.0, 0.0]]) / denominator
+    torch.testing.assert_close(logprobs_NT.grad, expected_NT)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_weights_do_not_depend_on_micro_batches(aggregation: str) -> None:
+    """Denominators add up, and so do losses and gradients; one part has weight 0 throughout."""
+    config, x = ClippedSurrogate(aggregation=aggregation, kl_coef=0.1), example()
+    weights_N = torch.tensor([0.25, 3.0, 0.0, 1.5])
+    parts = [({key: value[rows] for key, value in x.items()}, weights_N[rows]) for rows in ([0, 3], [2], [1])]
+    experiences = [one_group(part["mask_NT"], weights_PG=weights_n[None]) for part, weights_n in parts]
+    total = sum((config.denominator(e, config.mask(e)) for e in experiences), torch.tensor(0.0))
+    whole_loss, whole_NT = objective_loss(config, x, weights_PG=weights_N[None])
+    found = [objective_loss(config, part, total, weights_PG=weights_n[None]) for part, weights_n in parts]
+    assert sum(loss for loss, _ in found) == pytest.approx(whole_loss, rel=1e-6)
+    gradient_NT = torch.cat([gradient for _, gradient in found])[[0, 3, 2, 1]]
+    torch.testing.assert_close(gradient_NT, whole_NT)
+
+
+def test_all_weights_0_are_a_loss_of_0() -> None:
+    loss, gradient_NT = objective_loss(ClippedSurrogate(kl_coef=0.1), example(), weights_PG=torch.zeros(1, N))
+    assert loss == 0 and gradient_NT.eq(0).all()
+
+
+# What the KL holds to
+
+
+@pytest.mark.parametrize("estimator", ["k3", "k2"])
+def test_the_kl_is_to_its_anchor(estimator: str) -> None:
+    """The iterate takes the place of the reference, whose KL is still what is logged."""
+    x, iterate_NT = example(), example()["reference_logprobs_NT"].flip(0)
+    options = {"kl_coef": 0.3, "kl_estimator": estimator}
+    mirror = ClippedSurrogate(kl_anchor="iterate", **options)
+    loss, gradient_NT = objective_loss(mirror, x, iterate_logprobs_NT=iterate_NT)
+    expected = objective_loss(ClippedSurrogate(**options), x | {"reference_logprobs_NT": iterate_NT})
+    assert loss == expected[0] and torch.equal(gradient_NT, expected[1])
+    assert loss != objective_loss(ClippedSurrogate(**options), x)[0]
+    _, metrics = losses.policy_loss(**x, config=mirror, denominator=torch.tensor(1.0), iterate_logprobs_NT=iterate_NT)
+    kl_NT = losses.kl_k3(x["logprobs_NT"], x["reference_logprobs_NT"])
+    assert metrics["kl"].item() == pytest.approx(kl_NT[x["mask_NT"]].sum().item())
+    assert (mirror.needs, ClippedSurrogate(**options).needs) == ({"old", "iterate"}, {"old", "reference"})
+    assert ClippedSurrogate().needs == {"old"}
+
+
+def test_an_anchor_is_there_and_has_an_effect() -> None:
+    with pytest.raises(ValueError, match=r"kl_coef=0\.1 needs the iterate's log-probs, which are missing"):
+        objective_loss(ClippedSurrogate(kl_coef=0.1, kl_anchor="iterate"), example())
+    with pytest.raises(ValueError, match="kl_anchor=iterate has no effect with kl_coef=0"):
+        ClippedSurrogate(kl_anchor="iterate")
+    with pytest.raises(ValueError, match="kl_anchor='old' is unknown"):
+        ClippedSurrogate(kl_anchor="old")  # type: ignore[arg-type]
+
+
+def test_groups_without_an_advantage_are_not_active() -> None:
+    """Unless there is a KL; also where tokens have the advantages."""
+    mask_NT = torch.ones(2, 3, dtype=torch.bool)
+    tokens_NT = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    assert not ClippedSurrogate().active(one_group(mask_NT))
+    assert ClippedSurrogate(kl_coef=0.1).active(one_group(mask_NT))
+    assert ClippedSurrogate().active(one_group(mask_NT, advantages_PG=torch.tensor([[0.0, 1.0]])))
+    assert ClippedSurrogate().active(one_group(mask_NT, advantages_NT=tokens_NT))
 
 
 # Bad input

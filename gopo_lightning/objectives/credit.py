@@ -27,7 +27,8 @@ def reward_to_go(experience: Experience, *, gamma: float = 1.0) -> Tensor:
     """A_nt = A_n + Σ_{u ≥ t} γ^(u−t) x_nu − the mean of that over the group, x the rewards of single tokens.
 
     What a token earns counts for it and for those before it. The baseline at t is the mean over the completions of the
-    group that have a reward and still run at t, so it needs no critic; where one is left alone it earns 0 there.
+    group that have a reward, whatever their weights, and still run at t, so it needs no critic; where one is left alone
+    it earns 0 there.
 
     Raises:
         ValueError: nothing gave token rewards, or γ is not in [0, 1].
@@ -39,7 +40,8 @@ def reward_to_go(experience: Experience, *, gamma: float = 1.0) -> Tensor:
             "credit=reward_to_go reads rewards of single tokens, which nothing gives here. Add a transform that does, "
             "such as KLInReward with per: token, or use credit: broadcast."
         )
-    mask_NT = experience.completions.mask_NT & (experience.weights_N > 0)[:, None]
+    mask_NT = experience.completions.mask_NT
+    mask_NT = mask_NT & ~experience.rewards_PG.isnan().flatten().to(mask_NT.device)[:, None]
     returns_NT = discounted(clean(experience.token_rewards_NT, mask_NT).double(), gamma)
     mask_PGT = mask_NT.unflatten(0, (-1, experience.group_size))
     returns_PGT = returns_NT.unflatten(0, (-1, experience.group_size))
@@ -65,7 +67,7 @@ def discounted(rewards_NT: Tensor, gamma: float) -> Tensor:
 _BY_NAME: dict[str, Callable[..., Tensor | None]] = {"broadcast": broadcast, "reward_to_go": reward_to_go}
 
 
-def get(name: str, **options: Any) -> Credit:
+def get(name: str, /, **options: Any) -> Credit:
     """The credit ``name`` (one of the above, or a dotted path) with ``options`` bound.
 
     Raises:

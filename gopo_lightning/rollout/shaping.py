@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 from gopo_lightning.distributed.collectives import all_or_none
 from gopo_lightning.objectives.base import Needed
 from gopo_lightning.objectives.credit import Credit, broadcast
-from gopo_lightning.rollout.transforms import Context, Transform
+from gopo_lightning.rollout.transforms import Context, Position, Transform
 from gopo_lightning.types import Experience, Rollout
 
 R = TypeVar("R", bound=Rollout)
@@ -23,6 +24,9 @@ class Shaping:
         from_wins: the advantage reads the comparison matrices of the only source, a pairwise one.
         transforms: in their order; those of position rewards go before the advantage.
         credit: experience → advantages_NT or None.
+
+    Raises:
+        ValueError: a transform stands at an unknown position.
     """
 
     def __init__(
@@ -33,6 +37,12 @@ class Shaping:
         transforms: Sequence[Transform] = (),
         credit: Credit = broadcast,
     ) -> None:
+        for transform in transforms:
+            if transform.position not in get_args(Position):
+                raise ValueError(
+                    f"position={transform.position!r} of {type(transform).__name__} is unknown, so it would never be "
+                    f"applied; use one of {list(get_args(Position))}."
+                )
         self.advantage, self.from_wins = advantage, from_wins
         self.transforms, self.credit = tuple(transforms), credit
 
@@ -44,27 +54,20 @@ class Shaping:
     def __call__(self, rollout: Rollout, context: Context) -> Experience:
         """The experience of this rank. What fails on one rank fails on all."""
         shaped = self._transformed(rollout, "rewards", context)
-        if self.from_wins and shaped.rewards_PG is not rollout.rewards_PG:
-            raise ValueError(
-                "a transform changes the rewards, but the ordinal advantage of the only source, a pairwise one, reads "
-                "its comparisons and no reward. Add a second source, use another advantage, or remove the transform."
-            )
         with all_or_none("the advantage"):
-            advantages_PG = self.advantage(self._judged(shaped)).float().to(rollout.prompts.tokens_PL.device)
+            judged = self._judged(shaped, changed=shaped.rewards_PG is not rollout.rewards_PG)
+            advantages_PG = self.advantage(judged).float().to(rollout.prompts.tokens_PL.device)
         experience = self._transformed(shaped.with_advantages(advantages_PG), "advantages", context)
         with all_or_none("the credit"):
             advantages_NT = self.credit(experience)
-            if advantages_NT is None and experience.token_rewards_NT is not None:
-                raise ValueError(
-                    "a transform gives rewards to single tokens, and credit=broadcast does not read them. Use credit: "
-                    "reward_to_go, or remove the transform."
-                )
-        return replace(experience, advantages_NT=advantages_NT)
+            check_credit(advantages_NT, experience)
+        return replace(experience, advantages_NT=None if advantages_NT is None else advantages_NT.float())
 
     def commit(self, experience: Experience) -> None:
         """After the updates on ``experience``."""
         for transform in self.transforms:
-            transform.commit(experience)
+            with all_or_none(f"commit of the transform {type(transform).__name__}"):
+                transform.commit(experience)
 
     def state_dict(self) -> dict[str, Any]:
         """The transforms' states, by place and class."""
@@ -76,10 +79,15 @@ class Shaping:
             if (key := _key(i, transform)) in state:
                 transform.load_state_dict(state[key])
 
-    def _judged(self, rollout: Rollout) -> Tensor:
-        """What the advantage reads."""
+    def _judged(self, rollout: Rollout, *, changed: bool) -> Tensor:
+        """What the advantage reads; ValueError where that are comparisons, and a transform has ``changed`` rewards."""
         if not self.from_wins:
             return rollout.rewards_PG
+        if changed:
+            raise ValueError(
+                "a transform changes the rewards, but the ordinal advantage of the only source, a pairwise one, reads "
+                "its comparisons and no reward. Add a second source, use another advantage, or remove the transform."
+            )
         assert rollout.wins_PGGK is not None
         return rollout.wins_PGGK[..., 0]
 
@@ -87,8 +95,74 @@ class Shaping:
         for transform in self.transforms:
             if transform.position == position:
                 with all_or_none(f"the transform {type(transform).__name__}"):
-                    rollout = transform(rollout, context)
+                    changed = transform(rollout, context)
+                    check_transformed(changed, rollout, type(transform).__name__)
+                    rollout = changed
         return rollout
+
+
+def check_transformed(changed: Any, rollout: Rollout, name: str) -> None:
+    """ValueError unless the transform ``name`` gave ``rollout`` with other rewards, weights or advantages."""
+    if type(changed) is not type(rollout):
+        raise ValueError(
+            f"the transform {name} returned {_got(changed)}; it must return the {type(rollout).__name__} that it got, "
+            "with what it changes: dataclasses.replace(rollout, …)."
+        )
+    if changed.prompts is not rollout.prompts or changed.completions is not rollout.completions:
+        raise ValueError(
+            f"the transform {name} changed prompts or completions, on which the update would be no policy gradient. "
+            "Give those that should not count a weight of 0, by weights_PG."
+        )
+    if getattr(changed, "advantages_NT", None) is not None:
+        raise ValueError(
+            f"the transform {name} gave advantages to tokens, which the credit would overwrite. Use a function of your "
+            "own as objective.credit, or give token_rewards_NT before the advantages."
+        )
+    _check_fields(changed, rollout, name)
+
+
+def _check_fields(changed: Rollout, rollout: Rollout, name: str) -> None:
+    """Shapes and ranges of what a transform may change."""
+    PG, NT = rollout.rewards_PG.shape, rollout.completions.mask_NT.shape
+    given = {"rewards_PG": PG} | ({"advantages_PG": PG} if isinstance(rollout, Experience) else {})
+    if changed.weights_PG is not None:
+        given["weights_PG"] = PG
+    if changed.token_rewards_NT is not None:
+        given["token_rewards_NT"] = NT
+    for field, shape in given.items():
+        if not _is_real(value := getattr(changed, field), shape):
+            raise ValueError(
+                f"the transform {name} gave {field}={_got(value)}; it must be a float tensor {tuple(shape)}."
+            )
+    weights_PG = changed.weights_PG
+    if weights_PG is not None and not ((weights_PG >= 0) & weights_PG.isfinite()).all():
+        raise ValueError(
+            f"the transform {name} gave weights_PG={weights_PG.tolist()}; weights must be finite and at least 0. Use 0 "
+            "for what should not count."
+        )
+
+
+def check_credit(advantages_NT: Any, experience: Experience) -> None:
+    """ValueError unless a credit may give this."""
+    shape = experience.completions.mask_NT.shape
+    if advantages_NT is not None and not _is_real(advantages_NT, shape):
+        raise ValueError(
+            f"the credit returned {_got(advantages_NT)}; it must return a float tensor {tuple(shape)} [completions, "
+            "tokens], or None where each token has the advantage of its completion."
+        )
+    if advantages_NT is None and experience.token_rewards_NT is not None:
+        raise ValueError(
+            "a transform gives rewards to single tokens, and credit=broadcast does not read them. Use credit: "
+            "reward_to_go, or remove the transform."
+        )
+
+
+def _is_real(value: Any, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape
+
+
+def _got(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _key(place: int, transform: Transform) -> str:

@@ -18,6 +18,7 @@ from gopo_lightning.rollout.engines.streams import stream_seeds, uniforms
 from gopo_lightning.types import Experience, Rollout
 
 R = TypeVar("R", bound=Rollout)
+Position = Literal["rewards", "advantages"]
 
 
 class Context(NamedTuple):
@@ -34,7 +35,7 @@ class Transform(ABC):
     collective is called equally often on every rank.
     """
 
-    position: ClassVar[Literal["rewards", "advantages"]] = "rewards"
+    position: ClassVar[Position] = "rewards"
     """Before the advantages (it gets a `Rollout`) or after them (an `Experience`)."""
     needs: ClassVar[frozenset[Needed]] = frozenset()
     """Frozen log-probs that it reads; they are computed before, once, and not again in the update."""
@@ -44,7 +45,10 @@ class Transform(ABC):
         """The changed rollout (`dataclasses.replace`), with the same prompts and completions."""
 
     def commit(self, experience: Experience) -> None:  # noqa: B027 - most have no state
-        """After the updates on ``experience``: learn from it, if there is something to learn."""
+        """After the updates on ``experience``: learn from it, if there is something to learn.
+
+        What is learned must be the same on all ranks (gather it), as a checkpoint keeps the state of rank 0.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: tensors and plain values."""
@@ -58,7 +62,8 @@ class KLInReward(Transform):
     """r − β · KL of the policy that sampled to the reference, as in PPO for RLHF (arXiv 2203.02155, eq. 2).
 
     The KL is the estimator k1, Σ_t (log π_old − log π_ref) over a completion's tokens: in a reward, unlike in a loss,
-    it is unbiased. Ranks read the order of the sum, so β weighs nats against the scale of the rewards.
+    it is unbiased. Ranks read the order of the sum, so β weighs nats against the scale of the rewards. The curve
+    `reward/mean` shows what is left of a reward after its penalty, the curves of the sources what they gave.
 
     Args:
         coef: β > 0.
@@ -92,7 +97,7 @@ class RankFilter(Transform):
 
     Advantages are computed over all G before. The draw is without replacement (the authors' replay buffer draws with
     it), from a stream of its own, keyed by seed, step, prompt and completion. Completions that tie are put in a random
-    order; where all tie, and for those without a valid reward, nothing is kept.
+    order; where all tie, nothing is kept. Those without a valid reward, or with weight 0, are not ranked and not kept.
 
     Args:
         weights: probabilities by rank, the best first: ``bon`` (1, 0, …), ``br`` (best or random: ½, and the other half
@@ -121,7 +126,8 @@ class RankFilter(Transform):
             )
         indices = [prompt.index for prompt in rollout.prompts.prompts]
         draws_PG2 = uniforms(stream_seeds(~context.seed, context.step, indices, G), 2).view(P, G, 2)
-        groups = zip(rollout.rewards_PG.cpu(), draws_PG2, strict=True)
+        rewards_PG = rollout.rewards_PG.cpu().masked_fill(rollout.weights_N.view(P, G).cpu() == 0, math.nan)
+        groups = zip(rewards_PG, draws_PG2, strict=True)
         kept_PG = torch.stack([self._kept(rewards_G, draws_G2) for rewards_G, draws_G2 in groups])
         weights_PG = kept_PG if rollout.weights_PG is None else kept_PG.to(rollout.weights_PG) * rollout.weights_PG
         return replace(rollout, weights_PG=weights_PG.to(rollout.rewards_PG.device))

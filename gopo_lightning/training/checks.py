@@ -65,7 +65,9 @@ def check_groups(rollout: RolloutConfig, rewards: RewardConfig, update: UpdateCo
 def check_iterate(needs: frozenset[Needed], iterate_every: int | None) -> None:
     """The iterate is kept where it is read, and nowhere else."""
     if "iterate" in needs and iterate_every is None:
-        raise ValueError("the loss reads the iterate: set objective.iterate_every, updates from one copy to the next")
+        raise ValueError(
+            "the loss or a transform reads the iterate: set objective.iterate_every, updates from one copy to the next"
+        )
     if "iterate" not in needs and iterate_every is not None:
         raise ValueError(
             f"objective.iterate_every={iterate_every}, but nothing reads the iterate. Remove it, or use a loss that "

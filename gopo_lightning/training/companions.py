@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from gopo_lightning.distributed.fsdp import full, like, reshard
@@ -13,7 +14,8 @@ from gopo_lightning.policy.adapters import KeptWeights
 class Iterate:
     """The policy as it was some updates ago; of LoRA the adapter alone.
 
-    Before a rollout it becomes the present policy, if ``every`` updates, or a multiple, have been passed since.
+    Before a rollout it becomes the present policy if, since the copy was taken, the updates have reached or passed a
+    multiple of ``every``. So a rollout's updates all see one copy, and a multiple within them acts on the next rollout.
 
     Raises:
         ValueError: ``every`` is below 1.
@@ -32,6 +34,8 @@ class Iterate:
             trained = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
             self._weights = KeptWeights({name: like(self._restored[name], p) for name, p in trained.items()})
             self._restored = None
+        if self._weights is None and step > 0:
+            rank_zero_info(f"The checkpoint has no iterate: it begins as the policy of step {step}.")
         if self._weights is None or step // self.every > self._step // self.every:
             self._weights, self._step = KeptWeights.of(policy), step
 

@@ -1,0 +1,44 @@
+"""Small rollouts by hand."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gopo_lightning.types import Completions, Experience, Prompt, PromptBatch, Rollout
+
+
+def rollout_of(
+    rewards: Sequence[Sequence[float]],
+    lengths: Sequence[int] | None = None,
+    *,
+    indices: Sequence[int] | None = None,
+    **fields: Any,
+) -> Rollout:
+    """A group of completions a row of ``rewards``; one token each, or ``lengths``; rows of the dataset 0, 1, …."""
+    rewards_PG = torch.tensor(rewards, dtype=torch.float64)
+    lengths_N = torch.tensor([1] * rewards_PG.numel() if lengths is None else lengths)
+    mask_NT = torch.arange(int(lengths_N.max())) < lengths_N[:, None]
+    rows = range(len(rewards)) if indices is None else indices
+    return Rollout(
+        PromptBatch.collate([Prompt(row, (1,), "") for row in rows], 0),
+        Completions(mask_NT.long(), mask_NT, torch.zeros(len(mask_NT), dtype=torch.bool), ("",) * len(mask_NT)),
+        rewards_PG[..., None],
+        rewards_PG,
+        mask_NT.shape[1],
+        **fields,
+    )
+
+
+def experience_of(
+    rewards: Sequence[Sequence[float]],
+    lengths: Sequence[int] | None = None,
+    *,
+    advantages: Sequence[Sequence[float]] | None = None,
+    **fields: Any,
+) -> Experience:
+    """The same with ``advantages``, or 0."""
+    rollout = rollout_of(rewards, lengths, **fields)
+    if advantages is None:
+        return rollout.with_advantages(torch.zeros_like(rollout.rewards_PG).float())
+    return rollout.with_advantages(torch.tensor(advantages))

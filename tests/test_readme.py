@@ -1,0 +1,102 @@
+"""What README and docs/methods.md show is run: configs, a reward function; and the map of the package is the layout."""
+
+import re
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gopo_lightning.commands.lightning_cli import run
+from gopo_lightning.objectives import ClippedSurrogate, advantages
+from gopo_lightning.training.gopo_module import GOPOModule
+from gopo_lightning.types import Prompt
+from tests.test_architecture import PACKAGE, PARTS
+from tests.test_doors import write_config
+
+README = Path("README.md").read_text(encoding="utf-8")
+
+
+def block(language: str, beginning: str) -> str:
+    """The only code block of ``language`` that begins so."""
+    blocks = [textwrap.dedent(code) for code in re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.M)]
+    (found,) = [code for code in blocks if code.startswith(beginning)]
+    return found
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(block("yaml", "trainer:"), encoding="utf-8")
+    return path
+
+
+def instantiate(tiny_policy: Path, folder: Path, *configs: Path) -> GOPOModule:
+    flags = [f"--model.init_args.policy.name={tiny_policy}", f"--trainer.default_root_dir={folder}"]
+    layers = [f"--config={path}" for path in configs]
+    module = run([*layers, "--trainer.accelerator=cpu", *flags], instantiate_only=True).model
+    assert isinstance(module, GOPOModule)
+    return module
+
+
+def test_the_config_has_all_groups_and_is_instantiated(config: Path, tiny_policy: Path, tmp_path: Path) -> None:
+    groups = yaml.safe_load(config.read_text())["model"]["init_args"]
+    assert list(groups) == ["policy", "rollout", "rewards", "objective", "update", "placement"]
+    module = instantiate(tiny_policy, tmp_path, config)
+    assert module.reward_names == ["finished", "sentiment"] and module.rollout_config.num_completions == 8
+
+
+def test_what_the_config_calls_a_default_is_one(config: Path, tiny_policy: Path, tmp_path: Path) -> None:
+    module = instantiate(tiny_policy, tmp_path, config)
+    assert module.loss == type(module.loss)() and module.placement == type(module.placement)()
+
+
+def test_the_reward_of_ones_own(
+    config: Path, tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rewards.py").write_text(block("python", "def short_answer"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    overlay = tmp_path / "overlay.yaml"
+    groups = yaml.safe_load(block("yaml", "rewards:"))
+    overlay.write_text(yaml.safe_dump({"model": {"init_args": groups}}))
+    (source,) = instantiate(tiny_policy, tmp_path, config, overlay).collector.sources
+    prompts = [Prompt(index=0, token_ids=(1,), text="", columns={"gold": "4"})] * 3
+    assert source(prompts, ["4 ", "5", " "]) == [1.0, 0.0, None]
+
+
+def test_every_advantage_is_named() -> None:
+    paragraph = README[README.index("Advantages that read the order alone") :].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", paragraph)) == advantages.KIND.known.keys()
+
+
+def test_the_map_is_the_layout() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", README[README.index("## How data flows") :], re.M)
+    assert [name for name, _ in rows] == PARTS
+    assert {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()} == {
+        *PARTS,
+        "__init__",
+        "__main__",
+    }
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [Path("README.md"), Path("CONTRIBUTING.md"), *Path("docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+METHODS = Path("docs/methods.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("fragment", re.findall(r"^```yaml\n(.*?)^```", METHODS, re.DOTALL | re.M))
+def test_each_method_of_the_docs_trains(fragment: str, tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_policy, prompts_file, yaml.safe_load(fragment))
+    assert run(["fit", "--config", str(config)]).model.trainer.global_step == 2
+
+
+def test_every_option_of_the_loss_is_in_the_docs() -> None:
+    section = METHODS[METHODS.index("## Loss") : METHODS.index("## Mirror descent")]
+    first_cells = " ".join(line.split("|")[1] for line in section.splitlines() if line.startswith("|"))
+    assert set(re.findall(r"`(\w+)`", first_cells)) == {option.name for option in fields(ClippedSurrogate)}

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +33,19 @@ import coverage
 from mutants import Lines, Place, broken, draw, places
 
 PACKAGE = "gopo_lightning"
-ROOMS = ("advantages", "losses", "batching", "logprobs", "structs", "rewards", "rollout", "module")
+TARGETS = (
+    "types",
+    "objectives",
+    "policy/logprobs",
+    "policy/lm_head",
+    "rewards",
+    "rollout",
+    "training/gopo_module",
+    "training/update",
+    "training/forward",
+    "training/micro_batches",
+)
+"""Modules and folders of the package."""
 MAP = Path(".mutation-map.json")
 SLACK_SECONDS = 120.0
 """A mutant may take three times what its tests took, and this; beyond it hangs."""
@@ -189,10 +201,10 @@ def try_place(tree: Path, place: Place, tests: Sequence[str], limit_seconds: flo
     return "caught", failed[1] if failed else text.strip().splitlines()[-1][:200]
 
 
-def run(root: Path, package: str, rooms: Sequence[str], map_path: Path, results: Path, seed: int, count: int) -> None:
+def run(root: Path, package: str, targets: Sequence[str], map_path: Path, results: Path, seed: int, count: int) -> None:
     """Try the places of ``seed`` that ``results`` does not hold, two at a time, and append what came out."""
     lines, seconds = read_map(map_path, root)
-    files = [file for file in sorted(lines) if room_of(file, package) in rooms]
+    files = files_of(targets, root, package, lines)
     candidates = [place for file in files for place in places(file, (root / file).read_text(encoding="utf-8"))]
     drawn, tree = draw(candidates, lines, seed, count), tree_of(root)
     done = [row for row in read(results) if row.seed == seed]
@@ -225,9 +237,17 @@ def run(root: Path, package: str, rooms: Sequence[str], map_path: Path, results:
             list(pool.map(work, todo))
 
 
-def room_of(file: str, package: str) -> str:
-    """``rewards`` for gopo_lightning/rewards/base.py."""
-    return Path(file).relative_to(package).with_suffix("").parts[0]
+def files_of(targets: Sequence[str], root: Path, package: str, files: Iterable[str]) -> list[str]:
+    """Those of ``files`` that are a target, or in one; sorted.
+
+    Raises:
+        ValueError: a target is neither a module nor a folder of the package.
+    """
+    paths = {target: Path(package) / target for target in targets}
+    for target, path in paths.items():
+        if not ((root / path).is_dir() or (root / path).with_suffix(".py").is_file()):
+            raise ValueError(f"{target} is neither a module nor a folder of {package}; name one, as policy/lm_head")
+    return [file for file in sorted(files) if any(Path(file).with_suffix("").is_relative_to(p) for p in paths.values())]
 
 
 def read(results: Path) -> list[Result]:
@@ -255,14 +275,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("mutants.jsonl"), help="JSON lines, one a mutant")
     parser.add_argument("--map", type=Path, default=MAP, help="what `map` writes and `run` reads")
     parser.add_argument("--tests", nargs="+", default=["tests"], help="of `map`: files, or all")
-    parser.add_argument("--rooms", nargs="+", default=list(ROOMS), help="modules or folders of the package")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="modules or folders of the package")
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="of the repository")
     parser.add_argument("--package", default=PACKAGE)
     options = parser.parse_args(arguments)
     if options.action == "map":
         make_map(options.root, options.package, options.tests, options.map)
         return
-    run(options.root, options.package, options.rooms, options.map, options.results, options.seed, options.count)
+    run(options.root, options.package, options.targets, options.map, options.results, options.seed, options.count)
     print(table([row for row in read(options.results) if row.seed == options.seed]))
 
 

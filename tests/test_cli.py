@@ -191,7 +191,8 @@ def events(run: Path) -> EventAccumulator:
 
 def test_every_tag_is_defined_in_the_docs(config: Path, tmp_path: Path) -> None:
     loss = [f"--model.init_args.objective.loss.{option}" for option in ("kl_coef=0.1", "clip_ceiling=4")]
-    run(["fit", "--config", str(config), *loss])
+    transforms = [{"class_path": "gopo_lightning.rollout.KLInReward", "init_args": {"coef": 0.1}}]
+    run(["fit", "--config", str(config), *loss, f"--model.init_args.rewards.transforms={json.dumps(transforms)}"])
     tags = events(tmp_path / "run" / "version_0").Tags()
     logged = {*tags["scalars"], *tags["histograms"], *(tag.removesuffix("/text_summary") for tag in tags["tensors"])}
     table = Path("docs/metrics.md").read_text()

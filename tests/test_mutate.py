@@ -107,12 +107,26 @@ def test_only_executed_lines_are_drawn_and_a_seed_draws_the_same(scripts: Any) -
     assert drawn == scripts[1].draw(found, lines, seed=1, count=25)
 
 
+def test_what_is_broken_by_default_is_there(scripts: Any) -> None:
+    root = Path(__file__).parents[1]
+    sources = [str(path.relative_to(root)) for path in (root / "gopo_lightning").rglob("*.py")]
+    drawn_from = scripts[0].files_of(scripts[0].TARGETS, root, "gopo_lightning", sources)
+    assert {"gopo_lightning/types.py", "gopo_lightning/objectives/advantages/ranks.py"} <= set(drawn_from)
+    assert not {"gopo_lightning/policy/model.py", "gopo_lightning/training/schedules.py"} & set(drawn_from)
+
+
+def test_a_target_that_is_not_there_is_refused(toy: Path, scripts: Any) -> None:
+    assert scripts[0].files_of(["maths"], toy, "toy", ["toy/maths.py", "toy/maths_too.py"]) == ["toy/maths.py"]
+    with pytest.raises(ValueError, match="losses is neither a module nor a folder of toy"):
+        scripts[0].files_of(["losses"], toy, "toy", ["toy/maths.py"])
+
+
 def test_mutants_are_tried_once_and_survivors_are_named(
     toy: Path, scripts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mutate, results = scripts[0], tmp_path / "results.jsonl"
     shared = ["--root", str(toy), "--package", "toy", "--map", str(tmp_path / "map.json")]
-    run = ["run", *shared, "--rooms", "maths", "--seed", "1", "--results", str(results)]
+    run = ["run", *shared, "--targets", "maths", "--seed", "1", "--results", str(results)]
     with pytest.raises(ValueError, match="make it with"):
         mutate.main(run)
     mutate.main(["map", *shared])

@@ -90,10 +90,25 @@ def test_links_lead_somewhere() -> None:
 METHODS = Path("docs/methods.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("fragment", re.findall(r"^```yaml\n(.*?)^```", METHODS, re.DOTALL | re.M))
+def fragments(page: str) -> list[str]:
+    return re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.M)
+
+
+@pytest.mark.parametrize("fragment", fragments(METHODS))
 def test_each_method_of_the_docs_trains(fragment: str, tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_policy, prompts_file, yaml.safe_load(fragment))
     assert run(["fit", "--config", str(config)]).model.trainer.global_step == 2
+
+
+@pytest.mark.parametrize("fragment", fragments(Path("docs/rewards.md").read_text(encoding="utf-8")))
+def test_each_config_of_the_page_on_rewards_is_instantiated(
+    fragment: str, tiny_policy: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    groups = yaml.safe_load(fragment)
+    model = run(
+        ["--config", str(write_config(tmp_path, tiny_policy, prompts_file, groups))], instantiate_only=True
+    ).model
+    assert len(model.reward_names) == len(groups.get("rewards", {"sources": [None]})["sources"])
 
 
 def test_every_option_of_the_loss_is_in_the_docs() -> None:

@@ -111,6 +111,25 @@ def test_each_config_of_the_page_on_rewards_is_instantiated(
     assert len(model.reward_names) == len(groups.get("rewards", {"sources": [None]})["sources"])
 
 
+CONTRIBUTING = Path("CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("fragment", fragments(CONTRIBUTING))
+def test_the_methods_that_contributors_are_shown_train(
+    fragment: str, tiny_policy: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = re.findall(r"^```python\n(.*?)^```", CONTRIBUTING, re.DOTALL | re.M)
+    (tmp_path / "my_methods.py").write_text("\n\n".join(code), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = write_config(tmp_path, tiny_policy, prompts_file, yaml.safe_load(fragment))
+    assert run(["fit", "--config", str(config)]).model.trainer.global_step == 2
+
+
+def test_the_files_that_contributors_are_to_open_are_there() -> None:
+    named = re.findall(r"`((?:objectives|rewards|rollout)/[\w/]+\.py)`", CONTRIBUTING)
+    assert len(named) == 10 and all((PACKAGE / path).is_file() for path in named)
+
+
 def test_every_option_of_the_loss_is_in_the_docs() -> None:
     section = METHODS[METHODS.index("## Loss") : METHODS.index("## Mirror descent")]
     first_cells = " ".join(line.split("|")[1] for line in section.splitlines() if line.startswith("|"))

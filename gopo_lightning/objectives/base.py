@@ -9,7 +9,8 @@ A new objective is a subclass that is named in YAML by its dotted path:
 
     class Reinforce(Objective):
         def __call__(self, logprobs_NT, experience, mask_NT, total):
-            return Loss(-(experience.advantages_PG.flatten()[:, None] * logprobs_NT)[mask_NT].sum() / total)
+            surrogate_NT = experience.advantages_PG.flatten()[:, None] * logprobs_NT
+            return Loss(-surrogate_NT[mask_NT].sum() / torch.where(total > 0, total, 1.0))
 """
 
 from abc import ABC, abstractmethod

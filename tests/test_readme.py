@@ -1,9 +1,11 @@
 """What README and docs/methods.md show is run: configs, a reward function; and the map of the package is the layout."""
 
+import json
 import re
 import textwrap
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -63,6 +65,16 @@ def test_the_reward_of_ones_own(
     (source,) = instantiate(tiny_policy, tmp_path, config, overlay).collector.sources
     prompts = [Prompt(index=0, token_ids=(1,), text="", columns={"gold": "4"})] * 3
     assert source(prompts, ["4 ", "5", " "]) == [1.0, 0.0, None]
+
+
+def test_the_python_code_trains(tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{n} + {n} = ", "gold": str(2 * n)} for n in range(8)]
+    Path("questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code = block("python", "from lightning.pytorch").replace("packaged:smollm2-135m-instruct", str(tiny_policy))
+    names: dict[str, Any] = {}
+    exec(block("python", "def short_answer") + code.replace("max_steps=20", "max_steps=1"), names)
+    assert names["module"].trainer.global_step == 1
 
 
 def test_every_advantage_is_named() -> None:

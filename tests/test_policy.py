@@ -22,6 +22,7 @@ from gopo_lightning.policy.model import (
     load_tokenizer,
     reference_of,
 )
+from gopo_lightning.policy.shared_prefix import supports_shared_prefix
 from tests.conftest import byte_tokenizer, save_llama
 from tests.runs import make_data, make_module, make_trainer
 
@@ -32,6 +33,8 @@ def test_dropout_is_off_in_train_mode(tmp_path: Path) -> None:
     policy = load_policy(PolicyConfig(str(tmp_path))).train()
     tokens = torch.arange(20)[None]
     assert torch.equal(policy(tokens).logits, policy(tokens).logits)
+    for model in (policy, load_reference(PolicyConfig(str(tmp_path)))):
+        assert supports_shared_prefix(model, 20) == (True, "")  # so a group's prompt is forwarded once
 
 
 def test_lora_dropout_is_refused() -> None:

@@ -142,8 +142,10 @@ def load_policy(config: PolicyConfig, base: PreTrainedModel | None = None) -> Po
 
 
 def load_reference(config: PolicyConfig) -> PreTrainedModel:
-    """The frozen policy of step 0: eval mode, no gradients."""
-    return _load_base(config).requires_grad_(False).eval()
+    """The frozen policy of step 0: eval mode, no gradients, dropout off."""
+    model = _load_base(config)
+    _disable_dropout(model)
+    return model.requires_grad_(False).eval()
 
 
 @contextmanager

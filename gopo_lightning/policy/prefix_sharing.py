@@ -30,7 +30,8 @@ def decide_prefix_sharing(mode: PrefixSharing, model: nn.Module, rollout: Rollou
     if not reason:
         reason = max(gather_objects(_tried(model, rollout, temperature)))
     if reason and mode == "always":
-        raise ValueError(f"prefix_sharing=always, but {type(model).__name__} cannot: {reason}. Use auto or never.")
+        name = type(model).__name__.removeprefix("FSDP")
+        raise ValueError(f"prefix_sharing=always, but {name} cannot: {reason}. Use auto or never.")
     if reason:
         rank_zero_warn(f"the prompt is forwarded with each of its completions, which is slower: {reason}")
     return not reason

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def _may_be_refused(row: Row) -> bool:
 
 def _is_sentence(ended: commands.Ended, word: str) -> bool:
     """The last words are a user's error that names ``word``."""
-    return ended.last_words.startswith("ValueError: ") and word in ended.last_words and len(ended.last_words) < 600
+    said = re.sub(r"^\[rank\d+\]: ", "", ended.last_words)
+    return said.startswith("ValueError: ") and word in said and len(said) < 600
 
 
 def _of_first(trial: Trial, found: Curves) -> list[str]:

@@ -129,7 +129,7 @@ def _obstacle(base: nn.Module, model: nn.Module, num_tokens: int | None) -> str 
     if getattr(text, "attn_logit_softcapping", None) and attention_of(config) == "sdpa":
         return "sdpa ignores the soft cap of its attention scores; set attn_implementation to eager"
     for name in ("attention_dropout", "attn_pdrop"):
-        if getattr(text, name, 0.0):
+        if getattr(text, name, 0.0) and _drops(base):
             return f"{name} is {getattr(text, name)}; set it to 0"
     for name, module in base.named_modules():
         if isinstance(getattr(module, "sinks", None), nn.Parameter):
@@ -137,6 +137,15 @@ def _obstacle(base: nn.Module, model: nn.Module, num_tokens: int | None) -> str 
         if type(module).__name__ == "CheckpointWrapper":
             return "activation checkpointing by torch's wrapper; use the model's own gradient checkpointing"
     return None
+
+
+def _drops(base: nn.Module) -> bool:
+    """Whether a dropout is left: a policy's are set to 0, whatever its configuration says."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0)
+        for module in base.modules()
+        if module is not base
+    )
 
 
 def _window(text_config: PreTrainedConfig) -> int | None:

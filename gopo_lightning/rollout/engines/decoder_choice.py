@@ -51,7 +51,7 @@ class DecoderChoice:
         Raises:
             ValueError: ``always``, and the model cannot share; or no decoder gives the model's own numbers.
         """
-        name = type(model).__name__
+        name = type(model).__name__.removeprefix("FSDP")
         longest = prompts.tokens_PL.shape[1]
         if forward_is_collective(model):
             longest = max(gather_objects(longest))

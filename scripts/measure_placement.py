@@ -21,7 +21,7 @@ from gopo_lightning.data import assets
 from gopo_lightning.distributed.fsdp import shard_fsdp2
 from gopo_lightning.distributed.gathering import gathered
 from gopo_lightning.policy.model import PolicyConfig, eos_token_ids, load_policy, load_tokenizer
-from gopo_lightning.policy.sharded_loading import fill, policy_without_weights
+from gopo_lightning.policy.sharded_loading import fill_shards, policy_without_weights
 from gopo_lightning.rollout import SamplingConfig, TransformersEngine
 from gopo_lightning.types import Prompt, PromptBatch
 
@@ -53,7 +53,7 @@ def load(how: str, config: PolicyConfig, ranks: int) -> nn.Module:
     else:
         model = policy_without_weights(config)
         shard_fsdp2(model, mesh, dtype=None)
-        fill(model, config, torch.device("cpu"))
+        fill_shards(model, config, torch.device("cpu"))
     return model
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from gopo_lightning.distributed.checkpoints import last_of
+from gopo_lightning.distributed.checkpoints import last_checkpoint_of
 from gopo_lightning.distributed.collectives import gather_objects
 from gopo_lightning.distributed.fsdp import shard_fsdp2
 from gopo_lightning.distributed.strategies import FSDP2Strategy
@@ -25,7 +25,7 @@ from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.policy.model import PolicyConfig, load_policy
 from gopo_lightning.rewards import FunctionReward, SequenceClassifierReward
 from gopo_lightning.rollout import SamplingConfig
-from gopo_lightning.training.callbacks.export import export
+from gopo_lightning.training.callbacks.export import export_policy
 from tests.runs import make_data, make_module, make_trainer
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": "orthogonal"}
@@ -129,7 +129,7 @@ def run_case(case: Case, tiny_policy: Path, prompts_file: Path, folder: Path, wo
         **case.trainer,
     )
     data = make_data(prompts_file, prompts_per_step=case.prompts_per_step)
-    path = last_of(trainer) if case.resume == "last" else case.resume and folder / case.resume
+    path = last_checkpoint_of(trainer) if case.resume == "last" else case.resume and folder / case.resume
     if case.stop is not None:
         with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
             trainer.fit(module, data)
@@ -143,7 +143,7 @@ def run_case(case: Case, tiny_policy: Path, prompts_file: Path, folder: Path, wo
     trainer.fit(module, data, ckpt_path=path)
     trainer.save_checkpoint(folder / f"{case.name}.ckpt")
     if case.export:
-        export(module.policy, module.tokenizer, folder / f"{case.name}-export", is_writer=trainer.is_global_zero)
+        export_policy(module.policy, module.tokenizer, folder / f"{case.name}-export", is_writer=trainer.is_global_zero)
     trainer.strategy.barrier()
     if trainer.is_global_zero:
         validation = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}

@@ -200,7 +200,7 @@ def test_baselines_equal_a_numpy_loop(name: str) -> None:
             scale = {"grpo": scores.std(ddof=1) + 1e-4, "batch": everything.std(ddof=1) + 1e-4}.get(name, 1.0)
             baseline = (scores.sum() - r) / (len(scores) - 1) if name == "rloo" else scores.mean()
             expected[p, g] = (r - baseline) / scale
-    actual = advantages.get(name)(torch.from_numpy(rewards))
+    actual = advantages.get_advantage(name)(torch.from_numpy(rewards))
     assert actual.dtype == torch.float32
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-7)
 
@@ -211,18 +211,18 @@ def test_a_constant_group_is_exactly_zero(name: str, dtype: torch.dtype) -> None
     rewards_PG = torch.full((1, 7), 0.1, dtype=dtype)
     rewards_PG[0, 3] = NAN
     both_PG = torch.cat([rewards_PG, torch.arange(7, dtype=dtype).unsqueeze(0)])
-    assert not advantages.get(name)(both_PG)[0].any()
+    assert not advantages.get_advantage(name)(both_PG)[0].any()
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "batch"])
 def test_magnitudes_are_float64_and_refuse_infinity(name: str) -> None:
     huge_PG = torch.tensor([[1e38, 5e37, -1e38]])  # the float32 sum of squares overflows
-    assert advantages.get(name)(huge_PG).isfinite().all()
+    assert advantages.get_advantage(name)(huge_PG).isfinite().all()
     offset_PG = torch.tensor([[1e6 + 0.5, 1e6, 1e6 + 1.0]])
     if name in ("dr_grpo", "rloo"):
-        assert advantages.get(name)(offset_PG)[0, 0].item() == 0
+        assert advantages.get_advantage(name)(offset_PG)[0, 0].item() == 0
     with pytest.raises(ValueError, match=r"prompt 1 .*infinity"):
-        advantages.get(name)(torch.tensor([[0.0, 1.0], [0.0, INF]]))
+        advantages.get_advantage(name)(torch.tensor([[0.0, 1.0], [0.0, INF]]))
 
 
 def test_batch_over_two_ranks_equals_one_process() -> None:
@@ -251,9 +251,9 @@ def test_batch_over_two_ranks_equals_one_process() -> None:
 @pytest.mark.parametrize("name", ["ordinal", "grpo", "dr_grpo", "rloo", "batch"])
 def test_groups_of_one_and_wrong_shapes_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="at least 2"):
-        advantages.get(name)(torch.zeros(3, 1))
+        advantages.get_advantage(name)(torch.zeros(3, 1))
     with pytest.raises(ValueError, match="shape"):
-        advantages.get(name)(torch.zeros(3))
+        advantages.get_advantage(name)(torch.zeros(3))
 
 
 def custom(rewards_PG: Tensor, *, sharpness: float) -> Tensor:
@@ -276,7 +276,7 @@ def test_an_advantage_of_the_wrong_shape_or_kind_is_refused(
 ) -> None:
     monkeypatch.setattr(f"{__name__}.custom", lambda rewards_PG: returned(rewards_PG))
     with pytest.raises(ValueError, match=rf"'{__name__}.custom' returned {got} for .*\(2, 3\).*custom\(rewards_PG"):
-        advantages.get(f"{__name__}.custom")(torch.zeros(2, 3))
+        advantages.get_advantage(f"{__name__}.custom")(torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -295,11 +295,11 @@ def test_an_infinity_raises_on_every_rank_after_both_sums(own: bool) -> None:
 
 def test_get_resolves_names_paths_and_options() -> None:
     rewards_PG = torch.tensor([[1.0, 1.0, 0.0]])
-    assert advantages.get("ordinal", ties="arbitrary")(rewards_PG).tolist() == [[2.0, 0.0, -2.0]]
-    assert advantages.get(f"{__name__}.custom", sharpness=3.0)(rewards_PG).tolist() == [[3.0, 3.0, 0.0]]
-    doubled = advantages.get("batch", all_reduce=lambda m: 2 * m)(rewards_PG)
+    assert advantages.get_advantage("ordinal", ties="arbitrary")(rewards_PG).tolist() == [[2.0, 0.0, -2.0]]
+    assert advantages.get_advantage(f"{__name__}.custom", sharpness=3.0)(rewards_PG).tolist() == [[3.0, 3.0, 0.0]]
+    doubled = advantages.get_advantage("batch", all_reduce=lambda m: 2 * m)(rewards_PG)
     assert not torch.equal(doubled, advantages.batch(rewards_PG))
-    advantages.get("ordinal", all_reduce=lambda m: m)(rewards_PG)  # needs no collective: not an error
+    advantages.get_advantage("ordinal", all_reduce=lambda m: m)(rewards_PG)  # needs no collective: not an error
 
 
 @pytest.mark.parametrize(
@@ -318,4 +318,4 @@ def test_get_resolves_names_paths_and_options() -> None:
 )
 def test_get_refuses_with_a_remedy(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        advantages.get(name, **options)
+        advantages.get_advantage(name, **options)

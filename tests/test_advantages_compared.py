@@ -26,7 +26,7 @@ def expect(actual: Tensor, *values: float) -> None:
 
 @pytest.mark.parametrize(("name", "options"), NAMES.items())
 def test_what_all_advantages_have_in_common(name: str, options: dict[str, float]) -> None:
-    advantage = advantages.get(name, **options)
+    advantage = advantages.get_advantage(name, **options)
     rewards_PG = torch.tensor([[0.1, 0.1, NAN, 0.1], [NAN, 4.0, NAN, NAN], [NAN] * 4, [1.0, NAN, 0.0, 0.0]])
     advantages_PG = advantage(rewards_PG)
     assert advantages_PG.dtype == torch.float32
@@ -91,17 +91,17 @@ def test_calibrated_sums_to_zero_rises_with_the_reward_and_reads_wins(rewards_PG
 @pytest.mark.parametrize("tau", [0.0, -1.0, INF, NAN, True, "1e-3", None])
 def test_a_tau_that_is_no_scale_is_refused(tau: float) -> None:
     with pytest.raises(ValueError, match=rf"tau={tau!r} .*finite number above 0. Set it to"):
-        advantages.get("calibrated", tau=tau)
+        advantages.get_advantage("calibrated", tau=tau)
 
 
 def test_a_tau_that_is_not_known_yet_is_asked_for_at_every_call() -> None:
     taus = iter([1.0, 2.0])
     late = {"tau": lambda: next(taus)}
-    advantage = advantages.get("calibrated", late=late)
+    advantage = advantages.get_advantage("calibrated", late=late)
     assert advantage(row(LN3, 0.0)).tolist() == [[1.0, -1.0]]
     expect(advantage(row(2 * LN3, 0.0)), 1.0, -1.0)
-    assert advantages.get("calibrated", late=late, tau=LN3)(row(LN3**2, 0.0)).tolist() == [[1.0, -1.0]]
-    advantages.get("ordinal", late=late)(row(1.0, 0.0))  # does not ask
+    assert advantages.get_advantage("calibrated", late=late, tau=LN3)(row(LN3**2, 0.0)).tolist() == [[1.0, -1.0]]
+    advantages.get_advantage("ordinal", late=late)(row(1.0, 0.0))  # does not ask
 
 
 # QAE
@@ -150,7 +150,7 @@ def test_maxrl_by_hand() -> None:
 @pytest.mark.parametrize(("name", "bad"), [("maxrl", -0.5), ("maxrl", INF), ("qae", INF), ("qae", -INF)])
 def test_magnitudes_that_have_no_meaning_are_refused(name: str, bad: float) -> None:
     with pytest.raises(ValueError, match=r"prompt 1 .*(go down to -0\.5.*Use a reward|infinity)"):
-        advantages.get(name)(torch.tensor([[0.0, 1.0, NAN], [NAN, 1.0, bad]]))
+        advantages.get_advantage(name)(torch.tensor([[0.0, 1.0, NAN], [NAN, 1.0, bad]]))
 
 
 # ODRPO
@@ -213,4 +213,4 @@ def test_odrpo_of_given_thresholds_is_the_sum_of_grpo(rewards_PG: Tensor) -> Non
 )
 def test_options_that_say_nothing_are_refused_at_once(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        advantages.get(name, **options)
+        advantages.get_advantage(name, **options)

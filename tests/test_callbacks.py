@@ -32,7 +32,7 @@ from transformers import (
 
 from gopo_lightning.data.batch import Batch
 from gopo_lightning.training.callbacks import ExportHF, ProgressBar, SampleTable, Throughput
-from gopo_lightning.training.callbacks.export import export
+from gopo_lightning.training.callbacks.export import export_policy
 from gopo_lightning.training.callbacks.progress import PlainLines, RichBar, train_line, validation_line
 from gopo_lightning.training.callbacks.samples import escape, group_table, ranks
 from gopo_lightning.training.callbacks.schedule import Every
@@ -240,7 +240,7 @@ def test_sample_table_says_when_no_logger_takes_text(tmp_path: Path) -> None:
 def test_an_export_loads_in_plain_transformers(tmp_path: Path, tie: bool) -> None:
     model, tokens = tiny_model(tie), torch.arange(6)[None]
     model.model.layers[0].requires_grad_(False)  # frozen by hand: it belongs to the folder all the same
-    export(model, tiny_tokenizer(), tmp_path / "policy")
+    export_policy(model, tiny_tokenizer(), tmp_path / "policy")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert torch.equal(loaded(tokens).logits, model.eval()(tokens).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "policy")("a good film")["input_ids"] == [1, 3, 2]
@@ -255,7 +255,7 @@ def test_an_adapter_is_exported_without_its_base(tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
-    export(model, tiny_tokenizer(), tmp_path / "adapter")
+    export_policy(model, tiny_tokenizer(), tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 10_000
     tokens = torch.arange(6)[None]
@@ -265,8 +265,8 @@ def test_an_adapter_is_exported_without_its_base(tmp_path: Path) -> None:
 
 def test_an_export_replaces_the_one_before(tmp_path: Path) -> None:
     adapter: Any = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    export(adapter, tiny_tokenizer(), tmp_path / "policy")
-    export(tiny_model(), tiny_tokenizer(), tmp_path / "policy")
+    export_policy(adapter, tiny_tokenizer(), tmp_path / "policy")
+    export_policy(tiny_model(), tiny_tokenizer(), tmp_path / "policy")
     assert not (tmp_path / "policy" / "adapter_config.json").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["policy"]
 
@@ -276,9 +276,9 @@ def test_a_failed_export_leaves_the_one_before_alone(tmp_path: Path) -> None:
         def save_pretrained(self, folder: Path) -> None:
             raise OSError("disk full")
 
-    export(tiny_model(), tiny_tokenizer(), tmp_path / "policy")
+    export_policy(tiny_model(), tiny_tokenizer(), tmp_path / "policy")
     with pytest.raises(OSError, match="disk full"):
-        export(tiny_model(), Broken(), tmp_path / "policy")
+        export_policy(tiny_model(), Broken(), tmp_path / "policy")
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").eos_token == "<eos>"
 
 
@@ -327,7 +327,7 @@ def _export_shards(rank: int, folder: str, port: int) -> None:
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    export(model, tiny_tokenizer(), Path(folder) / "policy", is_writer=rank == 0)
+    export_policy(model, tiny_tokenizer(), Path(folder) / "policy", is_writer=rank == 0)
     torch.distributed.barrier()  # as ExportHF: a rank that leaves early takes the other down
     torch.distributed.destroy_process_group()
 

@@ -17,7 +17,7 @@ from gopo_lightning.distributed.checkpoints import (
     TrainableState,
     atomic_save,
     is_whole,
-    load,
+    load_checkpoint,
     newest,
     step_of,
 )
@@ -33,7 +33,7 @@ def write(path: Path, value: int = 0) -> Path:
 def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
     path = write(tmp_path / "a" / "run.ckpt", 3)
     for mmap in (False, True):
-        loaded = load(path, mmap=mmap)
+        loaded = load_checkpoint(path, mmap=mmap)
         assert loaded["value"] == 3 and torch.equal(loaded["state_dict"]["weight"], torch.full((1000,), 3.0))
     assert [p.name for p in path.parent.iterdir()] == ["run.ckpt"]
 
@@ -48,7 +48,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
         AtomicCheckpointIO().save_checkpoint({"value": 2}, path)
-    assert load(path)["value"] == 1 and list(tmp_path.iterdir()) == [path]
+    assert load_checkpoint(path)["value"] == 1 and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_kill_while_writing_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
@@ -69,10 +69,10 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before_it(tmp_path: Path) ->
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert load(path)["value"] == 1
+    assert load_checkpoint(path)["value"] == 1
     assert newest(tmp_path.glob("*.ckpt")) == path
     write(path, 3)
-    assert load(path)["value"] == 3 and list(tmp_path.iterdir()) == [path]  # the torn file is gone
+    assert load_checkpoint(path)["value"] == 3 and list(tmp_path.iterdir()) == [path]  # the torn file is gone
 
 
 def test_a_checkpoint_cut_anywhere_is_not_picked(tmp_path: Path) -> None:
@@ -85,13 +85,13 @@ def test_a_checkpoint_cut_anywhere_is_not_picked(tmp_path: Path) -> None:
         assert not is_whole(torn)
         assert newest([whole, torn]) == whole
         with pytest.raises(ValueError, match="no whole checkpoint"):
-            load(torn)
+            load_checkpoint(torn)
 
 
 def test_a_flipped_bit_or_a_hole_anywhere_is_seen_or_harmless(tmp_path: Path) -> None:
     path = write(tmp_path / "run.ckpt", 2)
     content, rng, refused = path.read_bytes(), random.Random(1), 0
-    expected = load(path)
+    expected = load_checkpoint(path)
     for place in [*range(0, len(content), 61), *range(len(content) - 200, len(content))]:
         damaged = bytearray(content)
         if place % 2:
@@ -101,7 +101,7 @@ def test_a_flipped_bit_or_a_hole_anywhere_is_seen_or_harmless(tmp_path: Path) ->
         path.write_bytes(damaged)
         assert step_of(path) in (None, 7)
         try:
-            loaded = load(path)
+            loaded = load_checkpoint(path)
         except ValueError as error:
             refused += "no whole checkpoint" in str(error)
             assert newest([path]) is None
@@ -115,7 +115,7 @@ def test_a_file_is_read_through_once_in_a_process(tmp_path: Path, monkeypatch: p
     path, calls = write(tmp_path / "run.ckpt"), []
     original = zipfile.ZipFile.testzip
     monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda archive: calls.append(1) or original(archive))
-    assert newest([path]) == path and load(path) and load(path, mmap=True)
+    assert newest([path]) == path and load_checkpoint(path) and load_checkpoint(path, mmap=True)
     assert len(calls) == 1
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -128,7 +128,7 @@ def test_a_file_of_another_program_is_refused_in_words(content: Any, tmp_path: P
     path = tmp_path / "other.ckpt"
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"other.ckpt is no checkpoint of a run: it holds .*policy.name"):
-        load(path)
+        load_checkpoint(path)
     assert newest([path]) is None
 
 

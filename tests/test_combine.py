@@ -44,7 +44,7 @@ def test_in_borda_a_source_without_a_score_abstains() -> None:
 @given(GROUPS, st.sampled_from(["borda", "lexicographic"]))
 def test_no_scale_matters(rewards_PGK: Tensor, name: str) -> None:
     """A strictly increasing map of one source leaves every value as it is, to the bit."""
-    function = combine.get(name, num_sources=2)
+    function = combine.get_combination(name, num_sources=2)
     stretched = torch.stack([rewards_PGK[..., 0], (rewards_PGK[..., 1] * 3).exp() * 1e3], -1)
     assert torch.equal(function(stretched), function(rewards_PGK))
 
@@ -91,5 +91,5 @@ def test_z_score_by_hand() -> None:
 
 def test_one_completion_is_no_group_but_no_error() -> None:
     for name in ("weighted_sum", "borda", "lexicographic", "z_score"):
-        value = combine.get(name, num_sources=2)(columns([3.0], [4.0]))
+        value = combine.get_combination(name, num_sources=2)(columns([3.0], [4.0]))
         assert value.tolist() == [[7.0 if name == "weighted_sum" else 0.0]]

@@ -118,13 +118,13 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 
 def test_a_credit_is_found_by_name_or_path() -> None:
-    assert torch.equal(credit.get("reward_to_go", gamma=0.5)(ragged()), reward_to_go(ragged(), gamma=0.5))
-    assert credit.get("broadcast")(ragged()) is None
-    assert torch.equal(credit.get("tests.test_credit.named", name=2.0)(ragged()), torch.full((6, 4), 2.0))
+    assert torch.equal(credit.get_credit("reward_to_go", gamma=0.5)(ragged()), reward_to_go(ragged(), gamma=0.5))
+    assert credit.get_credit("broadcast")(ragged()) is None
+    assert torch.equal(credit.get_credit("tests.test_credit.named", name=2.0)(ragged()), torch.full((6, 4), 2.0))
     with pytest.raises(ValueError, match=r"unknown credit 'gae'. Use one of \['broadcast', 'reward_to_go'\]"):
-        credit.get("gae")
+        credit.get_credit("gae")
     with pytest.raises(ValueError, match="credit 'broadcast' with init_args {'gamma': 0.5}.*Correct them"):
-        credit.get("broadcast", gamma=0.5)
+        credit.get_credit("broadcast", gamma=0.5)
 
 
 def named(experience: Experience, *, name: float) -> Tensor:

@@ -23,7 +23,7 @@ from gopo_lightning.policy.shared_prefix import packing as layouts
 from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.engines.decoder_choice import obstacle
 from gopo_lightning.rollout.engines.decoders import SharedDecoder
-from gopo_lightning.rollout.engines.drawing import candidates, draw, inverse_cdf
+from gopo_lightning.rollout.engines.drawing import candidates, draw_tokens, inverse_cdf
 from gopo_lightning.rollout.engines.precision import sampling_precision
 from gopo_lightning.rollout.engines.streams import stream_seeds, uniforms
 from gopo_lightning.rollout.engines.transformers import TransformersEngine
@@ -130,9 +130,9 @@ def test_decoding_fewer_rows_at_once_does_not_change_the_text(sharing: str, monk
 
     def counted(logits_NV: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         rows.append(len(logits_NV))
-        return draw(logits_NV, *args, **kwargs)
+        return draw_tokens(logits_NV, *args, **kwargs)
 
-    monkeypatch.setattr("gopo_lightning.rollout.engines.transformers.draw", counted)
+    monkeypatch.setattr("gopo_lightning.rollout.engines.transformers.draw_tokens", counted)
     for max_rows, most in ((100, 20), (9, 8), (1, 4)):  # whole groups: at least one
         rows.clear()
         completions = generate(model, prompts, sharing, 4, max_rows=max_rows, **options)
@@ -292,7 +292,7 @@ def test_samples_follow_the_distribution(options: dict[str, Any]) -> None:
     logits_V, N = torch.randn(12) * 1.5, 40_000
     config = SamplingConfig(temperature=0.8, **options)
     uniforms_N = uniforms(stream_seeds(0, 0, range(N), 1), 1)[:, 0]
-    tokens_N, logprobs_N = draw(logits_V.expand(N, 12), uniforms_N, config, None)
+    tokens_N, logprobs_N = draw_tokens(logits_V.expand(N, 12), uniforms_N, config, None)
     logprobs_V = (logits_V / 0.8).log_softmax(-1)
     torch.testing.assert_close(logprobs_N, logprobs_V[tokens_N], atol=1e-5, rtol=1e-5)
     kept_1C, ids_1C = candidates(logprobs_V.exp()[None], config)
@@ -308,8 +308,8 @@ def test_rows_are_drawn_in_blocks_as_they_are_alone(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("gopo_lightning.policy.lm_head._BLOCK", 3 * 12)  # three rows
     logits_NV, uniforms_N = torch.randn(10, 12), torch.rand(10, dtype=torch.float64)
     config = SamplingConfig(top_p=0.9)
-    tokens_N, logprobs_N = draw(logits_NV, uniforms_N, config, None)
-    alone = [draw(logits_NV[n : n + 1], uniforms_N[n : n + 1], config, None) for n in range(10)]
+    tokens_N, logprobs_N = draw_tokens(logits_NV, uniforms_N, config, None)
+    alone = [draw_tokens(logits_NV[n : n + 1], uniforms_N[n : n + 1], config, None) for n in range(10)]
     assert torch.equal(tokens_N, torch.cat([tokens for tokens, _ in alone]))
     assert torch.equal(logprobs_N, torch.cat([logprobs for _, logprobs in alone]))
 
@@ -461,7 +461,7 @@ def test_a_banned_peak_leaves_the_others_their_distribution(
     logits_V = torch.randn(12) * temperature
     logits_V[5] = logits_V.max() + lead
     uniforms_N = uniforms(stream_seeds(0, 0, range(N), 1), 1)[:, 0]
-    tokens_N, logprobs_N = draw(logits_V.expand(N, 12), uniforms_N, config, torch.tensor([5]))
+    tokens_N, logprobs_N = draw_tokens(logits_V.expand(N, 12), uniforms_N, config, torch.tensor([5]))
     expected_V = (logits_V.index_fill(0, torch.tensor([5]), -torch.inf) / temperature).softmax(-1)
     kept_1C, ids_1C = candidates(expected_V[None], config)
     expected_V = kept_1C[0] if ids_1C is None else torch.zeros(12).scatter(0, ids_1C[0], kept_1C[0])
@@ -475,10 +475,10 @@ def test_a_banned_peak_leaves_the_others_their_distribution(
 def test_what_is_no_distribution_has_no_log_prob(values: list[float], temperature: float) -> None:
     logits_NV = torch.tensor([[0.0, 1.0, 2.0], values])
     uniforms_N = torch.tensor([0.5, 0.5], dtype=torch.float64)
-    _, logprobs_N = draw(logits_NV, uniforms_N, SamplingConfig(temperature=temperature), None)
+    _, logprobs_N = draw_tokens(logits_NV, uniforms_N, SamplingConfig(temperature=temperature), None)
     assert logprobs_N.isfinite().tolist() == [True, False]
     only_eos_NV = torch.tensor([[0.0, -torch.inf, -torch.inf]])
-    _, logprobs_N = draw(only_eos_NV, uniforms_N[:1], SamplingConfig(temperature=temperature), torch.tensor([0]))
+    _, logprobs_N = draw_tokens(only_eos_NV, uniforms_N[:1], SamplingConfig(temperature=temperature), torch.tensor([0]))
     assert not logprobs_N.isfinite().any()
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from gopo_lightning.distributed.checkpoints import atomic_save, last_of, newest, step_of
+from gopo_lightning.distributed.checkpoints import atomic_save, last_checkpoint_of, newest, step_of
 from gopo_lightning.distributed.run_folder import checkpoint_folder
 from gopo_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from tests.test_run_folder import Server
@@ -69,13 +69,13 @@ LOGGERS: dict[str, Callable[[str, str], Any]] = {
 @pytest.mark.parametrize("kind", LOGGERS)
 def test_a_run_finds_its_own_and_only_its_own(kind: str, tmp_path: Path) -> None:
     folder = str(tmp_path)
-    assert last_of(make(tmp_path, LOGGERS[kind](folder, "mine"))) is None
+    assert last_checkpoint_of(make(tmp_path, LOGGERS[kind](folder, "mine"))) is None
     train(make(tmp_path, LOGGERS[kind](folder, "mine")))
     (saved,) = tmp_path.rglob("*.ckpt")
-    assert last_of(make(tmp_path, LOGGERS[kind](folder, "mine"))) == saved
+    assert last_checkpoint_of(make(tmp_path, LOGGERS[kind](folder, "mine"))) == saved
     others = set(LOGGERS) - ({"none"} if kind == "none" else set())  # without a logger all are one
     for other in others:
-        assert last_of(make(tmp_path, LOGGERS[other](folder, "other"))) is None, other
+        assert last_checkpoint_of(make(tmp_path, LOGGERS[other](folder, "other"))) is None, other
 
 
 @pytest.mark.parametrize("kind", LOGGERS)
@@ -91,7 +91,7 @@ def test_what_an_interrupted_run_saves_is_found(kind: str, with_dirpath: bool, t
     trainer.callbacks[0].on_train_batch_start = stop  # type: ignore[attr-defined, method-assign]
     with pytest.raises(SystemExit, match="130"):
         train(trainer)
-    found = last_of(make(tmp_path, LOGGERS[kind](str(tmp_path), "mine"), ModelCheckpoint(**keeper)))
+    found = last_checkpoint_of(make(tmp_path, LOGGERS[kind](str(tmp_path), "mine"), ModelCheckpoint(**keeper)))
     assert found is not None and found.name == "interrupted-step=1.ckpt"
     assert found.parent == checkpoint_folder(trainer)
 
@@ -100,7 +100,7 @@ def test_without_model_checkpoint_and_logger_an_interrupted_run_is_found(tmp_pat
     options: dict[str, Any] = {"enable_checkpointing": False, "logger": False, "default_root_dir": tmp_path}
     trainer = Trainer(accelerator="cpu", **options)
     path = write(checkpoint_folder(trainer) / "interrupted-step=2.ckpt", 2)
-    assert last_of(Trainer(accelerator="cpu", **options)) == path
+    assert last_checkpoint_of(Trainer(accelerator="cpu", **options)) == path
 
 
 @pytest.mark.parametrize("with_dirpath", [False, True])
@@ -112,13 +112,13 @@ def test_a_metric_with_a_slash_in_the_name_of_the_file(with_dirpath: bool, tmp_p
 
     train(trainer())
     (saved,) = tmp_path.rglob("*.ckpt")
-    assert last_of(trainer()) == saved
+    assert last_checkpoint_of(trainer()) == saved
 
 
 def test_a_dirpath_does_not_reach_into_other_runs(tmp_path: Path) -> None:
     train(make(tmp_path, TensorBoardLogger(tmp_path / "runs", name="other")))
     keeper = ModelCheckpoint(dirpath=tmp_path, filename="{step}-{train/loss:.2f}")
-    assert last_of(make(tmp_path, TensorBoardLogger(tmp_path / "runs", name="mine"), keeper)) is None
+    assert last_checkpoint_of(make(tmp_path, TensorBoardLogger(tmp_path / "runs", name="mine"), keeper)) is None
 
 
 def write(path: Path, step: int, seconds: int = 0) -> Path:
@@ -144,9 +144,9 @@ def test_the_newest_version_with_a_checkpoint_decides(tmp_path: Path) -> None:
     old = write(folder / "version_9" / "checkpoints" / "a.ckpt", 100, seconds=300)
     (folder / "version_11" / "checkpoints").mkdir(parents=True)
     trainer = make(tmp_path, TensorBoardLogger(tmp_path, name="run"))
-    assert last_of(trainer) == new
+    assert last_checkpoint_of(trainer) == new
     new.write_bytes(b"")
-    assert last_of(trainer) == old and step_of(old) == 100
+    assert last_checkpoint_of(trainer) == old and step_of(old) == 100
 
 
 @pytest.mark.parametrize(("in_dirpath", "under_logger"), [(3, 2), (2, 3)])
@@ -159,4 +159,4 @@ def test_a_dirpath_and_the_logger_of_one_run_are_both_looked_at(
     ]
     keeper = ModelCheckpoint(dirpath=tmp_path / "kept")
     trainer = make(tmp_path, TensorBoardLogger(tmp_path, name="run"), keeper)
-    assert last_of(trainer) == max(paths, key=lambda path: step_of(path) or 0)
+    assert last_checkpoint_of(trainer) == max(paths, key=lambda path: step_of(path) or 0)

@@ -22,7 +22,7 @@ from gopo_lightning.policy.loading import fingerprint
 from gopo_lightning.policy.model import Policy, PolicyConfig, load_policy, load_tokenizer, reference_of
 from gopo_lightning.policy.sharded_loading import policy_without_weights
 from gopo_lightning.rewards import LocalJudge, SequenceClassifierReward
-from gopo_lightning.training.callbacks.export import export
+from gopo_lightning.training.callbacks.export import export_policy
 from gopo_lightning.training.placement import PlacementConfig, Reference
 from gopo_lightning.training.reward_model import RewardModelModule
 from gopo_lightning.types import Prompt
@@ -104,7 +104,7 @@ def assert_exact(config: PolicyConfig, base: Path, folder: Path) -> None:
     assert (trained - before).abs().max() > 0.01
     torch.testing.assert_close(compute(), before, rtol=0, atol=1e-6)
     torch.testing.assert_close(logits(policy), trained, rtol=0, atol=0)
-    export(policy, byte_tokenizer(), folder)
+    export_policy(policy, byte_tokenizer(), folder)
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder))
     torch.testing.assert_close(logits(again), trained, rtol=0, atol=1e-6)
 

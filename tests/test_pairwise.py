@@ -294,7 +294,7 @@ def test_copies_tie_and_an_unchanged_policy_draws(source: Any) -> None:
 def standing(sources: list[Any], name: str, groups: list[list[str]], references: list[list[str]]) -> Any:
     prompts = [prompt("p", i) for i in range(len(groups))]
     scores = [score_groups(sources, prompts, texts, compare=False).rewards_PGK for texts in (groups, references)]
-    function = combine.get(name, num_sources=len(sources))
+    function = combine.get_combination(name, num_sources=len(sources))
     return against_reference(sources, function, prompts, groups, scores[0], references, scores[1])
 
 

@@ -19,7 +19,7 @@ from gopo_lightning.distributed.gathering import gathered, in_step
 from gopo_lightning.distributed.offloading import on_device
 from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.policy.model import PolicyConfig, load_policy
-from gopo_lightning.policy.sharded_loading import fill, policy_without_weights
+from gopo_lightning.policy.sharded_loading import fill_shards, policy_without_weights
 from gopo_lightning.rollout import SamplingConfig, TransformersEngine
 from gopo_lightning.training.placement import PlacementConfig
 from gopo_lightning.types import PromptBatch
@@ -133,7 +133,7 @@ def missing_weight(rank: int, folder: Path) -> dict[str, Any]:
     model.model.another_norm = nn.Parameter(torch.empty(4, device="meta"))
     shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
     with pytest.raises(ValueError, match="no tensor") as info:
-        fill(model, config, torch.device("cpu"))
+        fill_shards(model, config, torch.device("cpu"))
     return {"error": str(info.value)}
 
 
@@ -144,7 +144,7 @@ def tied(rank: int, folder: Path) -> dict[str, Any]:
     config = PolicyConfig(str(folder / "tied"))
     model: Any = policy_without_weights(config)
     shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
-    fill(model, config, torch.device("cpu"))
+    fill_shards(model, config, torch.device("cpu"))
     tokens = torch.arange(10)[None]
     return {
         "tied": model.lm_head.weight is model.model.embed_tokens.weight,

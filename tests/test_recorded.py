@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gopo_lightning.data.prompts import PromptDataModule
-from gopo_lightning.data.recorded import recorded
+from gopo_lightning.data.recorded import recorded_answers
 from gopo_lightning.data.sources import PromptSource
 from gopo_lightning.objectives.advantages import ordinal
 from gopo_lightning.rewards import RecordedReward
@@ -95,7 +95,7 @@ def logprobs(model: Any, prompt: list[int], tokens: list[int]) -> Tensor:
     ],
 )
 def test_known_formats_are_read(columns: dict[str, Any], texts: tuple[str], ratings: tuple[float]) -> None:
-    assert recorded(Prompt(0, (1,), "say a", columns=columns)) == (texts, ratings)
+    assert recorded_answers(Prompt(0, (1,), "say a", columns=columns)) == (texts, ratings)
 
 
 def test_the_last_message_of_a_conversation_is_the_answer() -> None:
@@ -103,7 +103,7 @@ def test_the_last_message_of_a_conversation_is_the_answer() -> None:
     prompt = Prompt(
         0, (1,), "hi", (turns[0],), {"chosen": turns, "rejected": [turns[0], {**turns[1], "content": "no"}]}
     )
-    assert recorded(prompt).texts == ("yes", "no")
+    assert recorded_answers(prompt).texts == ("yes", "no")
 
 
 @pytest.mark.parametrize(

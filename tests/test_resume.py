@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gopo_lightning.commands.lightning_cli import run
-from gopo_lightning.distributed.checkpoints import last_of, newest
+from gopo_lightning.distributed.checkpoints import last_checkpoint_of, newest
 from gopo_lightning.policy.model import PolicyConfig
 from gopo_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from tests.faults.jobs import config_values
@@ -45,8 +45,8 @@ def train(folder: Path, tiny_policy: Path, prompts_file: Path, *callbacks: Callb
     keeper = ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="{step}")
     trainer = make_trainer(folder, callbacks=[record, curves, keeper, *callbacks], max_steps=5, val_check_interval=2)
     module = make_module(tiny_policy, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), warmup_steps=3, **options)
-    trainer.fit(module, make_data(prompts_file), ckpt_path=last_of(trainer))
-    checkpoint = torch.load(last_of(trainer), weights_only=True)
+    trainer.fit(module, make_data(prompts_file), ckpt_path=last_checkpoint_of(trainer))
+    checkpoint = torch.load(last_checkpoint_of(trainer), weights_only=True)
     return {"texts": [step["texts"] for step in record.steps], "curves": curves.values, "checkpoint": checkpoint}
 
 

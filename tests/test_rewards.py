@@ -88,7 +88,7 @@ def test_scores_keep_their_order_to_the_last_bit_of_a_float64(returned: Any, nam
     sources = [FunctionReward(lambda completions: returned, name=f"r{k}") for k in range(num_sources)]
     scores = score_groups(sources, PROMPTS[:1], [["a", "b", "c", "d"]])
     assert scores.rewards_PGK.dtype == torch.float64
-    combination = combine.get(name, num_sources=num_sources)
+    combination = combine.get_combination(name, num_sources=num_sources)
     rewards_PG = combination(scores.rewards_PGK)
     assert advantages.ordinal(rewards_PG)[0].tolist() == pytest.approx([-2, -2 / 3, 2 / 3, 2])
     standing = against_reference(
@@ -402,9 +402,9 @@ def test_a_source_that_is_not_set_up_says_so() -> None:
 
 def test_weighted_sum_by_hand() -> None:
     rewards_PGK = torch.tensor([[[1.0, 10, math.nan], [2, math.nan, 5]]])
-    weighted = combine.get("weighted_sum", num_sources=3, weights=[2, 0.5, 0])
+    weighted = combine.get_combination("weighted_sum", num_sources=3, weights=[2, 0.5, 0])
     torch.testing.assert_close(weighted(rewards_PGK), torch.tensor([[7.0, math.nan]]).double(), equal_nan=True)
-    assert combine.get("weighted_sum", num_sources=2, weights=None)(rewards_PGK[..., :2])[0, 0] == 11
+    assert combine.get_combination("weighted_sum", num_sources=2, weights=None)(rewards_PGK[..., :2])[0, 0] == 11
     infinite_PGK = torch.tensor([[[math.inf, 1.0]]])
     assert combine.weighted_sum(infinite_PGK, weights=[0, 1]).tolist() == [[1.0]]
     assert combine.weighted_sum(infinite_PGK, weights=[-1, 1]).tolist() == [[-math.inf]]
@@ -451,8 +451,10 @@ def wrong_shape(rewards_PGK: Tensor) -> Tensor:
 )
 def test_bad_combinations_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        combine.get(name, num_sources=2, **options)
+        combine.get_combination(name, num_sources=2, **options)
 
 
 def test_combination_by_dotted_path() -> None:
-    assert combine.get("tests.test_rewards.best", num_sources=2)(torch.tensor([[[1.0, 4.0]]])).tolist() == [[4.0]]
+    assert combine.get_combination("tests.test_rewards.best", num_sources=2)(torch.tensor([[[1.0, 4.0]]])).tolist() == [
+        [4.0]
+    ]

@@ -21,7 +21,7 @@ from gopo_lightning.commands.fsdp import as_fsdp2
 from gopo_lightning.commands.renamed import refuse_old_names
 from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.commands.usage import FIELDS
-from gopo_lightning.distributed.checkpoints import last_of, load, searched, step_of
+from gopo_lightning.distributed.checkpoints import last_checkpoint_of, load_checkpoint, searched_folder, step_of
 from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.training import gopo_module as module  # noqa: F401  (registers the short class names)
 from gopo_lightning.training.callbacks import ExportHF
@@ -111,13 +111,15 @@ class GOPOCommandLine(CommandLine):
         named = options.get("ckpt_path")
         if named != "last":
             if named is not None and Path(named).is_file():
-                load(Path(named), mmap=True)  # here, for the strategies of Lightning that read files by themselves
+                load_checkpoint(
+                    Path(named), mmap=True
+                )  # here, for the strategies of Lightning that read files by themselves
             return
-        options["ckpt_path"] = path = last_of(self.trainer)
+        options["ckpt_path"] = path = last_checkpoint_of(self.trainer)
         if path is not None:
             rank_zero_info(f"--ckpt_path last: step {step_of(path)} of this run, {path}")
             return
-        nothing = f"--ckpt_path last: there is no whole checkpoint of this run in {searched(self.trainer)}"
+        nothing = f"--ckpt_path last: there is no whole checkpoint of this run in {searched_folder(self.trainer)}"
         if subcommand != "fit":
             raise ValueError(f"{nothing}. Name a file, or the logger's save_dir, name and version of the run.")
         rank_zero_info(f"{nothing}, so it starts at step 0")

@@ -26,7 +26,7 @@ def has_answers(prompt: Prompt) -> bool:
     return _format(prompt) is not None
 
 
-def recorded(prompt: Prompt) -> Recorded:
+def recorded_answers(prompt: Prompt) -> Recorded:
     """The answers of the prompt's row.
 
     Raises:

@@ -43,7 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Read ``path``; refuses pickled code, whatever ``weights_only`` is."""
-        return load(Path(path), map_location=map_location)
+        return load_checkpoint(Path(path), map_location=map_location)
 
 
 def install_atomic_saving(trainer: Trainer) -> None:
@@ -72,7 +72,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> dict[str, Any]:
+def load_checkpoint(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> dict[str, Any]:
     """Tensors and plain values of the checkpoint at ``path``; ``mmap`` reads them only when they are used.
 
     Raises:
@@ -149,7 +149,7 @@ def _is_of_a_run(checkpoint: Any) -> bool:
     return isinstance(checkpoint, dict) and all(key in checkpoint for key in _OF_A_RUN)
 
 
-def last_of(trainer: Trainer) -> Path | None:
+def last_checkpoint_of(trainer: Trainer) -> Path | None:
     """The last whole checkpoint of this trainer's run, or None.
 
     Of the newest version that has one, that of the most steps; clocks may be set back, so time decides only between
@@ -171,7 +171,7 @@ def newest(paths: Iterable[Path]) -> Path | None:
     return next((path for path in by_age if is_whole(path)), None)
 
 
-def searched(trainer: Trainer) -> str:
+def searched_folder(trainer: Trainer) -> str:
     """The places where ``last_of`` looks, for messages."""
     places = [str(folder) for folder, _ in _given_folders(trainer)]
     return ", ".join([*places, "/".join(map(str, _versions(trainer)))])

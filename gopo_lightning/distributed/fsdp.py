@@ -90,13 +90,13 @@ def clip_grad_norm(policy: nn.Module, max_norm: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def full(tree: Any, *, keep: bool) -> Any:
+def whole_tensors(tree: Any, *, keep: bool) -> Any:
     """``tree``, dictionaries of any depth, with every DTensor as a whole CPU tensor.
 
     A collective; ranks with ``keep`` False get empty tensors.
     """
     if isinstance(tree, Mapping):
-        return {key: full(value, keep=keep) for key, value in tree.items()}
+        return {key: whole_tensors(value, keep=keep) for key, value in tree.items()}
     if not isinstance(tree, DTensor):
         return tree
     tensor = cast(DTensor, tree.to(tree.device_mesh.device_type)).full_tensor()
@@ -111,7 +111,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
 
 
-def like(value: Any, template: Any) -> Any:
+def shard_like(value: Any, template: Any) -> Any:
     """This rank's part of the whole tensor ``value``, as ``template`` is sharded; anything else as it is."""
     if not isinstance(template, DTensor) or not isinstance(value, Tensor) or value.shape != template.shape:
         return value

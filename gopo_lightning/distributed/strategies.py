@@ -25,8 +25,8 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 
 from gopo_lightning._compat import set_data_parallel_size
-from gopo_lightning.distributed.checkpoints import load
-from gopo_lightning.distributed.fsdp import full, like, no_gradient_sync, shard_fsdp2
+from gopo_lightning.distributed.checkpoints import load_checkpoint
+from gopo_lightning.distributed.fsdp import no_gradient_sync, shard_fsdp2, shard_like, whole_tensors
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -78,21 +78,21 @@ class FSDP2Strategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole tensors on rank 0. A collective."""
         assert self.lightning_module is not None
-        return full(self.lightning_module.state_dict(), keep=self.is_global_zero)
+        return whole_tensors(self.lightning_module.state_dict(), keep=self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Whole tensors on rank 0, numbered as any optimiser numbers them. A collective."""
-        return full(Strategy.optimizer_state(self, optimizer), keep=self.is_global_zero)
+        return whole_tensors(Strategy.optimizer_state(self, optimizer), keep=self.is_global_zero)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """The whole checkpoint, of which a rank reads what it needs; rank 0 says which."""
-        return load(Path(self.broadcast(checkpoint_path)), mmap=True)
+        return load_checkpoint(Path(self.broadcast(checkpoint_path)), mmap=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Each rank takes its part of the whole tensors."""
         assert self.lightning_module is not None
         mine = self.lightning_module.state_dict()
-        state = {name: like(value, mine.get(name)) for name, value in checkpoint["state_dict"].items()}
+        state = {name: shard_like(value, mine.get(name)) for name, value in checkpoint["state_dict"].items()}
         self.lightning_module.load_state_dict(state, strict=strict)
 
     @property
@@ -138,7 +138,7 @@ def _sharded_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> 
     )
     parameters = dict(zip(saved, mine, strict=True))
     shards = {
-        number: {key: like(value, parameters[number].detach()) for key, value in values.items()}
+        number: {key: shard_like(value, parameters[number].detach()) for key, value in values.items()}
         for number, values in state["state"].items()
     }
     return {**state, "state": shards}

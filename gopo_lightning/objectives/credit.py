@@ -67,7 +67,7 @@ def discounted(rewards_NT: Tensor, gamma: float) -> Tensor:
 _BY_NAME: dict[str, Callable[..., Tensor | None]] = {"broadcast": broadcast, "reward_to_go": reward_to_go}
 
 
-def get(name: str, /, **options: Any) -> Credit:
+def get_credit(name: str, /, **options: Any) -> Credit:
     """The credit ``name`` (one of the above, or a dotted path) with ``options`` bound.
 
     Raises:

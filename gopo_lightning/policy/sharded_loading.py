@@ -56,7 +56,7 @@ def _without_weights(config: PolicyConfig) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def fill(model: nn.Module, config: PolicyConfig, device: torch.device) -> None:
+def fill_shards(model: nn.Module, config: PolicyConfig, device: torch.device) -> None:
     """Give a sharded ``model`` its weights on ``device``: each rank reads the rows of its shards from safetensors.
 
     They are converted to the model's dtype. Adapters, which are not on the meta device, stay as they are.

@@ -120,7 +120,7 @@ KIND = Kind(
 )
 
 
-def get(name: str, *, num_sources: int, **options: Any) -> Named:
+def get_combination(name: str, *, num_sources: int, **options: Any) -> Named:
     """The combination ``name`` with ``options`` bound: rewards_PGK → rewards_PG.
 
     It is tried on one group of ``num_sources`` sources at once, so that bad options stop the run before it

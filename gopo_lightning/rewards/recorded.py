@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from gopo_lightning.data.recorded import Recorded, has_answers, recorded
+from gopo_lightning.data.recorded import Recorded, has_answers, recorded_answers
 from gopo_lightning.rewards.base import RewardSource
 from gopo_lightning.types import Prompt
 
@@ -23,7 +23,7 @@ class RecordedReward(RewardSource):
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """N ratings."""
-        rows = {id(prompt): recorded(prompt) if has_answers(prompt) else None for prompt in prompts}
+        rows = {id(prompt): recorded_answers(prompt) if has_answers(prompt) else None for prompt in prompts}
         return [_rating(rows[id(prompt)], text) for prompt, text in zip(prompts, completions, strict=True)]
 
 

@@ -29,7 +29,7 @@ class Advantage:
         combine_options: keyword arguments of that.
 
     Raises:
-        ValueError: as `advantages.get`; or τ is needed, and the reward is not one source's score as it is.
+        ValueError: as `get_advantage`; or τ is needed, and the reward is not one source's score as it is.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Advantage:
         if "tau" in advantages.KIND.missing(name, options):
             self._fitted = _sole(name, sources, combine, combine_options)
         late = {} if self._fitted is None else {"tau": lambda: self._tau}
-        of_rewards = advantages.get(name, all_reduce=all_reduce_sum, late=late, **options)
+        of_rewards = advantages.get_advantage(name, all_reduce=all_reduce_sum, late=late, **options)
         self._function: Named = advantages.ordinal_from_wins if self.from_wins else of_rewards
 
     def set_up(self) -> None:

@@ -20,13 +20,13 @@ from gopo_lightning.training.config import (
 )
 
 
-def collector(rollout: RolloutConfig, rewards: RewardConfig, seed: int, phases: Phases) -> Collector:
+def build_collector(rollout: RolloutConfig, rewards: RewardConfig, seed: int, phases: Phases) -> Collector:
     """Samples and scores."""
     name, options = name_and_options(rewards.combine, "rewards.combine")
     return Collector(
         rollout.engine or TransformersEngine(),
         rewards.sources,
-        combine.get(name, num_sources=len(rewards.sources), **options),
+        combine.get_combination(name, num_sources=len(rewards.sources), **options),
         rollout.sampling,
         seed,
         phases,
@@ -34,7 +34,7 @@ def collector(rollout: RolloutConfig, rewards: RewardConfig, seed: int, phases: 
     )
 
 
-def advantage(rewards: RewardConfig, objective: ObjectiveConfig) -> Advantage:
+def build_advantage(rewards: RewardConfig, objective: ObjectiveConfig) -> Advantage:
     """Rewards or comparisons → advantages."""
     return Advantage(
         *name_and_options(objective.advantage, "objective.advantage"),
@@ -43,18 +43,18 @@ def advantage(rewards: RewardConfig, objective: ObjectiveConfig) -> Advantage:
     )
 
 
-def shaping(rewards: RewardConfig, objective: ObjectiveConfig, advantage: Advantage) -> Shaping:
+def build_shaping(rewards: RewardConfig, objective: ObjectiveConfig, advantage: Advantage) -> Shaping:
     """Transforms, advantage and credit."""
     name, options = name_and_options(objective.credit, "objective.credit")
     return Shaping(
         advantage,
         from_wins=advantage.from_wins,
         transforms=rewards.transforms,
-        credit=credit.get(name, **options),
+        credit=credit.get_credit(name, **options),
     )
 
 
-def settings(
+def describe_settings(
     rollout: RolloutConfig, rewards: RewardConfig, objective: ObjectiveConfig, update: UpdateConfig
 ) -> dict[str, Any]:
     """What a checkpoint says of a run: what a resume compares."""

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from gopo_lightning.distributed.fsdp import full, like, reshard
+from gopo_lightning.distributed.fsdp import reshard, shard_like, whole_tensors
 from gopo_lightning.policy.adapters import KeptWeights
 
 
@@ -32,7 +32,7 @@ class Iterate:
         """Before a rollout, at ``step`` updates: take a copy, if it is time."""
         if self._restored is not None:
             trained = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
-            self._weights = KeptWeights({name: like(self._restored[name], p) for name, p in trained.items()})
+            self._weights = KeptWeights({name: shard_like(self._restored[name], p) for name, p in trained.items()})
             self._restored = None
         if self._weights is None and step > 0:
             rank_zero_info(f"The checkpoint has no iterate: it begins as the policy of step {step}.")
@@ -51,7 +51,7 @@ class Iterate:
     def state_dict(self, *, keep: bool) -> dict[str, Any]:
         """The copy as whole CPU tensors, on ranks with ``keep``. A collective."""
         weights = self._restored if self._weights is None else self._weights.tensors
-        return {"step": self._step, "weights": None if weights is None else full(dict(weights), keep=keep)}
+        return {"step": self._step, "weights": None if weights is None else whole_tensors(dict(weights), keep=keep)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What ``state_dict`` gave; it is put in place with the next ``refresh``."""

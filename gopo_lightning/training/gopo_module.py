@@ -26,7 +26,8 @@ from gopo_lightning.rollout.collector import Actor
 from gopo_lightning.rollout.engines.base import ChecksSampling
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.transforms import Context
-from gopo_lightning.training import build, checks
+from gopo_lightning.training import checks
+from gopo_lightning.training.build import build_advantage, build_collector, build_shaping, describe_settings
 from gopo_lightning.training.callbacks.lengths import LengthCheck
 from gopo_lightning.training.callbacks.predictions import PredictionWriter, prediction_records
 from gopo_lightning.training.callbacks.save_on_signal import SaveOnSignal
@@ -109,9 +110,9 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.phases, self.policy_is_initial = Phases(), False
         self.reward_names = [source.name for source in self.reward_config.sources]
         self.invalid = InvalidSteps(self.reward_names, self.reward_config.max_invalid_steps)
-        self.collector = build.collector(self.rollout_config, self.reward_config, self.seed, self.phases)
-        self.advantage = build.advantage(self.reward_config, self.objective_config)
-        self.shaping = build.shaping(self.reward_config, self.objective_config, self.advantage)
+        self.collector = build_collector(self.rollout_config, self.reward_config, self.seed, self.phases)
+        self.advantage = build_advantage(self.reward_config, self.objective_config)
+        self.shaping = build_shaping(self.reward_config, self.objective_config, self.advantage)
         self.loss = self.objective_config.loss
         every = self.objective_config.iterate_every
         self.iterate = None if every is None else Iterate(every)
@@ -127,7 +128,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         )
         self._settings = {
             "seed": self.seed,
-            **build.settings(self.rollout_config, self.reward_config, self.objective_config, self.update_config),
+            **describe_settings(self.rollout_config, self.reward_config, self.objective_config, self.update_config),
         }
         self.policy: Policy = cast(Policy, None)  # see configure_model
         self.reference = Reference(self.policy_config, self.placement)  # no module: hidden from state_dict and strategy

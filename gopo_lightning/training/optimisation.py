@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gopo_lightning.distributed.run_folder import keep_csv_metrics
 from gopo_lightning.training.resume import KEY, OnSettingChange, check_checkpoint, plain
-from gopo_lightning.training.schedules import Schedule, num_updates, restart
+from gopo_lightning.training.schedules import Schedule, num_updates, restart_schedule
 
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 """Options of torch's optimisers that do not change what they compute."""
@@ -75,7 +75,7 @@ class OptimisedModule(LightningModule):
     def on_train_start(self) -> None:
         """The schedule's learning rate at this update; a restored one is that of before."""
         scheduler = cast(LambdaLR, self.lr_schedulers())
-        restart(scheduler, self.schedule, num_updates(self.trainer, self.updates_per_batch))
+        restart_schedule(scheduler, self.schedule, num_updates(self.trainer, self.updates_per_batch))
 
     def _optimizer(self) -> Optimizer:
         return self.optimizer_callable([p for p in self.parameters() if p.requires_grad])

@@ -16,7 +16,7 @@ from gopo_lightning.distributed.offloading import on_device
 from gopo_lightning.distributed.strategies import FSDP2Strategy, check_strategy, shard
 from gopo_lightning.policy.adapters import KeptWeights
 from gopo_lightning.policy.model import Policy, PolicyConfig, load_policy, load_reference, reference_of
-from gopo_lightning.policy.sharded_loading import fill, policy_without_weights
+from gopo_lightning.policy.sharded_loading import fill_shards, policy_without_weights
 from gopo_lightning.rewards import HoldsModels, Source
 
 CPU = torch.device("cpu")
@@ -64,11 +64,11 @@ def load_placed_policy(config: PolicyConfig, placement: PlacementConfig, trainer
         policy = policy_without_weights(config)
         shard(policy, trainer)
         strategy = cast(FSDP2Strategy, trainer.strategy)
-        fill(policy, config, CPU if strategy.cpu_offload else strategy.root_device)
+        fill_shards(policy, config, CPU if strategy.cpu_offload else strategy.root_device)
     return policy
 
 
-def place(model: nn.Module, placement: PlacementConfig, trainer: Trainer, *, exact: bool) -> None:
+def place_frozen(model: nn.Module, placement: PlacementConfig, trainer: Trainer, *, exact: bool) -> None:
     """Put a frozen ``model``, which is on the CPU, where it waits for its phase.
 
     Args:
@@ -87,7 +87,7 @@ def set_up_source(source: Source, placement: PlacementConfig, trainer: Trainer) 
     else:
         source.setup(CPU)
         for model in source.models():
-            place(model, placement, trainer, exact=True)
+            place_frozen(model, placement, trainer, exact=True)
         if not source.models():
             source.setup(trainer.strategy.root_device)
 
@@ -120,7 +120,7 @@ class Reference:
         else:
             self.copy = load_reference(self.config)
             trainer.precision_plugin.convert_module(self.copy)  # as the policy is: `bf16-true` rounds the weights
-            place(self.copy, self.placement, trainer, exact=False)
+            place_frozen(self.copy, self.placement, trainer, exact=False)
 
     def release(self) -> None:
         """Free what was loaded for one use."""

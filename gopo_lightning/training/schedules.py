@@ -130,7 +130,7 @@ def num_updates(trainer: Trainer, updates_per_batch: int = 1) -> int | None:
     return min(limits, default=None)
 
 
-def restart(scheduler: LambdaLR, schedule: Schedule, num_updates: int | None) -> None:
+def restart_schedule(scheduler: LambdaLR, schedule: Schedule, num_updates: int | None) -> None:
     """Follow ``schedule`` from the present update on; a scheduler that was restored has the learning rate of before."""
     factor = schedule.factor(lr=_base_lr(scheduler.optimizer), num_updates=num_updates)
     scheduler.lr_lambdas = [factor] * len(scheduler.base_lrs)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from gopo_lightning.distributed.checkpoints import last_of, newest
+from gopo_lightning.distributed.checkpoints import last_checkpoint_of, newest
 from gopo_lightning.rewards import FunctionReward
 from tests.conftest import prompts_file as make_prompts
 from tests.conftest import tiny_policy as make_policy
@@ -57,7 +57,7 @@ class Lab:
             timeout_seconds=timeout_seconds,
         )
         data = make_data(prompts or self.prompts, on_data_change=on_data_change)
-        trainer.fit(module, data, ckpt_path=last_of(trainer))
+        trainer.fit(module, data, ckpt_path=last_checkpoint_of(trainer))
 
     def fork(self, name: str, **options: Any) -> int:
         """The process id of a child that trains; it exits with 1 where training raises."""

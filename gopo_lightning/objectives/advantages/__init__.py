@@ -71,7 +71,7 @@ KIND = Kind(
 )
 
 
-def get(
+def get_advantage(
     name: str,
     *,
     all_reduce: Callable[[Tensor], Tensor] = lambda moments: moments,

@@ -13,7 +13,9 @@ _BLOCK = 256
 _NUCLEUS = 1024
 
 
-def draw(logits_NV: Tensor, uniforms_N: Tensor, config: SamplingConfig, banned: Tensor | None) -> tuple[Tensor, Tensor]:
+def draw_tokens(
+    logits_NV: Tensor, uniforms_N: Tensor, config: SamplingConfig, banned: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """One token per row, int64 [N], and its log-probability, float32 [N].
 
     The log-probability is the policy's own: at the temperature (at 1 if that is 0), before ``banned`` token ids and

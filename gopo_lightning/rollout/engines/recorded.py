@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from gopo_lightning.data.recorded import has_answers, recorded
+from gopo_lightning.data.recorded import has_answers, recorded_answers
 from gopo_lightning.distributed.collectives import gather_objects
 from gopo_lightning.distributed.gathering import compute_device
 from gopo_lightning.policy.model import end_of_turn
@@ -63,7 +63,7 @@ class RecordedEngine:
         texts: list[str] = []
         ends: list[int] = []
         for p, prompt in enumerate(prompts.prompts):
-            found = recorded(prompt).texts
+            found = recorded_answers(prompt).texts
             if len(found) < G:
                 raise ValueError(
                     f"{prompt.place} holds {len(found)} answers, but num_completions={G}. Lower "

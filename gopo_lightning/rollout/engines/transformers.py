@@ -26,7 +26,7 @@ from gopo_lightning.rollout.engines.base import (
 )
 from gopo_lightning.rollout.engines.decoder_choice import DecoderChoice
 from gopo_lightning.rollout.engines.decoders import Decoder
-from gopo_lightning.rollout.engines.drawing import draw
+from gopo_lightning.rollout.engines.drawing import draw_tokens
 from gopo_lightning.rollout.engines.precision import sampling_precision
 from gopo_lightning.rollout.engines.streams import uniforms
 from gopo_lightning.types import Completions, PromptBatch
@@ -150,7 +150,7 @@ class CompletionWriter:
         """Draw and record one token a row; None when all have ended."""
         t, rows_A = self.length, self.rows_PG.flatten()
         early = t < self.sampling.min_new_tokens
-        tokens_A, logprobs_A = draw(
+        tokens_A, logprobs_A = draw_tokens(
             logits_AV, self.uniforms_NT[rows_A, t], self.sampling, banned=self.eos if early else None
         )
         live_A = ~self.finished_N[rows_A]

@@ -72,12 +72,12 @@ class ExportHF(L.Callback):
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # Lightning's promise: such a run leaves nothing behind
-        written = export(pl_module.policy, pl_module.tokenizer, folder, is_writer=trainer.is_global_zero)
+        written = export_policy(pl_module.policy, pl_module.tokenizer, folder, is_writer=trainer.is_global_zero)
         trainer.strategy.barrier("ExportHF")
         rank_zero_info(f"Exported the policy to {written}")
 
 
-def export(model: Any, tokenizer: Any, folder: Path, *, is_writer: bool = True) -> Path | None:
+def export_policy(model: Any, tokenizer: Any, folder: Path, *, is_writer: bool = True) -> Path | None:
     """Write ``model`` (transformers or peft, sharded or not) and ``tokenizer`` to ``folder``; where it is now.
 
     A collective if the model is distributed: all ranks call it, the one with ``is_writer`` writes. A folder that is no

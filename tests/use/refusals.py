@@ -43,7 +43,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("--export_dir", "."), r"export"),
     (("--ckpt_path", "no_such.ckpt"), "no_such"),
     (("--ckpt_path", "prompts.jsonl"), "prompts.jsonl"),
-    ((MODEL + "rollout.num_completion=4",), "num_completion"),
+    ((MODEL + "rollout.num_completes=4",), "num_completes"),
     ((MODEL + "num_completions=4",), r"model\.init_args\.rollout\.num_completions"),
 ]
 """Arguments, and what the sentence says (a regular expression)."""

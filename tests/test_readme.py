@@ -12,12 +12,16 @@ import yaml
 
 from gopo_lightning.commands.lightning_cli import run
 from gopo_lightning.objectives import ClippedSurrogate, advantages
+from gopo_lightning.policy.model import PolicyConfig
+from gopo_lightning.training.config import ObjectiveConfig, RewardConfig, RolloutConfig, UpdateConfig
 from gopo_lightning.training.gopo_module import GOPOModule
+from gopo_lightning.training.placement import PlacementConfig
 from gopo_lightning.types import Prompt
 from tests.test_architecture import PACKAGE, PARTS
 from tests.test_doors import write_config
 
 README = Path("README.md").read_text(encoding="utf-8")
+CONFIGS = sorted(Path("configs").rglob("*.yaml"))
 
 
 def block(language: str, beginning: str) -> str:
@@ -90,6 +94,27 @@ def test_the_map_is_the_layout() -> None:
         "__init__",
         "__main__",
     }
+
+
+GROUPS = {
+    "policy": PolicyConfig,
+    "rollout": RolloutConfig,
+    "rewards": RewardConfig,
+    "objective": ObjectiveConfig,
+    "update": UpdateConfig,
+    "placement": PlacementConfig,
+}
+
+
+@pytest.mark.parametrize("page", [Path("README.md"), *sorted(Path("docs").glob("*.md")), *CONFIGS], ids=str)
+def test_options_that_are_named_exist(page: Path) -> None:
+    """As flags, and by group: `update.max_grad_norm`."""
+    text = page.read_text(encoding="utf-8")
+    flags = re.findall(r"--model\.init_args\.(\w+)(?:\.(\w+))?", text)
+    named = re.findall(rf"`(?:model\.init_args\.)?({'|'.join(GROUPS)})\.(\w+)", text)
+    for group, field in [*flags, *named]:
+        if group not in ("seed", "on_setting_change"):
+            assert field in {"", *(f.name for f in fields(GROUPS[group]))}, f"{group}.{field}"
 
 
 def test_links_lead_somewhere() -> None:

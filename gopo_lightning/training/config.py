@@ -67,8 +67,9 @@ class ObjectiveConfig:
     """What is minimised."""
 
     advantage: Named = "ordinal"
-    """`ordinal` (GOPO), `grpo`, `dr_grpo`, `rloo`, `batch`, or the dotted path of your own function rewards_PG →
-    advantages_PG. Where the only source is pairwise, `ordinal` reads its comparison matrices."""
+    """`ordinal` (GOPO), `calibrated`, `odrpo`, `grpo`, `dr_grpo`, `rloo`, `batch`, `qae`, `maxrl`, or the dotted path
+    of your own function rewards_PG → advantages_PG. Where the only source is pairwise, `ordinal` reads its comparison
+    matrices."""
     credit: Named = "broadcast"
     """Advantages of completions → of tokens: `broadcast`, `reward_to_go`, or the dotted path of your own function
     experience → advantages_NT."""

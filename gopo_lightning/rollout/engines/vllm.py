@@ -43,7 +43,7 @@ class VLLMEngine:
 
     A completion draws from a random stream of its own, as with the other engine, but in vLLM's way: another text, and
     as independent of strategy and rank up to rounding. vLLM rounds otherwise than the trainer: see
-    ``train/sampler_logprob_diff`` and ``loss.sampler_correction_cap``.
+    ``train/sampler_logprob_diff`` and ``objective.loss.sampler_correction_cap``.
 
     Args:
         dtype: precision of vLLM's weights. ``auto`` is that of the Trainer's ``precision``, or else of the policy's.

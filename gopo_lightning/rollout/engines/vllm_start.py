@@ -57,8 +57,8 @@ def check_supported(sampling: SamplingConfig, *, logprobs: bool) -> None:
         names = ("top_p", "top_k", "min_p", "min_new_tokens")
         others = ", ".join(f"{n}={getattr(sampling, n)}" for n in names if getattr(sampling, n) != getattr(_EXACT, n))
         raise ValueError(
-            f"loss.sampler_correction_cap needs the sampler's log-probs, which vLLM does not give for {others} at "
-            f"sampling.temperature={sampling.temperature}. Leave these out, set temperature to 1, set "
+            f"objective.loss.sampler_correction_cap needs the sampler's log-probs, which vLLM does not give for "
+            f"{others} at sampling.temperature={sampling.temperature}. Leave these out, set temperature to 1, set "
             "sampler_correction_cap to null, or use TransformersEngine."
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gopo_lightning._compat import save_interval
 from gopo_lightning.distributed.run_folder import run_folder
-from gopo_lightning.objectives.base import Needed
+from gopo_lightning.objectives.base import Needed, Objective
 from gopo_lightning.rewards import Source
 from gopo_lightning.rollout.engines.base import SamplingConfig
 from gopo_lightning.training.config import RewardConfig, RolloutConfig, UpdateConfig
@@ -60,6 +60,14 @@ def check_groups(rollout: RolloutConfig, rewards: RewardConfig, update: UpdateCo
     check_group_size(rollout.num_completions)
     check_sources(rewards.sources)
     check_above_zero(timeout_seconds=rewards.timeout_seconds, max_grad_norm=update.max_grad_norm)
+
+
+def check_loss(loss: object) -> None:
+    """ValueError unless it is one: in Python a dict of its options, say, may stand in its place."""
+    if not isinstance(loss, Objective):
+        raise ValueError(
+            f"objective.loss={loss!r:.80} is a {type(loss).__name__}; give an Objective, such as ClippedSurrogate(…)"
+        )
 
 
 def check_iterate(needs: frozenset[Needed], iterate_every: int | None) -> None:

@@ -11,8 +11,8 @@ A field that takes a class is given `class_path` and `init_args`, one that takes
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, cast, get_type_hints
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -113,7 +113,7 @@ class UpdateConfig:
 
 
 def as_config(kind: type[C], given: Any, option: str) -> C:
-    """``given`` as it is, or made of a dict of its fields; of a text or list the first field alone.
+    """``given`` as it is, or made of a dict of its fields, nested ones too; of a text or list the first field alone.
 
     Raises:
         ValueError: a field that ``kind`` does not have.
@@ -125,7 +125,13 @@ def as_config(kind: type[C], given: Any, option: str) -> C:
         return kind(**{names[0]: given})
     if unknown := sorted(set(given) - set(names)):
         raise ValueError(f"{option} has no {unknown}; its fields are {names}. Remove or rename it.")
-    return kind(**given)
+    hints = get_type_hints(kind)
+    nested = {
+        name: as_config(hints[name], value, f"{option}.{name}")
+        for name, value in given.items()
+        if isinstance(value, Mapping) and is_dataclass(hints[name])
+    }
+    return kind(**{**given, **nested})
 
 
 def name_and_options(named: Named, option: str) -> tuple[str, dict[str, Any]]:

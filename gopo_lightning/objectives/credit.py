@@ -45,7 +45,7 @@ def reward_to_go(experience: Experience, *, gamma: float = 1.0) -> Tensor:
     returns_NT = discounted(clean(experience.token_rewards_NT, mask_NT).double(), gamma)
     mask_PGT = mask_NT.unflatten(0, (-1, experience.group_size))
     returns_PGT = returns_NT.unflatten(0, (-1, experience.group_size))
-    mean_P1T = (returns_PGT * mask_PGT).sum(1, keepdim=True) / mask_PGT.sum(1, keepdim=True).clamp(min=1)
+    mean_P1T = returns_PGT.sum(1, keepdim=True) / mask_PGT.sum(1, keepdim=True).clamp(min=1)
     centred_NT = (returns_PGT - mean_P1T).flatten(0, 1)
     return clean(experience.advantages_PG.flatten()[:, None] + centred_NT, mask_NT).float()
 

@@ -466,22 +466,22 @@ def test_weight_1_changes_nothing(aggregation: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "denominator"), [("token", 0.5 * 2 + 2 * 1), ("sequence", 0.5 + 2), ("constant", 2 * 4)]
+    ("aggregation", "denominator"), [("token", 0.5 * 2 + 4 * 1), ("sequence", 0.5 + 4), ("constant", 2 * 4)]
 )
 def test_fractional_weights_by_hand(aggregation: str, denominator: float) -> None:
-    """On policy the ratio is 1: completions of 2 and 1 tokens, A = 3 and −1, weights ½ and 2."""
+    """On policy the ratio is 1: completions of 2 and 1 tokens, A = 3 and −1, weights ½ and 4."""
     config = ClippedSurrogate(aggregation=aggregation)
     mask_NT = torch.tensor([[True, True], [True, False]])
     experience = one_group(
-        mask_NT, max_new_tokens=4, advantages_PG=torch.tensor([[3.0, -1.0]]), weights_PG=torch.tensor([[0.5, 2.0]])
+        mask_NT, max_new_tokens=4, advantages_PG=torch.tensor([[3.0, -1.0]]), weights_PG=torch.tensor([[0.5, 4.0]])
     )
     assert config.denominator(experience, mask_NT).item() == denominator
     logprobs_NT = torch.full((2, 2), -1.0).requires_grad_()
     loss = config(logprobs_NT, experience, config.mask(experience), torch.tensor(denominator)).value
     per_token = 0.5 * 3 / (2 if aggregation == "sequence" else 1)
-    assert loss.item() == pytest.approx((-2 * per_token + 2) / denominator)
+    assert loss.item() == pytest.approx((-2 * per_token + 4) / denominator)
     loss.backward()
-    expected_NT = torch.tensor([[-per_token, -per_token], [2.0, 0.0]]) / denominator
+    expected_NT = torch.tensor([[-per_token, -per_token], [4.0, 0.0]]) / denominator
     torch.testing.assert_close(logprobs_NT.grad, expected_NT)
 
 

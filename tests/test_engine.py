@@ -20,8 +20,9 @@ from transformers import (
 
 from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.policy.shared_prefix import packing as layouts
+from gopo_lightning.rollout.engines import decoder_choice
 from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
-from gopo_lightning.rollout.engines.decoder_choice import obstacle
+from gopo_lightning.rollout.engines.decoder_choice import DecoderChoice, obstacle
 from gopo_lightning.rollout.engines.decoders import SharedDecoder
 from gopo_lightning.rollout.engines.drawing import candidates, draw_tokens, inverse_cdf
 from gopo_lightning.rollout.engines.precision import sampling_precision
@@ -525,3 +526,18 @@ def test_a_text_alone_is_one_stop_string(given: Any) -> None:
 )
 def test_what_cuts_tokens_away(options: dict[str, Any], expected: bool) -> None:
     assert SamplingConfig(**options).filters is expected
+
+
+def test_a_resumed_run_samples_by_the_trial_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On trained weights a trial might end otherwise, and another decoder rounds otherwise."""
+    model, prompts = build("llama"), prompt_batch()
+    first = DecoderChoice("auto")
+    assert first(model, prompts, 4) is SharedDecoder
+    tried: list[Any] = []
+    monkeypatch.setattr(decoder_choice, "obstacle", lambda kind, *args: tried.append(kind) or "now it differs")
+    again = DecoderChoice("auto")
+    again.load_state_dict(first.state_dict())
+    assert again(build("llama"), prompts, 4) is SharedDecoder and not tried
+    assert again.state_dict() == first.state_dict() == {"SharedDecoder": ""}
+    with pytest.raises(ValueError, match="now it differs"):
+        DecoderChoice("auto")(build("llama"), prompts, 4)

@@ -27,6 +27,11 @@ class PolicyForward:
         self.temperature, self.micro_batch_tokens, self.mode = temperature, micro_batch_tokens, prefix_sharing
         self.shares_prefix: bool | None = None
 
+    def restore(self, shares_prefix: bool | None) -> None:
+        """Go on as a checkpoint says, where the mode leaves a choice: a trial on other weights might end otherwise."""
+        if self.mode == "auto":
+            self.shares_prefix = shares_prefix
+
     def decide(self, policy: nn.Module, rollout: Rollout) -> None:
         """Decide, once, whether to share prompts. A collective."""
         if self.shares_prefix is None:

@@ -23,7 +23,7 @@ from gopo_lightning.policy.model import Policy, PolicyConfig, eos_token_ids, flo
 from gopo_lightning.rewards.validity import InvalidSteps
 from gopo_lightning.rollout import RolloutCallback, SamplingConfig
 from gopo_lightning.rollout.collector import Actor
-from gopo_lightning.rollout.engines.base import ChecksSampling
+from gopo_lightning.rollout.engines.base import ChecksSampling, HasState
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.transforms import Context
 from gopo_lightning.training import checks
@@ -260,8 +260,14 @@ class GOPOModule(TrainableState, OptimisedModule):
 
     def rollout_state(self) -> dict[str, Any]:
         """What the next rollouts and validations depend on beside the weights. A collective."""
-        state = {"reference": self.validation.stored.state_dict(), "invalid": self.invalid.state_dict()}
-        state["transforms"] = self.shaping.state_dict()
+        state: dict[str, Any] = {
+            "reference": self.validation.stored.state_dict(),
+            "invalid": self.invalid.state_dict(),
+            "transforms": self.shaping.state_dict(),
+            "shares_prefix": self.forward_pass.shares_prefix,
+        }
+        if isinstance(self.collector.engine, HasState):
+            state["engine"] = self.collector.engine.state_dict()
         if self.iterate is not None:
             state["iterate"] = self.iterate.state_dict(keep=self.trainer.is_global_zero)
         return state
@@ -271,6 +277,9 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.validation.stored.load_state_dict(state["reference"])
         self.invalid.load_state_dict(state.get("invalid", {}))
         self.shaping.load_state_dict(state.get("transforms", {}))
+        self.forward_pass.restore(state.get("shares_prefix"))
+        if isinstance(self.collector.engine, HasState) and "engine" in state:
+            self.collector.engine.load_state_dict(state["engine"])
         if self.iterate is not None and "iterate" in state:
             self.iterate.load_state_dict(state["iterate"])
 

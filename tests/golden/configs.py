@@ -61,7 +61,7 @@ def _policy_module(module: GOPOModule) -> dict[str, Any]:
             "loss": {k: v for k, v in settings["objective"]["loss"].items() if k != "class"},
             **settings["update"],
         },
-        "engine": {"class": type(collector.engine).__name__, **_plain(vars(collector.engine))},
+        "engine": {"class": type(collector.engine).__name__, **_options(collector.engine)},
         "rewards": [{"class": type(s).__name__, **_plain(vars(s))} for s in collector.sources],
         "from_wins": module.shaping.from_wins,
         "num_completions": module.rollout_config.num_completions,
@@ -73,6 +73,11 @@ def _policy_module(module: GOPOModule) -> dict[str, Any]:
         "log_reference_kl": objective.log_reference_kl,
         "on_setting_change": module.on_setting_change,
     }
+
+
+def _options(thing: Any) -> dict[str, Any]:
+    """Without its state."""
+    return {key: value for key, value in _plain(vars(thing)).items() if not key.startswith("_")}
 
 
 def _optimizer(build: Any) -> Any:

@@ -1,9 +1,9 @@
 """What a rollout engine is: it turns prompts into completions, each from its own random stream."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,19 @@ class ChecksSampling(Protocol):
 
     def check_sampling(self, sampling: SamplingConfig, *, logprobs: bool) -> None:
         """ValueError for what it cannot do; ``logprobs``: the loss reads the sampler's log-probs."""
+        ...
+
+
+@runtime_checkable
+class HasState(Protocol):
+    """An engine whose state belongs into the checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What ``state_dict`` gave."""
         ...
 
 

@@ -1,6 +1,6 @@
 """Which decoder a model takes: each is tried on the model itself, on a few tokens, against forwards without a cache."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from gopo_lightning.distributed.collectives import gather_objects
-from gopo_lightning.distributed.gathering import forward_is_collective
 from gopo_lightning.policy.shared_prefix import supports_shared_prefix
 from gopo_lightning.rollout.engines.decoders import (
     DecoderType,
@@ -43,18 +42,19 @@ class DecoderChoice:
 
     def __init__(self, prefix_sharing: Literal["auto", "always", "never"]) -> None:
         self.prefix_sharing = prefix_sharing
+        self._restored: dict[str, str] = {}
+        self._latest: dict[DecoderType, str | None] = {}
         self._said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
     def __call__(self, model: nn.Module, prompts: PromptBatch, max_new_tokens: int) -> DecoderType:
-        """The decoder for these prompts; all ranks decide alike where a forward is a collective.
+        """The decoder for these prompts. A collective: all ranks decide alike, by the longest prompt of any.
 
         Raises:
             ValueError: ``always``, and the model cannot share; or no decoder gives the model's own numbers.
         """
         name = type(model).__name__.removeprefix("FSDP")
-        longest = prompts.tokens_PL.shape[1]
-        if forward_is_collective(model):
-            longest = max(gather_objects(longest))
+        longest = max(gather_objects(prompts.tokens_PL.shape[1]))
+        self._latest = _trials.setdefault(model, {k: self._restored[k.__name__] or None for k in self._known()})
         ladder = list(_LADDER)[int(self.prefix_sharing == "never") :]
         reasons: list[str] = []
         for kind in ladder:
@@ -68,6 +68,20 @@ class DecoderChoice:
                 raise ValueError(f"prefix_sharing is always, but {name} cannot: {reason}. Use auto or never.")
             reasons.append(reason)
         raise ValueError(f"{name} cannot be sampled from token by token: {'; '.join(reasons)}.")
+
+    def state_dict(self) -> dict[str, str]:
+        """What came of the trials, by the decoder's name: empty, or why it does not serve.
+
+        A trial on trained weights may end otherwise; a resumed run would sample in another way, with other rounding.
+        """
+        return {kind.__name__: reason or "" for kind, reason in self._latest.items()} or dict(self._restored)
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """What ``state_dict`` gave stands for trials on models that were not tried here."""
+        self._restored = dict(state)
+
+    def _known(self) -> list[DecoderType]:
+        return [kind for kind in _LADDER if kind.__name__ in self._restored]
 
     def _say(self, model: nn.Module, kind: DecoderType, reasons: Sequence[str]) -> None:
         said = self._said.setdefault(model, set())
@@ -153,9 +167,7 @@ def obstacle(kind: DecoderType, model: nn.Module, prompts: PromptBatch) -> str |
             near = bool((found - expected).norm() <= (1e-3 if wide else 0.3) * centred.norm())
             near = near or not bool(expected.isfinite().all())  # a broken model is no decoder's fault
             reason = "" if near else _DIFFERENCE.get(kind, "its logits differ from those without a cache")
-    if forward_is_collective(model):
-        reason = max(gather_objects(reason))  # ranks must decide alike
-    return reason or None
+    return max(gather_objects(reason)) or None  # ranks must decide alike
 
 
 _DIFFERENCE: dict[DecoderType, str] = {

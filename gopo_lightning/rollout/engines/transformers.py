@@ -4,8 +4,8 @@ A prompt is prefilled once, whatever the number of its completions. The loop kno
 *decoder* knows the model: where keys and values live, and how a step is run.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,14 @@ class TransformersEngine:
             raise ValueError(f"max_rows is {max_rows}, but it must be >= 1; leave it out for no limit.")
         self.prefix_sharing, self.dtype, self.max_rows = prefix_sharing, dtype, max_rows
         self._choose = DecoderChoice(prefix_sharing)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How the policy is sampled, as a trial has found: a resumed run goes on in the same way."""
+        return {"decoders": self._choose.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+        self._choose.load_state_dict(state["decoders"])
 
     @torch.no_grad()
     def generate(

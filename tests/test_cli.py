@@ -253,3 +253,15 @@ def test_null_on_the_command_line_is_null_at_any_depth(option: str, attributes: 
 
     assert value() is not None
     assert value(f"--model.init_args.{option}") is None
+
+
+def test_what_a_run_saves_can_be_run_again(config: Path, tmp_path: Path) -> None:
+    """Also where the config leaves the optimiser to its default."""
+    values = yaml.safe_load(config.read_text())
+    del values["model"]["init_args"]["update"]["optimizer"]
+    config.write_text(yaml.safe_dump(values))
+    run(["fit", "--config", str(config), "--trainer.max_steps=1", "--trainer.val_check_interval=1"])
+    saved = tmp_path / "run" / "version_0" / "config.yaml"
+    again = run(["fit", "--config", str(saved), "--trainer.max_steps=1"]).model
+    optimizer = again.optimizer_callable(again.policy.parameters())
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["lr"] == 1e-6

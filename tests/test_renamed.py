@@ -104,3 +104,12 @@ def test_the_changelog_has_the_table() -> None:
     rows = dict(re.findall(r"^  \| `(\w+)` \| `(.+)` \|$", table, re.M))
     assert rows == ARGUMENTS
     assert "| `rewards`, a list | `rewards.sources` |" in table
+
+
+@pytest.mark.parametrize("named", [["--model", "GOPOModule"], ["--model.class_path=gopo_lightning.GOPOModule"]])
+def test_a_module_that_flags_name_is_told_too(named: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"num_completions is now --model\.init_args\.rollout\.num_completions"):
+        refuse_old_names([*named, "--model.init_args.num_completions", "4"])
+    refuse_old_names(
+        [named[0].replace("GOPOModule", "RewardModelModule"), "RewardModelModule", "--model.warmup_steps=4"]
+    )

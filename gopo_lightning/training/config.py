@@ -10,12 +10,14 @@ A field that takes a class is given `class_path` and `init_args`, one that takes
     advantage: grpo
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, cast, get_type_hints
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+from torch.optim import Optimizer
 
 from gopo_lightning.objectives.base import Objective
 from gopo_lightning.objectives.clipped import ClippedSurrogate
@@ -83,12 +85,17 @@ class ObjectiveConfig:
     """Log the KL divergence to the reference although the loss does not read it (one more forward a step)."""
 
 
+def default_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
+    """Of `UpdateConfig`. (As a field's default it could not be written into a run's config.)"""
+    return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
+
+
 @dataclass(frozen=True)
 class UpdateConfig:
     """How the policy is updated."""
 
-    optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
-    """Built on the policy's trainable parameters; AdamW by default."""
+    optimizer: OptimizerCallable | None = None
+    """Built on the policy's trainable parameters; AdamW with lr 1e-6 and weight_decay 0 when null."""
     lr_schedule: str = "constant_with_warmup"
     """A schedule of `transformers.get_scheduler`, such as `constant_with_warmup`, `linear`, `cosine`."""
     warmup_steps: int = 10

@@ -33,7 +33,14 @@ from gopo_lightning.training.callbacks.predictions import PredictionWriter, pred
 from gopo_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from gopo_lightning.training.callbacks.validate_first import ValidateFirst
 from gopo_lightning.training.companions import Iterate
-from gopo_lightning.training.config import ObjectiveConfig, RewardConfig, RolloutConfig, UpdateConfig, as_config
+from gopo_lightning.training.config import (
+    ObjectiveConfig,
+    RewardConfig,
+    RolloutConfig,
+    UpdateConfig,
+    as_config,
+    default_optimizer,
+)
 from gopo_lightning.training.curves import rollout_metrics
 from gopo_lightning.training.forward import PolicyForward
 from gopo_lightning.training.micro_batches import minibatches
@@ -101,7 +108,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         checks.check_groups(self.rollout_config, self.reward_config, self.update_config)
         checks.check_loss(self.objective_config.loss)
-        self.optimizer_callable = self.update_config.optimizer
+        self.optimizer_callable = self.update_config.optimizer or default_optimizer
         self.schedule = Schedule(
             self.update_config.lr_schedule,
             self.update_config.warmup_steps,

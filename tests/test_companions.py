@@ -147,7 +147,7 @@ def test_another_interval_acts_from_the_resume_on(
     with caplog.at_level(logging.INFO):
         _, before = updates_of(tmp_path, tiny_policy, prompts_file, 100, 4)
         updates, after = updates_of(tmp_path, tiny_policy, prompts_file, 6, 8)
-    assert "objective.iterate_every 100 → 6" in caplog.text
+    assert "objective.iterate_every 100 → 6" in caplog.text and "has no iterate" not in caplog.text
     experiences = [experience for experience, _ in updates[::2]]
     made = [made_by(e.iterate_logprobs_NT, e, before | after) for e in experiences]
     assert made == [[0], [6]]

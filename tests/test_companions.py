@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from gopo_lightning.distributed.checkpoints import last_of
+from gopo_lightning.distributed.checkpoints import last_checkpoint_of
 from gopo_lightning.objectives.base import Loss
 from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.policy.model import PolicyConfig
@@ -64,7 +64,7 @@ def updates_of(
     )
     keeper = ModelCheckpoint(every_n_train_steps=2, save_top_k=-1, filename="{step}")
     trainer = make_trainer(folder, callbacks=[copies, keeper], max_steps=max_steps, limit_val_batches=0)
-    trainer.fit(module, make_data(prompts_file), ckpt_path=last_of(trainer))
+    trainer.fit(module, make_data(prompts_file), ckpt_path=last_checkpoint_of(trainer))
     return loss.updates, copies.policies  # type: ignore[attr-defined]
 
 

@@ -106,7 +106,7 @@ class GOPOCommandLine(CommandLine):
         self._find_checkpoint("predict")
 
     def _find_checkpoint(self, subcommand: str) -> None:
-        """``--ckpt_path last`` is the last whole checkpoint of this run (`last_of`); a file must be whole."""
+        """``--ckpt_path last`` is the last whole checkpoint of this run; a file must be whole."""
         options = self.config_init[subcommand]
         named = options.get("ckpt_path")
         if named != "last":

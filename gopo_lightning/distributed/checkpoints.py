@@ -172,7 +172,7 @@ def newest(paths: Iterable[Path]) -> Path | None:
 
 
 def searched_folder(trainer: Trainer) -> str:
-    """The places where ``last_of`` looks, for messages."""
+    """The places where ``last_checkpoint_of`` looks, for messages."""
     places = [str(folder) for folder, _ in _given_folders(trainer)]
     return ", ".join([*places, "/".join(map(str, _versions(trainer)))])
 

@@ -159,6 +159,7 @@ def _quieten() -> None:
         ".*does not have many workers.*",  # prompts are tokenised once, in setup
         ".*ModelCheckpoint. with manual optim.*",  # we count optimiser steps as it expects
         ".*LeafSpec.* is deprecated.*",
+        "FSDP2-wrapped module .* returned a view tensor.*",  # nothing here changes logits in place
         ".*sync_dist=True.*",  # values are the same on all ranks when they are logged
         ".*your dataloader is not resumable.*",  # our samplers skip what was seen
         "The following callbacks returned in `LightningModule.configure_callbacks` will override.*",

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from transformers import MambaConfig, MambaForCausalLM
 
-from gopo_lightning.distributed.decoder_layers import compile_layers, uncompiled
+from gopo_lightning._compat import unsplittable_layers
+from gopo_lightning.distributed.decoder_layers import compile_layers, decoder_layers, uncompiled
 from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.policy.prefix_sharing import check_shared_prefix
 from tests.architectures import build, gradients, prompt_batch, ragged_completions, relative_difference
@@ -36,3 +38,10 @@ def test_compiled_layers_compute_the_same_and_are_compiled_once() -> None:
 def test_model_without_named_layers_is_not_compiled() -> None:
     with pytest.raises(ValueError, match="names no layers"):
         compile_layers(nn.Linear(2, 2))
+
+
+def test_of_nested_layers_the_outer_is_taken() -> None:
+    """Mamba names its blocks and their mixers; FSDP2 would shard the mixers' parameters twice."""
+    model = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=8, num_hidden_layers=2))
+    assert {"MambaBlock", "MambaMixer"} <= unsplittable_layers(model)
+    assert [type(layer).__name__ for layer in decoder_layers(model)] == ["MambaBlock"] * 2

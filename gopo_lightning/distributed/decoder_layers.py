@@ -25,14 +25,19 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that transformers says are never to be split, in order.
+    """The layers that transformers says are never to be split, in order; of nested ones (Mamba's) the outer.
 
     Raises:
         ValueError: the model names none.
     """
     base = base_of(model)
     names = unsplittable_layers(base)
-    layers = [module for module in base.modules() if type(module).__name__ in names]
+    layers: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in base.modules():
+        if type(module).__name__ in names and module not in inside:
+            layers.append(module)
+            inside.update(module.modules())
     if not layers:
         raise ValueError(
             f"{type(base).__name__} names no layers to shard or to compile by (_no_split_modules is {sorted(names)}); "

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from gopo_lightning.distributed.collectives import gather_objects
+from gopo_lightning.distributed.gathering import forward_is_collective
 from gopo_lightning.policy.shared_prefix import supports_shared_prefix
 from gopo_lightning.rollout.engines.decoders import (
     DecoderType,
@@ -47,13 +48,15 @@ class DecoderChoice:
         self._said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
     def __call__(self, model: nn.Module, prompts: PromptBatch, max_new_tokens: int) -> DecoderType:
-        """The decoder for these prompts. A collective: all ranks decide alike, by the longest prompt of any.
+        """The decoder for these prompts; all ranks decide alike where a forward is a collective.
 
         Raises:
             ValueError: ``always``, and the model cannot share; or no decoder gives the model's own numbers.
         """
         name = type(model).__name__.removeprefix("FSDP")
-        longest = max(gather_objects(prompts.tokens_PL.shape[1]))
+        longest = prompts.tokens_PL.shape[1]
+        if forward_is_collective(model):
+            longest = max(gather_objects(longest))
         self._latest = _trials.setdefault(model, {k: self._restored[k.__name__] or None for k in self._known()})
         ladder = list(_LADDER)[int(self.prefix_sharing == "never") :]
         reasons: list[str] = []
@@ -113,9 +116,9 @@ class Trial:
 
     @classmethod
     def of(cls, model: nn.Module, prompts: PromptBatch) -> "Trial":
-        """With tokens of the batch, and forwards of unpadded rows without a cache."""
-        tokens = prompts.tokens_PL[prompts.mask_PL].cpu()
-        tokens = tokens.repeat(-(-20 // len(tokens)))[:20]
+        """With tokens that are the same on every rank, and forwards of unpadded rows without a cache."""
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+        tokens = vocabulary // 4 + torch.arange(20) * max(vocabulary // 80, 1)  # words, not special tokens
         rows = [tuple(tokens[8:][:length].tolist()) for length in _LENGTHS]
         tokens_NT = tokens[:12].view(4, 3)
         few = PromptBatch.collate([Prompt(p, row, "") for p, row in enumerate(rows)], int(tokens[0]))
@@ -167,7 +170,9 @@ def obstacle(kind: DecoderType, model: nn.Module, prompts: PromptBatch) -> str |
             near = bool((found - expected).norm() <= (1e-3 if wide else 0.3) * centred.norm())
             near = near or not bool(expected.isfinite().all())  # a broken model is no decoder's fault
             reason = "" if near else _DIFFERENCE.get(kind, "its logits differ from those without a cache")
-    return max(gather_objects(reason)) or None  # ranks must decide alike
+    if forward_is_collective(model):
+        reason = max(gather_objects(reason))  # ranks must decide alike
+    return reason or None
 
 
 _DIFFERENCE: dict[DecoderType, str] = {

@@ -18,6 +18,7 @@ from gopo_lightning.objectives.advantages import ordinal
 from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.policy.prefix_sharing import check_shared_prefix
+from gopo_lightning.training.forward import PolicyForward
 from gopo_lightning.training.gopo_module import GOPOModule
 from gopo_lightning.types import Completions, Experience, Prompt, PromptBatch
 from tests.runs import make_module
@@ -264,3 +265,20 @@ def test_the_tiny_policy_ends_by_itself(tiny_policy: Path, prompts_file: Path, t
             lengths[truncated].append(length)
     assert len(lengths[True]) < len(lengths[False])
     assert len(set(lengths[False])) >= 6
+
+
+@pytest.mark.parametrize(
+    ("mode", "saved", "expected"),
+    [
+        ("auto", True, True),
+        ("auto", False, False),
+        ("always", True, True),
+        ("always", False, None),
+        ("never", True, None),
+    ],
+)
+def test_a_resumed_run_shares_prompts_as_before(mode: Any, saved: bool, expected: bool | None) -> None:
+    """Where the mode allows it; None: it is tried anew."""
+    forward = PolicyForward(1.0, None, mode)
+    forward.restore(saved)
+    assert forward.shares_prefix is expected

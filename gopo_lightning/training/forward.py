@@ -29,7 +29,7 @@ class PolicyForward:
 
     def restore(self, shares_prefix: bool | None) -> None:
         """Go on as a checkpoint says, where the mode leaves a choice: a trial on other weights might end otherwise."""
-        if self.mode == "auto":
+        if self.mode == "auto" or (self.mode == "always" and shares_prefix):
             self.shares_prefix = shares_prefix
 
     def decide(self, policy: nn.Module, rollout: Rollout) -> None:

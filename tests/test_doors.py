@@ -36,6 +36,14 @@ class Regression(Objective):
         return Loss(error_N.sum() / total.clamp(min=1), {"error": Mean(error_N.sum(), mask_NT.any(-1).sum())})
 
 
+class NamesItLoss(Regression):
+    """A metric called like one of ours."""
+
+    def __call__(self, logprobs_NT: Tensor, experience: Experience, mask_NT: Tensor, total: Tensor) -> Loss:
+        loss = super().__call__(logprobs_NT, experience, mask_NT, total)
+        return Loss(loss.value, {"loss": loss.metrics["error"]})
+
+
 class CountsSteps(Transform):
     """Prefers short completions; remembers how many rollouts it has seen."""
 
@@ -136,6 +144,15 @@ def test_a_method_is_named_in_yaml_and_trains(door: str, tiny_policy: Path, prom
     assert module.trainer.global_step == 2
     text = (tmp_path / "run" / "a" / "metrics.csv").read_text()
     assert "train/loss" in text and ("train/error" in text) == (door == "objective")
+
+
+def test_a_metric_that_is_called_like_one_of_ours_is_refused(
+    tiny_policy: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    options = {"objective": {"loss": {"class_path": "tests.test_doors.NamesItLoss"}}}
+    config = write_config(tmp_path, tiny_policy, prompts_file, options)
+    with pytest.raises(ValueError, match=r"NamesItLoss names metrics \['loss'\]"):
+        run(["fit", "--config", str(config)])
 
 
 def test_the_state_of_a_transform_is_in_the_checkpoint(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:

@@ -195,7 +195,13 @@ def test_an_update_has_the_gradient_of_the_loops(
     module, experience = module_with(shape, tiny_policy, policy, reference), experience_of(shape)
     updates: list[tuple[Tensor, Tensor]] = []
     groups: list[set[int]] = []
-    module.update._step = lambda *args: updates.append((args[-1]["loss"], flat_gradient(policy))) or policy.zero_grad()  # type: ignore[method-assign,assignment,func-returns-value]
+
+    def keep_gradient(*args: Any) -> dict[str, Tensor]:
+        updates.append((args[-1]["loss"][0], flat_gradient(policy)))
+        policy.zero_grad()
+        return {}
+
+    module.update._step = keep_gradient  # type: ignore[method-assign]
     with_logprobs = module._with_logprobs(experience, module.needs)
     for groups_P in module._minibatches(with_logprobs):
         groups.append(set(groups_P.tolist()))

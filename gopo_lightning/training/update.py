@@ -1,7 +1,6 @@
 """One optimiser step on some groups of an experience, micro-batch by micro-batch."""
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from gopo_lightning.training.forward import PolicyForward
 from gopo_lightning.types import Experience
 
 Sums = dict[str, Tensor]
-"""float64 sums over micro-batches, and over ranks in the end: `<name>` and `<name>/count` of each mean."""
+"""float64 [2] of each metric: its sum and its count over micro-batches, and over ranks in the end. The count of the
+loss, which is a sum by itself, is 0."""
 _LOSS = "loss"
 
 
@@ -48,7 +48,7 @@ class GradientUpdate:
         total = all_reduce_sum(self.objective.denominator(minibatch, self.objective.mask(minibatch)))
         active_P = self.objective.active(experience)
         micro_batches = self.forward.micro_batches(experience, groups_P, active_P)
-        sums: Sums = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=module.device))
+        sums: Sums = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=module.device))
         for i, (micro_P, counts) in enumerate(micro_batches):
             with gradient_sync(module.trainer.strategy, policy, sync=i + 1 == len(micro_batches)):
                 self._accumulate(module, policy, experience.select(micro_P), total, sums, counts)
@@ -71,7 +71,7 @@ class GradientUpdate:
         real, forwarded = self.forward.tokens(experience)
         num_tokens = mask_NT.sum()
         means = {
-            **loss.metrics,
+            _LOSS: Mean(loss.value, torch.zeros_like(loss.value)),
             "padding_fraction": Mean(*torch.tensor([forwarded - real * counts, forwarded], device=module.device)),
         }
         if current.entropy_NT is not None:
@@ -79,10 +79,10 @@ class GradientUpdate:
         if completions.sampler_logprobs_NT is not None:
             difference_NT = current.logprobs_NT.detach() - completions.sampler_logprobs_NT
             means["sampler_logprob_diff"] = Mean(difference_NT[mask_NT].abs().sum(), num_tokens)
-        sums[_LOSS] += loss.value.detach().double()
-        for name, mean in means.items():
-            sums[name] += mean.sum.detach().double()
-            sums[f"{name}/count"] += mean.count.detach().double()
+        if taken := sorted(means.keys() & loss.metrics.keys()):
+            raise ValueError(f"{type(self.objective).__name__} names metrics {taken}, which are ours. Rename them.")
+        for name, mean in (means | dict(loss.metrics)).items():
+            sums[name] += torch.stack([mean.sum.detach().double(), mean.count.detach().double()])
 
     def _step(
         self, module: LightningModule, policy: nn.Module, experience: Experience, sums: Sums
@@ -91,7 +91,7 @@ class GradientUpdate:
         keys = sorted(sums)
         reduced = dict(zip(keys, all_reduce_sum(torch.stack([sums[key] for key in keys])), strict=True))
         grad_norm = clip_grad_norm(policy, self.max_grad_norm or float("inf"))
-        check_finite(module.trainer, experience, reduced[_LOSS], grad_norm)
+        check_finite(module.trainer, experience, reduced[_LOSS][0], grad_norm)
         optimizer: Any = module.optimizers()
         scheduler: Any = module.lr_schedulers()
         lr = optimizer.param_groups[0]["lr"]
@@ -101,10 +101,6 @@ class GradientUpdate:
         return {"train/grad_norm": grad_norm, "train/lr": torch.tensor(lr), **_means(reduced)}
 
 
-def _means(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`train/<name>`: each sum by its count (0 of none), and the loss, which is a sum by itself."""
-    means = {"train/loss": sums[_LOSS]}
-    for name in sorted(name for name in sums if f"{name}/count" in sums):
-        count = sums[f"{name}/count"]
-        means[f"train/{name}"] = sums[name] / torch.where(count == 0, 1.0, count)
-    return means
+def _means(sums: Sums) -> dict[str, Tensor]:
+    """`train/<name>`: each sum by its count, or as it is where that is 0."""
+    return {f"train/{name}": total / torch.where(count == 0, 1.0, count) for name, (total, count) in sums.items()}

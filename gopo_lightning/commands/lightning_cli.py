@@ -111,9 +111,7 @@ class GOPOCommandLine(CommandLine):
         named = options.get("ckpt_path")
         if named != "last":
             if named is not None and Path(named).is_file():
-                load_checkpoint(
-                    Path(named), mmap=True
-                )  # here, for the strategies of Lightning that read files by themselves
+                load_checkpoint(Path(named), mmap=True)  # some strategies of Lightning read files by themselves
             return
         options["ckpt_path"] = path = last_checkpoint_of(self.trainer)
         if path is not None:

@@ -98,13 +98,17 @@ class Kind:
         is_tensor = isinstance(result, Tensor)
         is_real = is_tensor and not result.is_complex() and result.dtype != torch.bool
         if not is_real or result.shape != argument.shape[:2]:
-            got = f"{result.dtype} {tuple(result.shape)}" if is_tensor else type(result).__name__
             raise ValueError(
-                f"{self.noun} '{name}' returned {got} for rewards of shape {tuple(argument.shape)} [{self.axes}]; it "
-                f"must return a tensor of real numbers of shape {tuple(argument.shape[:2])}. Its signature is "
-                f"{name.rpartition('.')[2]}({self.argument}: Tensor, **options) -> Tensor."
+                f"{self.noun} '{name}' returned {described(result)} for rewards of shape {tuple(argument.shape)} "
+                f"[{self.axes}]; it must return a tensor of real numbers of shape {tuple(argument.shape[:2])}. "
+                f"Its signature is {name.rpartition('.')[2]}({self.argument}: Tensor, **options) -> Tensor."
             )
         return result
+
+
+def described(value: Any) -> str:
+    """What ``value`` is, for an error message: dtype and shape of a tensor, the type of anything else."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_choice(option: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from gopo_lightning.distributed.collectives import all_or_none
 from gopo_lightning.objectives.base import Needed
 from gopo_lightning.objectives.credit import Credit, broadcast
+from gopo_lightning.objectives.named import described
 from gopo_lightning.rollout.transforms import Context, Position, Transform
 from gopo_lightning.types import Experience, Rollout
 
@@ -105,8 +106,8 @@ def check_transformed(changed: Any, rollout: Rollout, name: str) -> None:
     """ValueError unless the transform ``name`` gave ``rollout`` with other rewards, weights or advantages."""
     if type(changed) is not type(rollout):
         raise ValueError(
-            f"the transform {name} returned {_got(changed)}; it must return the {type(rollout).__name__} that it got, "
-            "with what it changes: dataclasses.replace(rollout, …)."
+            f"the transform {name} returned {described(changed)}; it must return the {type(rollout).__name__} that it "
+            "got, with what it changes: dataclasses.replace(rollout, …)."
         )
     if changed.prompts is not rollout.prompts or changed.completions is not rollout.completions:
         raise ValueError(
@@ -132,7 +133,7 @@ def _check_fields(changed: Rollout, rollout: Rollout, name: str) -> None:
     for field, shape in given.items():
         if not _is_real(value := getattr(changed, field), shape):
             raise ValueError(
-                f"the transform {name} gave {field}={_got(value)}; it must be a float tensor {tuple(shape)}."
+                f"the transform {name} gave {field}={described(value)}; it must be a float tensor {tuple(shape)}."
             )
     weights_PG = changed.weights_PG
     if weights_PG is not None and not ((weights_PG >= 0) & weights_PG.isfinite()).all():
@@ -147,8 +148,8 @@ def check_credit(advantages_NT: Any, experience: Experience) -> None:
     shape = experience.completions.mask_NT.shape
     if advantages_NT is not None and not _is_real(advantages_NT, shape):
         raise ValueError(
-            f"the credit returned {_got(advantages_NT)}; it must return a float tensor {tuple(shape)} [completions, "
-            "tokens], or None where each token has the advantage of its completion."
+            f"the credit returned {described(advantages_NT)}; it must return a float tensor {tuple(shape)} "
+            "[completions, tokens], or None where each token has the advantage of its completion."
         )
     if advantages_NT is None and experience.token_rewards_NT is not None:
         raise ValueError(
@@ -159,10 +160,6 @@ def check_credit(advantages_NT: Any, experience: Experience) -> None:
 
 def _is_real(value: Any, shape: torch.Size) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape
-
-
-def _got(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _key(place: int, transform: Transform) -> str:

@@ -269,12 +269,10 @@ class RewardModelModule(OptimisedModule):
         return fitted
 
     def _held_out_batches(self) -> Iterator[Comparisons]:
-        """Those of a validation."""
+        """Those of a validation; none without one."""
         loaders = self.trainer.val_dataloaders
         loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-        for loader, number in zip(
-            loaders, self.trainer.num_val_batches, strict=False
-        ):  # without validation there is none
+        for loader, number in zip(loaders, self.trainer.num_val_batches, strict=False):
             yield from islice(loader, None if number == math.inf else int(number))
 
     def _check_weights(self) -> None:

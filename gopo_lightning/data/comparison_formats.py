@@ -15,7 +15,8 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -257,3 +258,24 @@ FORMATS = (
     Format(("history", "human_ref_A", "human_ref_B", "labels"), _shp),
 )
 """The first whose columns are all there."""
+
+
+def unknown_format(where: str, columns: Iterable[str], noun: str) -> ValueError:
+    """What to raise where ``columns`` are those of none of ``FORMATS``."""
+    formats = ", or ".join(str(format_.columns) for format_ in FORMATS)
+    return ValueError(
+        f"{where} has the columns {sorted(columns)}, which are no known format of {noun}. The formats have the columns "
+        f"{formats}; rename yours."
+    )
+
+
+@contextmanager
+def reading_row(where: str) -> Iterator[None]:
+    """ValueError with ``where`` for a row that a format cannot read."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{where}: there is no {error}. Fix or delete it.") from error
+    except (ValueError, TypeError, AttributeError, IndexError) as error:  # the last three: a cell of the wrong shape
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{where}: {kind}{error}. Fix or delete it.") from error

@@ -15,7 +15,15 @@ from typing import Any, TypeAlias
 from lightning.pytorch.utilities import rank_zero_info
 
 from gopo_lightning.data.cells import Value
-from gopo_lightning.data.comparison_formats import FORMATS, Answers, Format, order, preference
+from gopo_lightning.data.comparison_formats import (
+    FORMATS,
+    Answers,
+    Format,
+    order,
+    preference,
+    reading_row,
+    unknown_format,
+)
 from gopo_lightning.data.conversations import Conversation, continued, normalised, repeats
 from gopo_lightning.data.sources import PromptSource, columns_of, read_rows
 
@@ -60,10 +68,7 @@ def load_comparisons(source: PromptSource, prompt_column: str | None = None) -> 
     columns = columns_of(rows)
     format_ = next((known for known in FORMATS if {*known.columns} <= {*columns}), None)
     if format_ is None:
-        raise ValueError(
-            f"{source.path} has the columns {sorted(columns)}, which are no known format of comparisons. The formats "
-            f"have the columns {', or '.join(str(known.columns) for known in FORMATS)}; rename yours."
-        )
+        raise unknown_format(str(source.path), columns, "comparisons")
     _check_prompt_column(prompt_column, format_, columns, source)
     answers = [_parsed(format_, prompt_column, source, number, row) for number, row in enumerate(rows)]
     parsed = _texts(answers, source)
@@ -99,13 +104,8 @@ def _say(source: PromptSource, num_rows: int, num_alone: int, columns: Sequence[
 
 
 def _parsed(format_: Format, prompt_column: str | None, source: PromptSource, number: int, row: Any) -> Answers:
-    try:
+    with reading_row(place(source, number)):
         return format_.parse(row, prompt_column)
-    except KeyError as error:
-        raise ValueError(f"{place(source, number)}: there is no {error}. Fix or delete it.") from error
-    except (ValueError, TypeError, AttributeError, IndexError) as error:  # the last three: a cell of the wrong shape
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{place(source, number)}: {kind}{error}. Fix or delete it.") from error
 
 
 def place(source: PromptSource, number: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gopo_lightning.data.cells import Value
-from gopo_lightning.data.comparison_formats import FORMATS, PROMPTS, Answers
+from gopo_lightning.data.comparison_formats import FORMATS, PROMPTS, Answers, Format, reading_row, unknown_format
 from gopo_lightning.types import Prompt
 
 
@@ -34,30 +34,19 @@ def recorded_answers(prompt: Prompt) -> Recorded:
     """
     format_ = _format(prompt)
     if format_ is None:
-        known = ", or ".join(str(format_.columns) for format_ in FORMATS)
-        raise ValueError(
-            f"{prompt.place} has the columns {sorted(prompt.columns)}, which are no known format of answers. The "
-            f"formats have the columns {known}; rename yours."
-        )
-    try:
-        answers = format_.parse(_row(prompt), None)
+        raise unknown_format(prompt.place, prompt.columns, "answers")
+    prompt_cells = {column: prompt.text for column in format_.columns if column in PROMPTS}  # it is not in `columns`
+    with reading_row(prompt.place):
+        answers = format_.parse({**prompt_cells, **prompt.columns}, None)
         return Recorded(tuple(_answer(value, prompt) for value in answers.completions), _ratings(answers))
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:  # cells of a wrong shape
-        raise ValueError(f"{prompt.place}: {error}. Fix or delete it.") from error
 
 
-def _format(prompt: Prompt) -> Any:
+def _format(prompt: Prompt) -> Format | None:
     """The first format whose columns are all there; one of them may be the prompt's own."""
     columns = {*prompt.columns, *PROMPTS}
     return next(
         (f for f in FORMATS if {*f.columns} <= columns and {*f.columns} - {*PROMPTS} <= {*prompt.columns}), None
     )
-
-
-def _row(prompt: Prompt) -> dict[str, Any]:
-    """The row as a format reads it: the column of the prompt is no longer among the others."""
-    format_ = _format(prompt)
-    return {**{c: prompt.text for c in format_.columns if c in PROMPTS}, **prompt.columns}
 
 
 def _answer(value: Value, prompt: Prompt) -> str:

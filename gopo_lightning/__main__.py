@@ -1,14 +1,18 @@
 """``python -m gopo_lightning``. The top-level help answers without importing torch."""
 
 import sys
+from importlib import import_module
 
-from gopo_lightning.commands.usage import COMMANDS, FIELDS
+from gopo_lightning.commands.usage import COMMANDS, FIELDS, OWN
 
 
 def main() -> None:
     """Entry point of ``python -m gopo_lightning`` and of the ``gopo-lightning`` script."""
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
         print(COMMANDS + FIELDS, end="")
+        return
+    if sys.argv[1] in OWN:
+        import_module(OWN[sys.argv[1]]).main(sys.argv[2:])
         return
     from gopo_lightning.commands.lightning_cli import run
 

@@ -24,6 +24,7 @@ PARTS = [
     "rewards",
     "rollout",
     "training",
+    "evaluation",
     "commands",
 ]
 """A part is a module or a folder of the package. It may import from itself and from what stands before it."""

@@ -1,7 +1,7 @@
 """What ``--help`` says; text alone, so that it needs no import of torch."""
 
 COMMANDS = """\
-usage: python -m gopo_lightning {fit,validate,test,predict} --config CONFIG.yaml [--config OVERLAY.yaml] [--FIELD=VALUE]
+usage: python -m gopo_lightning COMMAND --config CONFIG.yaml [--config OVERLAY.yaml] [--FIELD=VALUE]
 
 Train a language model on ranked rewards (GOPO, arXiv 2602.03876) with PyTorch Lightning.
 
@@ -11,7 +11,16 @@ commands:
   test       the same on the test prompts
   predict    write completions and rewards of the predict prompts to predictions.jsonl
 
+does ranking help on my task? (each has its own --help)
+  inspect    before training: can ranks matter under these rewards?
+  duel       which of two policies wins, by a judge, with an interval
+  report     finished runs as one page: curves over seeds, paired differences, samples
+  compare    train two configs with the same seeds, and report
+
 """
+
+OWN: dict[str, str] = {}
+"""Command → the module whose ``main(arguments)`` it is; the others are Lightning's."""
 
 FIELDS = """\
 every field is documented:

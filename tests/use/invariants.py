@@ -1,6 +1,7 @@
 """What holds after a run, whatever its options: each function returns what is wrong, as sentences."""
 
 import hashlib
+import itertools
 import math
 import re
 from pathlib import Path
@@ -51,6 +52,15 @@ def untrained_ties(curves: Curves) -> list[str]:
     """The policy of step 0 is the reference, so it wins exactly half."""
     value = curves.get("val/win_rate", {}).get(0)
     return [] if value == 0.5 else [f"val/win_rate of the untrained policy is {value}, not 0.5"]
+
+
+def steps_with_a_gradient(curves: Curves, steps: list[int]) -> list[int]:
+    """``steps`` before the first rollout whose rewards all tie.
+
+    Its gradient is that of the KL alone, at the reference 0 but for rounding, and Adam scales rounding to whole steps.
+    """
+    spread = curves["reward/within_group_std"]
+    return list(itertools.takewhile(lambda step: spread[step] > 0, steps))
 
 
 def same_curves(mine: Curves, other: Curves, steps: list[int], what: str, tolerance: float = 0.0) -> list[str]:

@@ -132,7 +132,8 @@ def _on_one_process(trial: Trial, found: Curves) -> None:
     if trial.must(trial.run("fit", "single", *one)):
         single = curves(trial.log_of("single"))
         what = f"{trial.row['strategy']} against one process"
-        trial.problems += invariants.same_curves(found, single, _steps(trial)[:2], what, STRATEGY_TOLERANCE)
+        steps = invariants.steps_with_a_gradient(found, _steps(trial)[:2])
+        trial.problems += invariants.same_curves(found, single, steps, what, STRATEGY_TOLERANCE)
 
 
 def _then(trial: Trial, found: Curves) -> None:

@@ -19,7 +19,9 @@ does ranking help on my task? (each has its own --help)
 
 """
 
-OWN: dict[str, str] = {}
+OWN: dict[str, str] = {
+    "inspect": "gopo_lightning.commands.inspect",
+}
 """Command → the module whose ``main(arguments)`` it is; the others are Lightning's."""
 
 FIELDS = """\

@@ -258,20 +258,19 @@ class PromptDataModule(FingerprintedDataModule):
         warnings.filterwarnings("ignore", message="You are using a custom batch sampler `InOrderSampler`")
         return self._in_order("predict")
 
-    def _dataset(self, part: str, source: PromptSource) -> PromptDataset:
+    def renderer(self, source: PromptSource) -> PromptRenderer:
+        """Row of ``source`` → prompt, as this module renders its prompts; with the tokenizer of the Trainer's module."""
         assert self.trainer is not None
-        tokenizer = self.trainer.lightning_module.tokenizer
+        return PromptRenderer(self.trainer.lightning_module.tokenizer, source, **self._rendering)
+
+    def _dataset(self, part: str, source: PromptSource) -> PromptDataset:
         rows = load_rows(source)
-        dataset = PromptDataset(
-            rows,
-            PromptRenderer(tokenizer, source, **self._rendering),
-            max_prompt_tokens=self.max_prompt_tokens,
-            overlong=self.overlong,
-        )
+        limits: dict[str, Any] = {"max_prompt_tokens": self.max_prompt_tokens, "overlong": self.overlong}
+        dataset = PromptDataset(rows, self.renderer(source), **limits)
         self.num_overlong[part] = dataset.num_overlong
         done = {"drop": "dropped", "truncate_left": "cut on the left", "error": ""}[self.overlong]
-        note = f", {dataset.num_overlong} longer than {self.max_prompt_tokens} tokens were {done}"
-        note = note if dataset.num_overlong else ""
+        cut = f", {dataset.num_overlong} longer than {self.max_prompt_tokens} tokens were {done}"
+        note = cut if dataset.num_overlong else ""
         others = sorted({*columns_of(rows)} - {source.column, source.system_column})
         note += f"; rewards may read the other columns {others}" if others else ""
         rank_zero_info(f"{part}: {len(dataset)} prompts of {source.path}, from its column '{source.column}'{note}.")

@@ -1,0 +1,68 @@
+"""The study of docs/evidence.md: every cell of its tables, run by run, for hours, and on from where it was stopped.
+
+    python scripts/run_study.py forecast              what is done, what is missing, how long that takes
+    python scripts/run_study.py run --workers 2       goes on until all is done, or until --minutes are over
+    python scripts/run_study.py run --quick           three seeds of the first table with 40 steps, in 30 minutes
+    python scripts/run_study.py tables                prints the tables of what is done
+
+A run is one `fit` of configs/study/base.yaml with a reward, an advantage and a seed. Its numbers are a line of
+docs/study/runs.jsonl, with the commit that made them; a line that is there is not run again. Learning rates are chosen
+by `tuning` runs on other seeds and other prompts (docs/study/runs.jsonl holds these too).
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from scripts.study import assets, design, runs, tables
+
+
+def worker(queue: list[design.Run], deadline: float, workers: int, results: Path) -> None:
+    """Run ``queue`` in order, ``workers`` at a time, each in a process of its own."""
+    from gopo_lightning.commands import lightning_cli  # noqa: F401 - once, before the processes are forked
+
+    running: dict[int, tuple[design.Run, float]] = {}
+    while queue or running:
+        while queue and len(running) < workers and time.monotonic() < deadline:
+            run = queue.pop(0)
+            running[runs.start(run, results)] = (run, time.monotonic())
+        if not running:
+            return
+        child, status = os.wait()
+        run, began = running.pop(child)
+        how = "done" if status == 0 else f"FAILED, see {runs.folder(run) / 'log.txt'}"
+        print(f"{time.strftime('%H:%M:%S')} {run.name}: {how}, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Run, forecast or print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["forecast", "run", "tables"])
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small version of the first table, into runs/study/quick.jsonl"
+    )
+    parser.add_argument("--results", type=Path, default=Path("docs/study/runs.jsonl"))
+    options = parser.parse_args()
+    results = Path("runs/study/quick.jsonl") if options.quick else options.results
+    assets.main()
+    deadline = time.monotonic() + 60 * options.minutes
+    if options.command == "run":
+        for stage in (design.tuning, design.cells):  # learning rates are chosen before they are used
+            done = runs.read(results)
+            queue = [run for run in stage(done, quick=options.quick) if run.key not in done]
+            worker(queue, deadline, options.workers, results)
+    done = runs.read(results)
+    if options.command == "tables" or options.quick:
+        print(tables.all_tables(done, quick=options.quick))
+    print(tables.forecast(done, options.workers, quick=options.quick))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

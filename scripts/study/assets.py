@@ -1,0 +1,132 @@
+"""What the study is made of: a small policy, and reward models that different people's ratings have made.
+
+    python -m scripts.study.assets          what is not there yet (about 20 minutes, 2 cores)
+
+They lie in the user's cache beside the packaged models, and runs/study/assets is a link to them.
+
+The ratings of every sentence are dealt out to two halves of the people, those at even and at odd places of its list.
+`proxy` learns from the first half and trains policies; `judge` learns from the second half and judges them;
+`few_labels` learns from the first half's ratings of 320 sentences. They share sentences and base model, so their
+mistakes are not independent. `facts.json` says how well each orders the held-out sentences by the mean of their raters.
+"""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import kendalltau, rankdata
+from transformers import AutoTokenizer
+
+from gopo_lightning.data import assets, ratings
+from gopo_lightning.data.json_lines import write_jsonl
+from gopo_lightning.rewards import SequenceClassifierReward
+from gopo_lightning.types import Prompt
+from scripts.study import language_model
+
+ROOT = Path("runs/study/assets")
+NUM_PROMPT_WORDS = 3
+MIN_SENTENCE_TOKENS = 10
+NUM_HELD_OUT = 64
+"""Prompts of the verdict; as many others choose the learning rate."""
+LIST_SIZE = 32
+NUM_DEALS = 4
+"""How often the sentences are dealt into lists."""
+MODELS = {"proxy": (0, None), "judge": (1, None), "few_labels": (0, 320)}
+"""Name → which half of the people, and how many sentences."""
+
+
+def half(sentence: ratings.RatedSentence, which: int) -> float:
+    """The mean rating by one half of its raters."""
+    scores = sentence.scores[which::2]
+    return sum(scores) / len(scores)
+
+
+def write_lists(path: Path, sentences: list[ratings.RatedSentence], which: int, num_deals: int) -> None:
+    """Rows of LIST_SIZE sentences in the order of one half of the people, 1 for the best; equal means tie."""
+    draw, rows = random.Random(0), []
+    for _ in range(num_deals):
+        order = draw.sample(sentences, len(sentences))
+        for start in range(0, len(order) - LIST_SIZE + 1, LIST_SIZE):
+            part = order[start : start + LIST_SIZE]
+            ranks = rankdata([-half(sentence, which) for sentence in part], "dense")
+            rows.append({"completions": [sentence.text for sentence in part], "ranks": [int(rank) for rank in ranks]})
+    write_jsonl(path, rows)
+
+
+def train_reward_model(name: str, which: int, num_sentences: int | None) -> None:
+    """By our own command; the folder appears when it is whole."""
+    parts = {part: ratings.split(ratings.load("movie"), part) for part in ("train", "validation")}
+    files = {part: ROOT / f"{name}_{part}.jsonl" for part in parts}
+    write_lists(files["train"], parts["train"][:num_sentences], which, NUM_DEALS)
+    write_lists(files["validation"], parts["validation"], which, 1)
+    steps = 300 if num_sentences is None else 60
+    arguments = [
+        *("fit", "--config", "configs/quickstart/reward_model.yaml"),
+        *(f"--data.init_args.source={files['train']}", f"--data.init_args.validation_source={files['validation']}"),
+        *("--data.init_args.batch_size=2", "--data.init_args.eval_batch_size=4"),
+        *(f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"),
+        *(f"--trainer.logger.init_args.save_dir={ROOT}", f"--trainer.logger.init_args.name=runs/{name}"),
+        *("--model.init_args.max_length=128", f"--model.init_args.export_dir={ROOT / name}"),
+    ]
+    subprocess.run([sys.executable, "-m", "gopo_lightning", *arguments], check=True)
+
+
+def write_prompts() -> None:
+    """Beginnings of sentences: for training, for the choice of the learning rate (`tuning`), and for the verdict."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "policy")
+    seen: set[str] = set()
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for part in ("validation", "train"):
+        rows[part] = []
+        for sentence in ratings.split(ratings.load("movie"), part):
+            ids = tokenizer(sentence.text)["input_ids"]
+            beginning = tokenizer.decode(ids[:NUM_PROMPT_WORDS])
+            if len(ids) < MIN_SENTENCE_TOKENS or tokenizer.unk_token_id in ids[:NUM_PROMPT_WORDS] or beginning in seen:
+                continue
+            seen.add(beginning)
+            rows[part].append({"prompt": beginning} | ({"held_out": True} if part == "validation" else {}))
+    held_out = rows["validation"]
+    write_jsonl(ROOT / "held_out_prompts.jsonl", held_out[:NUM_HELD_OUT])
+    write_jsonl(ROOT / "tuning_prompts.jsonl", held_out[NUM_HELD_OUT : 2 * NUM_HELD_OUT])
+    write_jsonl(ROOT / "train_prompts.jsonl", rows["train"])
+
+
+def agreement(name: str, sentences: list[ratings.RatedSentence]) -> dict[str, float]:
+    """Kendall's τ-b of the model's order of held-out sentences with the mean of all raters, and of each half."""
+    reward = SequenceClassifierReward(str(ROOT / name), include_prompt=False, dtype="float32")
+    reward.setup(torch.device("cpu"))
+    prompts = [Prompt(index=0, token_ids=(0,), text="")] * len(sentences)
+    scores = torch.as_tensor(reward(prompts, [sentence.text for sentence in sentences])).tolist()
+    people = {"all": [s.mean for s in sentences]} | {f"half_{k}": [half(s, k) for s in sentences] for k in (0, 1)}
+    found = {f"kendall_{who}": float(kendalltau(scores, values).statistic) for who, values in people.items()}
+    return found | {"mean": float(torch.tensor(scores).mean()), "std": float(torch.tensor(scores).std())}
+
+
+def main() -> None:
+    """Make what is missing, then measure."""
+    if not ROOT.exists():
+        cache = assets.cache_dir() / "study-1"
+        cache.mkdir(parents=True, exist_ok=True)
+        ROOT.parent.mkdir(parents=True, exist_ok=True)
+        ROOT.symlink_to(cache.resolve(), target_is_directory=True)
+    if not (ROOT / "policy" / "training.json").exists():
+        language_model.train(ROOT / "policy")
+    write_prompts()
+    for name, (which, num_sentences) in MODELS.items():
+        if not (ROOT / name).exists():
+            train_reward_model(name, which, num_sentences)
+    held_out = ratings.split(ratings.load("movie"), "validation")
+    facts = {name: agreement(name, held_out) for name in MODELS}
+    halves = [[half(sentence, which) for sentence in held_out] for which in (0, 1)]
+    facts["people"] = {"kendall_half_0_half_1": float(kendalltau(*halves).statistic)}
+    facts["policy"] = json.loads((ROOT / "policy" / "training.json").read_text())
+    (ROOT / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main()

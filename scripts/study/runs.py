@@ -1,0 +1,162 @@
+"""One run of the study: its config, its process, its line in the results."""
+
+import contextlib
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import yaml
+
+from gopo_lightning.data.json_lines import dumps, read_jsonl
+from scripts.study.design import SAMPLED, Run
+
+CONFIGS = Path("configs/study")
+MEASURED = ("judge/reward", "judge/win_rate", "proxy/reward", "length_mean", "truncated_fraction")
+"""At every evaluation, as ``val/…``."""
+TRAINED = (
+    "train/kl",
+    "train/entropy",
+    "train/grad_norm",
+    "train/clip_low_fraction",
+    "train/clip_high_fraction",
+    "reward/within_group_std",
+    "reward/tied_pair_fraction",
+    "completion/length_mean",
+    "completion/truncated_fraction",
+)
+"""Means over the steps from one evaluation to the next."""
+MAX_GRAD_NORM = 1.0
+
+
+def folder(run: Run) -> Path:
+    """Where the run writes."""
+    return Path("runs/study") / run.key
+
+
+def made_of() -> str:
+    """A digest of what decides the numbers beside the package: configs, rewards, assets."""
+    digest = hashlib.sha256()
+    files = [*sorted(CONFIGS.rglob("*.yaml")), *sorted(Path("configs/advantage").glob("*.yaml"))]
+    files += [Path("scripts/study/rewards.py"), *sorted(Path("runs/study/assets").glob("*_prompts.jsonl"))]
+    files += sorted(Path("runs/study/assets").glob("*/model.safetensors"))
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def config(run: Run) -> list[Path]:
+    """The layers of the run; the last is written into its folder."""
+    reward = yaml.safe_load((CONFIGS / "reward" / f"{run.reward}.yaml").read_text())["model"]["init_args"]["rewards"]
+    reward["sources"][0]["init_args"]["seed"] = run.seed
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": run.lr, "weight_decay": 0.0, "fused": True}}
+    data: dict[str, Any] = {"prompts_per_step": SAMPLED // run.group_size}
+    if run.table == "tuning":
+        data["validation"] = {"path": "runs/study/assets/tuning_prompts.jsonl"}
+    version = {"save_dir": "runs", "name": "study", "version": run.key}
+    own = {
+        "seed_everything": run.seed,
+        "trainer": {
+            "max_steps": run.steps,
+            "logger": {"class_path": "TensorBoardLogger", "init_args": version},
+        },
+        "model": {
+            "init_args": {
+                "rewards": reward,
+                "rollout": {"num_completions": run.group_size},
+                "update": {"optimizer": optimizer},
+            }
+        },
+        "data": {"init_args": data},
+    }
+    folder(run).mkdir(parents=True, exist_ok=True)
+    path = folder(run) / "overlay.yaml"
+    path.write_text(yaml.safe_dump(own, sort_keys=False))
+    layer = Path("configs/advantage") / f"{run.method}.yaml"
+    layer = layer if layer.exists() else CONFIGS / "method" / f"{run.method}.yaml"
+    return [CONFIGS / "base.yaml", CONFIGS / "reward" / f"{run.reward}.yaml", layer, path]
+
+
+def start(run: Run, results: Path) -> int:
+    """The process id of a child that trains and appends its line to ``results``; its exit status is 0 if it did."""
+    layers, commit, digest = config(run), _commit(), made_of()
+    for old in folder(run).glob("events.*"):  # of an attempt that was stopped
+        old.unlink()
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    with (folder(run) / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            began = time.time()
+            torch.set_num_threads(1)
+            from gopo_lightning.commands import lightning_cli
+
+            files = [argument for layer in layers for argument in ("--config", str(layer))]
+            sys.argv = ["gopo_lightning", "fit", *files, f"--export_dir={folder(run) / 'policy'}"]
+            lightning_cli.run()
+            facts = {"commit": commit, "made_of": digest, "seconds": round(time.time() - began, 1)}
+            _append(results, {"key": run.key, **run.record(), **facts, **measured(run)})
+            status = 0
+        except BaseException:  # noqa: BLE001 - whatever it is, it belongs to this run's log
+            traceback.print_exc()
+    os._exit(status)
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """The curves of a finished run, its sampled tokens, and how often the gradient was clipped."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder(run)), size_guidance={"scalars": 0, "tensors": 1, "histograms": 1})
+    events.Reload()
+    points = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    steps = sorted(points["val/reward"])
+    if steps[-1] != run.steps:
+        raise ValueError(f"{run.name} was last evaluated at step {steps[-1]}, not {run.steps}")
+    curves = {f"val/{tag}": [_round(points[f"val/{tag}"][step]) for step in steps] for tag in MEASURED}
+    for tag in TRAINED:
+        parts = [[v for s, v in points[tag].items() if low < s <= high] for low, high in itertools.pairwise(steps)]
+        curves[tag] = [_round(fmean(part)) for part in parts]
+    norms = list(points["train/grad_norm"].values())
+    return {
+        "steps_evaluated": steps,
+        "curves": curves,
+        "sampled_tokens": round(SAMPLED * sum(points["completion/length_mean"].values())),
+        "gradient_clip_active": _round(sum(norm > MAX_GRAD_NORM for norm in norms) / len(norms)),
+    }
+
+
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    """Key → result, of the runs that were made of what is here now."""
+    if not results.exists():
+        return {}
+    rows, digest = list(read_jsonl(results)), made_of()
+    kept = {row["key"]: row for row in rows if row["made_of"] == digest}
+    if other := len(rows) - len([row for row in rows if row["made_of"] == digest]):
+        print(f"{other} runs in {results} were made of other configs, rewards or assets, and are left out")
+    return kept
+
+
+def _append(results: Path, row: dict[str, Any]) -> None:
+    """A whole line at once: several processes write."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("ab", buffering=0) as file:
+        file.write((dumps(row) + "\n").encode())
+
+
+def _commit() -> str:
+    """Of the working tree; `+` where files have changed since."""
+    describe = ["git", "describe", "--always", "--exclude=*", "--dirty=+", "--abbrev=9"]
+    return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _round(value: float) -> float:
+    """Five significant digits are enough for a table."""
+    return float(f"{value:.5g}")

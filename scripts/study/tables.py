@@ -1,0 +1,154 @@
+"""The study's tables: means over seeds, differences within seeds, and what they say after Holm's correction."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from scipy.stats import ttest_1samp
+
+from gopo_lightning.evaluation.intervals import paired, student
+from scripts.study.design import ORDER_ONLY, STEPS, TABLES, Run, Table, cells, chosen_lr, outcome, runs_of, tuning
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of Holm's step-down procedure.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def all_tables(done: Results, *, quick: bool = False) -> str:
+    """In markdown."""
+    return "\n\n".join(table_of(table, done, quick=quick) for table in (TABLES[:1] if quick else TABLES))
+
+
+def table_of(table: Table, done: Results, *, quick: bool = False) -> str:
+    """Means of each cell, and GOPO's differences from the others on the same reward and seeds."""
+    runs = list(runs_of(table, done, quick=quick))
+    cell_of: dict[tuple[str, int, str], dict[int, Mapping[str, Any]]] = {}
+    for run in runs:
+        if run.key in done:
+            cell_of.setdefault((run.reward, run.group_size, run.method), {})[run.seed] = done[run.key]
+    lines = [
+        f"**Table {table.name}. {table.title}**\n",
+        "| reward | G | method | lr | seeds | judge, last 5 | at the start | won against step 0 | KL | cut off "
+        "| tokens | gradient clipped |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for reward in table.rewards:
+        for size in table.group_sizes:
+            for method in table.methods:
+                lines.append(_row(reward, size, method, cell_of.get((reward, size, method), {}), done))
+    contrasts = [
+        (reward, size, method, _difference(*_pairs(table, reward, size, method, cell_of, done)))
+        for reward in table.rewards
+        for size in table.group_sizes
+        for method in table.methods
+        if method != "gopo"
+    ]
+    measured = [contrast for contrast in contrasts if contrast[3] is not None]
+    adjusted = holm([contrast[3]["p"] for contrast in measured]) if measured else []
+    lines += [
+        "\n| reward | G | GOPO minus | seeds | judge, last 5 | at equal KL | p, Holm |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (reward, size, method, found), p in zip(measured, adjusted, strict=True):
+        lines.append(f"| {reward} | {size} | {method} | {found['n']} | {found['steps']} | {found['kl']} | {p:.3f} |")
+    missing = sum(run.key not in done for run in runs)
+    return "\n".join(lines) + (f"\n\n{missing} of {len(runs)} runs are missing." if missing else "")
+
+
+def _row(reward: str, size: int, method: str, cell: Mapping[int, Mapping[str, Any]], done: Results) -> str:
+    lr = chosen_lr(done, method, size)
+    if not cell:
+        return f"| {reward} | {size} | {method} | {lr or 'not chosen'} | 0 | missing | | | | | | |"
+    results = list(cell.values())
+
+    def mean(tag: str, n: int = -5) -> float:
+        return fmean(fmean(result["curves"][tag][n:]) for result in results)
+
+    start = fmean(result["curves"]["val/judge/reward"][0] for result in results)
+    clipped = fmean(result["gradient_clip_active"] for result in results)
+    return (
+        f"| {reward} | {size} | {method} | {results[0]['lr']:g} | {len(results)} | "
+        f"{student([*map(outcome, results)])} | "
+        f"{start:+.2f} | {mean('val/judge/win_rate'):.2f} | {mean('train/kl', -1):.2f} | "
+        f"{mean('val/truncated_fraction'):.0%} | {mean('val/length_mean'):.1f} | {clipped:.0%} |"
+    )
+
+
+def _pairs(
+    table: Table, reward: str, size: int, method: str, cell_of: Mapping[tuple[str, int, str], Any], done: Results
+) -> tuple[Any, Any]:
+    """GOPO's cell on the same reward and that of ``method``; GOPO under a warp is GOPO on the clean reward."""
+    gopo = cell_of.get((reward, size, "gopo"))
+    if gopo is None and "gopo" in ORDER_ONLY:
+        source = reward if reward not in ("exp", "sigmoid", "cubed") else "clean"
+        lr = chosen_lr(done, "gopo", size)
+        keys = {seed: Run("1", source, "gopo", seed, lr or 0, size, STEPS).key for seed in range(1, 11)}
+        gopo = {seed: done[key] for seed, key in keys.items() if key in done}
+    return gopo, cell_of.get((reward, size, method), {})
+
+
+def _difference(gopo: Mapping[int, Any], other: Mapping[int, Any]) -> dict[str, Any] | None:
+    """Of the outcome, and of the judge's score at equal KL; None for fewer than two common seeds."""
+    seeds = sorted(gopo.keys() & other.keys())
+    if len(seeds) < 2:
+        return None
+    values = [[outcome(cell[seed]) for seed in seeds] for cell in (gopo, other)]
+    p = float(ttest_1samp([a - b for a, b in zip(*values, strict=True)], 0).pvalue)
+    equal = [at_equal_kl(gopo[seed], other[seed]) for seed in seeds]
+    return {"n": len(seeds), "steps": paired(*values), "kl": student(equal), "p": p}
+
+
+def at_equal_kl(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
+    """First minus second, the judge's score where both have moved as far: the mean over KLs that both have reached.
+
+    A run's score at a KL is read off the line through its evaluations, (highest KL so far, score).
+    """
+    curves = [_against_kl(result) for result in (first, second)]
+    reached = min(curve[-1][0] for curve in curves)
+    grid = [reached * k / 10 for k in range(6, 11)]
+    return fmean(_at(curves[0], kl) - _at(curves[1], kl) for kl in grid)
+
+
+def _against_kl(result: Mapping[str, Any]) -> list[tuple[float, float]]:
+    kl, points = 0.0, []
+    for value, score in zip([0.0, *result["curves"]["train/kl"]], result["curves"]["val/judge/reward"], strict=True):
+        kl = max(kl, value) if math.isfinite(value) else kl
+        points.append((kl, score))
+    return points
+
+
+def _at(points: Sequence[tuple[float, float]], kl: float) -> float:
+    for (low, before), (high, after) in itertools.pairwise(points):
+        if low <= kl <= high:
+            return before if high == low else before + (after - before) * (kl - low) / (high - low)
+    return points[-1][1]
+
+
+def forecast(done: Results, workers: int, *, quick: bool = False) -> str:
+    """How many runs are missing, and how long they take at the speed of those that are done."""
+    seconds = median([result["seconds"] for result in done.values()]) if done else 120.0
+    wanted = [*tuning(done, quick=quick), *cells(done, quick=quick)]
+    lines = []
+    for name in dict.fromkeys(run.table for run in wanted):
+        runs = [run for run in wanted if run.table == name]
+        missing = sum(run.key not in done for run in runs)
+        lines.append(f"{name}: {len(runs) - missing} of {len(runs)} runs done")
+    missing = sum(run.key not in done for run in wanted)
+    lines.append(
+        f"{missing} runs are missing: about {missing * seconds / workers / 60:.0f} minutes at {seconds:.0f} s a run"
+    )
+    return "\n".join(lines)

@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from scripts.study import assets, design, runs, tables
 
 
-def worker(queue: list[design.Run], deadline: float, workers: int, results: Path) -> None:
-    """Run ``queue`` in order, ``workers`` at a time, each in a process of its own."""
+def go_on(wanted: Iterable[design.Run], results: Path, deadline: float, workers: int) -> None:
+    """Make those of ``wanted`` that are missing, in order, ``workers`` at a time, each in a process of its own."""
+    done = runs.read(results)
+    queue = [run for run in wanted if run.key not in done]
     from gopo_lightning.commands import lightning_cli  # noqa: F401 - once, before the processes are forked
 
     running: dict[int, tuple[design.Run, float]] = {}
@@ -52,11 +55,11 @@ def main() -> None:
     results = Path("runs/study/quick.jsonl") if options.quick else options.results
     assets.main()
     deadline = time.monotonic() + 60 * options.minutes
-    if options.command == "run":
-        for stage in (design.tuning, design.cells):  # learning rates are chosen before they are used
-            done = runs.read(results)
-            queue = [run for run in stage(done, quick=options.quick) if run.key not in done]
-            worker(queue, deadline, options.workers, results)
+    chosen = design.TABLES[:1] if options.quick else design.TABLES
+    for table in chosen if options.command == "run" else ():
+        if not options.quick:
+            go_on(design.tuning(table), results, deadline, options.workers)
+        go_on(design.runs_of(table, runs.read(results), quick=options.quick), results, deadline, options.workers)
     done = runs.read(results)
     if options.command == "tables" or options.quick:
         print(tables.all_tables(done, quick=options.quick))
@@ -64,5 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

@@ -259,7 +259,7 @@ class PromptDataModule(FingerprintedDataModule):
         return self._in_order("predict")
 
     def renderer(self, source: PromptSource) -> PromptRenderer:
-        """Row of ``source`` → prompt, as this module renders its prompts; with the tokenizer of the Trainer's module."""
+        """Row of ``source`` → prompt, rendered as this module renders its own."""
         assert self.trainer is not None
         return PromptRenderer(self.trainer.lightning_module.tokenizer, source, **self._rendering)
 

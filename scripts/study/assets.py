@@ -115,12 +115,15 @@ def main() -> None:
         ROOT.symlink_to(cache.resolve(), target_is_directory=True)
     if not (ROOT / "policy" / "training.json").exists():
         language_model.train(ROOT / "policy")
-    write_prompts()
+    if not (ROOT / "train_prompts.jsonl").exists():
+        write_prompts()
     for name, (which, num_sentences) in MODELS.items():
         if not (ROOT / name).exists():
             train_reward_model(name, which, num_sentences)
+    if (ROOT / "facts.json").exists():
+        return
     held_out = ratings.split(ratings.load("movie"), "validation")
-    facts = {name: agreement(name, held_out) for name in MODELS}
+    facts: dict[str, Any] = {name: agreement(name, held_out) for name in MODELS}
     halves = [[half(sentence, which) for sentence in held_out] for which in (0, 1)]
     facts["people"] = {"kendall_half_0_half_1": float(kendalltau(*halves).statistic)}
     facts["policy"] = json.loads((ROOT / "policy" / "training.json").read_text())

@@ -66,14 +66,12 @@ ORDER_ONLY = ("gopo", "gopo_arbitrary_ties")
 """They read the order alone: their runs under a warp of the reward are those without it."""
 
 
-def tuning(done: Mapping[str, Any], *, quick: bool = False) -> list[Run]:
-    """All learning rates for every method and group size, on the clean reward."""
-    if quick:
-        return []
-    wanted = dict.fromkeys((method, size) for table in TABLES for method in table.methods for size in table.group_sizes)
+def tuning(table: Table) -> list[Run]:
+    """All learning rates for every method and group size of a table, on the clean reward."""
     return [
         Run("tuning", "clean", method, seed, lr, size)
-        for method, size in wanted
+        for size in table.group_sizes
+        for method in table.methods
         if method != "gopo_arbitrary_ties"  # nothing ties on the clean reward: it is GOPO there
         for lr in LEARNING_RATES
         for seed in TUNING_SEEDS
@@ -97,13 +95,8 @@ def outcome(result: Mapping[str, Any]) -> float:
     return fmean(result["curves"]["val/judge/reward"][-5:])
 
 
-def cells(done: Mapping[str, Any], *, quick: bool = False) -> list[Run]:
-    """The runs of all tables whose learning rates are chosen: table by table, seed by seed, so that pairs are whole."""
-    return [run for table in (TABLES[:1] if quick else TABLES) for run in runs_of(table, done, quick=quick)]
-
-
 def runs_of(table: Table, done: Mapping[str, Any], *, quick: bool = False) -> Iterable[Run]:
-    """Of one table."""
+    """The runs of a table whose learning rates are chosen, seed by seed, so that pairs are whole."""
     for seed in SEEDS[:3] if quick else SEEDS:
         for size in table.group_sizes:
             for reward in table.rewards:

@@ -1,13 +1,16 @@
 """One run of the study: its config, its process, its line in the results."""
 
+import ast
 import contextlib
 import hashlib
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import time
 import traceback
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +19,7 @@ import torch
 import yaml
 
 from gopo_lightning.data.json_lines import dumps, read_jsonl
-from scripts.study.design import SAMPLED, Run
+from scripts.study.design import SAMPLED, SEEDS, Run
 
 CONFIGS = Path("configs/study")
 MEASURED = ("judge/reward", "judge/win_rate", "proxy/reward", "length_mean", "truncated_fraction")
@@ -41,20 +44,33 @@ def folder(run: Run) -> Path:
     return Path("runs/study") / run.key
 
 
+@cache
 def made_of() -> str:
-    """A digest of what decides the numbers beside the package: configs, rewards, assets."""
-    digest = hashlib.sha256()
-    files = [*sorted(CONFIGS.rglob("*.yaml")), *sorted(Path("configs/advantage").glob("*.yaml"))]
-    files += [Path("scripts/study/rewards.py"), *sorted(Path("runs/study/assets").glob("*_prompts.jsonl"))]
-    files += sorted(Path("runs/study/assets").glob("*/model.safetensors"))
-    for file in files:
+    """A digest of what decides the numbers beside the package: configs and rewards (comments aside), and assets."""
+    assets, digest = Path("runs/study/assets"), hashlib.sha256()
+    for file in [*sorted(CONFIGS.rglob("*.yaml")), *sorted(Path("configs/advantage").glob("*.yaml"))]:
+        digest.update(repr((file.name, yaml.safe_load(file.read_text()))).encode())
+    digest.update(_code(Path("scripts/study/rewards.py")).encode())
+    for file in [*sorted(assets.glob("*_prompts.jsonl")), *sorted(assets.glob("*/model.safetensors"))]:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:12]
 
 
+def _code(path: Path) -> str:
+    """The syntax tree, without docstrings."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
 def config(run: Run) -> list[Path]:
     """The layers of the run; the last is written into its folder."""
-    reward = yaml.safe_load((CONFIGS / "reward" / f"{run.reward}.yaml").read_text())["model"]["init_args"]["rewards"]
+    base, layer = CONFIGS / "base.yaml", CONFIGS / "reward" / f"{run.reward}.yaml"
+    rewards = [base] if run.reward == "clean" else [base, layer]
+    reward = yaml.safe_load(rewards[-1].read_text())["model"]["init_args"]["rewards"]
     reward["sources"][0]["init_args"]["seed"] = run.seed
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": run.lr, "weight_decay": 0.0, "fused": True}}
     data: dict[str, Any] = {"prompts_per_step": SAMPLED // run.group_size}
@@ -79,9 +95,8 @@ def config(run: Run) -> list[Path]:
     folder(run).mkdir(parents=True, exist_ok=True)
     path = folder(run) / "overlay.yaml"
     path.write_text(yaml.safe_dump(own, sort_keys=False))
-    layer = Path("configs/advantage") / f"{run.method}.yaml"
-    layer = layer if layer.exists() else CONFIGS / "method" / f"{run.method}.yaml"
-    return [CONFIGS / "base.yaml", CONFIGS / "reward" / f"{run.reward}.yaml", layer, path]
+    method = Path("configs/advantage") / f"{run.method}.yaml"
+    return [*rewards, method if method.exists() else CONFIGS / "method" / f"{run.method}.yaml", path]
 
 
 def start(run: Run, results: Path) -> int:
@@ -104,6 +119,8 @@ def start(run: Run, results: Path) -> int:
             lightning_cli.run()
             facts = {"commit": commit, "made_of": digest, "seconds": round(time.time() - began, 1)}
             _append(results, {"key": run.key, **run.record(), **facts, **measured(run)})
+            if run.seed != SEEDS[0]:
+                shutil.rmtree(folder(run) / "policy")  # it would be gigabytes
             status = 0
         except BaseException:  # noqa: BLE001 - whatever it is, it belongs to this run's log
             traceback.print_exc()

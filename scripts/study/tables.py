@@ -9,7 +9,7 @@ from typing import Any
 from scipy.stats import ttest_1samp
 
 from gopo_lightning.evaluation.intervals import paired, student
-from scripts.study.design import ORDER_ONLY, STEPS, TABLES, Run, Table, cells, chosen_lr, outcome, runs_of, tuning
+from scripts.study.design import ORDER_ONLY, SEEDS, STEPS, TABLES, Run, Table, chosen_lr, outcome, runs_of, tuning
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -141,14 +141,17 @@ def _at(points: Sequence[tuple[float, float]], kl: float) -> float:
 def forecast(done: Results, workers: int, *, quick: bool = False) -> str:
     """How many runs are missing, and how long they take at the speed of those that are done."""
     seconds = median([result["seconds"] for result in done.values()]) if done else 120.0
-    wanted = [*tuning(done, quick=quick), *cells(done, quick=quick)]
-    lines = []
-    for name in dict.fromkeys(run.table for run in wanted):
-        runs = [run for run in wanted if run.table == name]
-        missing = sum(run.key not in done for run in runs)
-        lines.append(f"{name}: {len(runs) - missing} of {len(runs)} runs done")
-    missing = sum(run.key not in done for run in wanted)
-    lines.append(
-        f"{missing} runs are missing: about {missing * seconds / workers / 60:.0f} minutes at {seconds:.0f} s a run"
-    )
-    return "\n".join(lines)
+    lines, total = [], 0
+    counted: set[str] = set()
+    for table in TABLES[:1] if quick else TABLES:
+        choosing = [] if quick else [run for run in tuning(table) if run.key not in counted]
+        counted |= {run.key for run in choosing}
+        wanted = len(table.rewards) * len(table.methods) * len(table.group_sizes) * (3 if quick else len(SEEDS))
+        finished = sum(run.key in done for run in runs_of(table, done, quick=quick))
+        chosen = sum(run.key in done for run in choosing)
+        total += wanted - finished + len(choosing) - chosen
+        lines.append(
+            f"table {table.name}: {finished} of {wanted} runs, {chosen} of {len(choosing)} that choose learning rates"
+        )
+    minutes = total * seconds / workers / 60
+    return "\n".join([*lines, f"{total} runs are missing: about {minutes:.0f} minutes at {seconds:.0f} s a run"])

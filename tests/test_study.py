@@ -1,0 +1,169 @@
+"""The study: its rewards, its arithmetic, its bookkeeping. (Its runs are scripts/run_study.py, for hours.)"""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gopo_lightning.objectives.advantages import grpo, ordinal
+from scripts.study import design, rewards, runs, tables
+from scripts.study.design import Run
+
+Z = torch.randn(200, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def shaped(shape: str, seed: int = 0) -> torch.Tensor:
+    """``Z`` as the reward of that shape; a row is a prompt."""
+    rows = [
+        [rewards.SHAPES[shape](z, rewards.Noise(seed, str(p), str(g))) for g, z in enumerate(row)]
+        for p, row in enumerate(Z.tolist())
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("warp", rewards.WARPS)
+def test_gopo_does_not_see_a_warp_and_grpo_does(warp: str) -> None:
+    rewards.check_order(warp, Z.flatten().tolist())
+    assert torch.equal(ordinal(shaped(warp)), ordinal(Z))
+    assert not torch.allclose(grpo(shaped(warp)), grpo(Z), atol=0.05)
+
+
+def test_a_warp_that_loses_the_order_is_refused() -> None:
+    with pytest.raises(ValueError, match="sigmoid takes"):
+        rewards.check_order("sigmoid", [20.0, 30.0])
+
+
+def test_noise_belongs_to_the_text() -> None:
+    assert torch.equal(shaped("heavy_tailed"), shaped("heavy_tailed"))
+    assert not torch.equal(shaped("heavy_tailed"), shaped("heavy_tailed", seed=1))
+    a, b = (rewards.Noise(0, "prompt", text) for text in ("a", "b"))
+    assert a.uniform(0) != b.uniform(0) and a.uniform(0, "prompt") == b.uniform(0, "prompt")
+
+
+def test_heavy_tails() -> None:
+    """One in twenty is at ±8; half of the others' noise is within 0.5 · 0.8768, the upper quartile of t(1.5)."""
+    noise = (shaped("heavy_tailed") - Z).flatten()
+    outlier = shaped("heavy_tailed").abs().flatten() == 8
+    assert float(outlier.double().mean()) == pytest.approx(0.05, abs=0.012)
+    assert float((noise[~outlier].abs() < 0.5 * 0.8768).double().mean()) == pytest.approx(0.5, abs=0.03)
+
+
+def test_scale_and_offset_of_a_prompt() -> None:
+    assert torch.equal(ordinal(shaped("of_prompt")), ordinal(Z))
+    assert float(shaped("of_prompt").mean(-1).std()) == pytest.approx(3, rel=0.25)
+
+
+def test_stars_and_likes() -> None:
+    assert sorted(set(shaped("stars").flatten().tolist())) == [1, 2, 3, 4, 5]
+    assert sorted(set(shaped("binary").flatten().tolist())) == [0, 1]
+
+
+def test_the_judge_only_looks_on() -> None:
+    rewards_PGK = torch.tensor([[[1.0, 9.0], [math.nan, 9.0]]])
+    assert rewards.first(rewards_PGK).tolist()[0][0] == 1 and rewards.first(rewards_PGK).isnan()[0, 1]
+
+
+# ------------------------------------------------------------------------------ arithmetic
+
+
+def test_holm_by_hand() -> None:
+    """Sorted 0.01 · 3, 0.03 · 2, 0.04 · 1, each no less than those before it."""
+    assert tables.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert tables.holm([0.9, 0.9]) == [1, 1]
+
+
+def result(judge: list[float], kl: list[float], seconds: float = 60.0) -> dict[str, Any]:
+    """Of a run, with what the tables read."""
+    n = len(judge)
+    curves = {f"val/{tag}": [0.5] * n for tag in runs.MEASURED} | {tag: [0.1] * (n - 1) for tag in runs.TRAINED}
+    facts = {"lr": 6e-4, "gradient_clip_active": 0.0, "seconds": seconds}
+    return facts | {"curves": curves | {"val/judge/reward": judge, "train/kl": kl}}
+
+
+def test_equal_kl_by_hand() -> None:
+    """One reaches 1 at KL 2, the other 1 at KL 4: at KLs of 1.2 … 2 (mean 1.6) they have 0.8 and 0.4."""
+    fast, slow = result([0, 1], [2.0]), result([0, 1], [4.0])
+    assert tables.at_equal_kl(fast, slow) == pytest.approx(0.4)
+    assert tables.at_equal_kl(slow, fast) == pytest.approx(-0.4)
+
+
+def test_the_outcome_is_the_mean_of_the_last_five() -> None:
+    assert design.outcome(result([9, 1, 2, 3, 4, 5], [0.0] * 5)) == 3
+
+
+# ------------------------------------------------------------------------------ bookkeeping
+
+
+def all_done(difference: float) -> dict[str, Any]:
+    """Tuning favours the middle learning rate; in table 1 GOPO is ahead by ``difference`` in every seed."""
+    table = design.TABLES[0]
+    done = {
+        run.key: result([0.0] * 5 + [1.0 if run.lr == design.LEARNING_RATES[1] else 0.5] * 6, [1.0] * 10)
+        for run in design.tuning(table)
+    }
+    for run in design.runs_of(table, done):
+        score = run.seed / 10 + difference * (run.method == "gopo") + 0.01 * (run.seed % 2)
+        done[run.key] = result([0.0] + [score] * 10, [0.1 * k for k in range(1, 11)])
+    return done
+
+
+def test_a_table_says_how_far_gopo_is_ahead() -> None:
+    done = all_done(0.5)
+    assert design.chosen_lr(done, "grpo", 8) == design.LEARNING_RATES[1]
+    text = tables.table_of(design.TABLES[0], done)
+    assert "| clean | 8 | grpo | 10 | +0.500 [+0.500, +0.500]" in text and "missing" not in text
+
+
+def test_cells_that_were_not_reached_are_missing() -> None:
+    done = all_done(0.5)
+    gone = [key for key in done if "heavy_tailed" in key and "rloo" in key]
+    assert len(gone) == 10
+    for key in gone:
+        del done[key]
+    text = tables.table_of(design.TABLES[0], done)
+    assert "| heavy_tailed | 8 | rloo | 0.0006 | 0 | missing" in text and "10 of 60 runs are missing." in text
+    assert "table 1: 50 of 60 runs, 18 of 18 that choose" in tables.forecast(done, 2)
+    assert "0 of 60 runs, 0 of 18" in tables.forecast({}, 2)
+
+
+def test_gopo_under_a_warp_is_gopo_without_it() -> None:
+    done = all_done(0.5)
+    for seed in design.SEEDS:
+        run = Run("2a", "exp", "grpo", seed, design.LEARNING_RATES[1])
+        done[run.key] = result([0.0] + [seed / 10] * 10, [0.1] * 10)
+    text = tables.table_of(design.TABLES[1], done)
+    assert "| exp | 8 | grpo | 10 | +0.505 [" in text
+
+
+def test_runs_of_another_design_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "made_of", lambda: "now")
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(json.dumps({"key": k, "made_of": m}) + "\n" for k, m in (("a", "now"), ("b", "then"))))
+    assert list(runs.read(path)) == ["a"]
+    assert runs.read(tmp_path / "none.jsonl") == {}
+
+
+def test_comments_do_not_make_another_study(tmp_path: Path) -> None:
+    path = tmp_path / "x.py"
+    texts = ['"""A."""\nx = 1  # one', '"""B."""\nx = 1', "x = 2"]
+    codes = [runs._code(path) for text in texts if path.write_text(text)]
+    assert codes[0] == codes[1] != codes[2]
+
+
+def test_all_runs_sample_equally_many_completions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "folder", lambda run: tmp_path / run.key)
+    for table in design.TABLES:
+        for size in table.group_sizes:
+            layers = runs.config(Run(table.name, table.rewards[0], table.methods[0], 1, 1e-3, size))
+            text = layers[-1].read_text()
+            assert f"num_completions: {size}" in text and f"prompts_per_step: {64 // size}" in text
+            assert all(layer.exists() for layer in layers)
+
+
+def test_seeds_of_tuning_are_not_those_of_the_verdict() -> None:
+    assert not set(design.TUNING_SEEDS) & set(design.SEEDS) and len(design.SEEDS) >= 10
+    assert statistics.median(design.LEARNING_RATES) == design.LEARNING_RATES[1]

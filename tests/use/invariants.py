@@ -55,12 +55,12 @@ def untrained_ties(curves: Curves) -> list[str]:
 
 
 def steps_with_a_gradient(curves: Curves, steps: list[int]) -> list[int]:
-    """``steps`` before the first rollout whose rewards all tie.
+    """``steps`` before the first rollout whose rewards all tie; at step 0 there is a validation alone.
 
     Its gradient is that of the KL alone, at the reference 0 but for rounding, and Adam scales rounding to whole steps.
     """
     spread = curves["reward/within_group_std"]
-    return list(itertools.takewhile(lambda step: spread[step] > 0, steps))
+    return list(itertools.takewhile(lambda step: step == 0 or spread[step] > 0, steps))
 
 
 def same_curves(mine: Curves, other: Curves, steps: list[int], what: str, tolerance: float = 0.0) -> list[str]:

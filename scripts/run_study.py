@@ -2,7 +2,7 @@
 
     python scripts/run_study.py forecast              what is done, what is missing, how long that takes
     python scripts/run_study.py run --workers 2       goes on until all is done, or until --minutes are over
-    python scripts/run_study.py run --quick           three seeds of the first table with 40 steps, in 30 minutes
+    python scripts/run_study.py run --quick           three seeds of the first table with 30 steps, in 30 minutes
     python scripts/run_study.py tables                prints the tables of what is done
 
 A run is one `fit` of configs/study/base.yaml with a reward, an advantage and a seed. Its numbers are a line of

@@ -80,7 +80,7 @@ def result(judge: list[float], kl: list[float], seconds: float = 60.0) -> dict[s
     """Of a run, with what the tables read."""
     n = len(judge)
     curves = {f"val/{tag}": [0.5] * n for tag in runs.MEASURED} | {tag: [0.1] * (n - 1) for tag in runs.TRAINED}
-    facts = {"lr": 6e-4, "gradient_clip_active": 0.0, "seconds": seconds}
+    facts = {"lr": 1.2e-3, "gradient_clip_active": 0.0, "seconds": seconds}
     return facts | {"curves": curves | {"val/judge/reward": judge, "train/kl": kl}}
 
 
@@ -125,7 +125,7 @@ def test_cells_that_were_not_reached_are_missing() -> None:
     for key in gone:
         del done[key]
     text = tables.table_of(design.TABLES[0], done)
-    assert "| heavy_tailed | 8 | rloo | 0.0006 | 0 | missing" in text and "10 of 60 runs are missing." in text
+    assert "| heavy_tailed | 8 | rloo | 0.0012 | 0 | missing" in text and "10 of 60 runs are missing." in text
     assert "table 1: 50 of 60 runs, 18 of 18 that choose" in tables.forecast(done, 2)
     assert "0 of 60 runs, 0 of 18" in tables.forecast({}, 2)
 

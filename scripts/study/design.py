@@ -7,12 +7,12 @@ from typing import Any
 
 SAMPLED = 64
 """Completions of a step, whatever G is: all runs see equally many."""
-LEARNING_RATES = (2e-4, 6e-4, 1.8e-3)
+LEARNING_RATES = (4e-4, 1.2e-3, 3.6e-3)
 """The same grid for every method."""
 TUNING_SEEDS = (101, 102)
 SEEDS = tuple(range(1, 11))
-STEPS = 100
-QUICK_STEPS = 40
+STEPS = 50
+QUICK_STEPS = 30
 
 
 @dataclass(frozen=True)

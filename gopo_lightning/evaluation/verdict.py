@@ -52,9 +52,9 @@ def _extreme(found: Mapping[str, Any]) -> str:
     if abs(reward["skewness"]) > 0.3:
         causes.append(f"rewards are skewed within groups (skewness {reward['skewness']:+.2f})")
     if reward["excess_kurtosis"] > 0.3:
-        causes.append(f"their tails are heavy (kurtosis {reward['excess_kurtosis']:+.2f} above that of normal rewards)")
+        causes.append(f"tails within groups are heavy (kurtosis {reward['excess_kurtosis']:+.2f} above that of normal rewards)")
     if reward["outlier_fraction"] > 0.08:
-        causes.append(f"{reward['outlier_fraction']:.0%} of them are outliers")
+        causes.append(f"{reward['outlier_fraction']:.0%} of the rewards are outliers")
     return " and ".join(causes) or "magnitudes within a group say something else than the order"
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from gopo_lightning.rewards import combine
 from gopo_lightning.rewards.metrics import completion_metrics, pair_ties, reward_metrics, win_rate
 
 NAN = math.nan
@@ -15,6 +16,18 @@ def test_ties_count_pairs_of_valid_completions() -> None:
     tied_P, pairs_P = pair_ties(rewards_PG)
     assert tied_P.tolist() == [3, 1, 0]
     assert pairs_P.tolist() == [6, 1, 0]
+
+
+def test_groups_whose_ties_the_second_source_broke() -> None:
+    """The first source ties groups 0, 1 and 3; the combined reward orders 0 alone. Group 2 had an order already."""
+    nan = float("nan")
+    first_PG = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 2.0], [nan, 2.0]])
+    second_PG = torch.tensor([[1.0, 2.0], [1.0, 1.0], [1.0, 2.0], [1.0, 2.0]])
+    rewards_PGK = torch.stack([first_PG, second_PG], -1)
+    combined_PG = combine.lexicographic(rewards_PGK)
+    metrics = reward_metrics(rewards_PGK, combined_PG, ["a", "b"])
+    assert metrics["reward/rescued_groups"] == 0.25
+    assert "reward/rescued_groups" not in reward_metrics(rewards_PGK[..., :1], first_PG, ["a"])
 
 
 def test_reward_metrics_leave_nan_out() -> None:

@@ -140,11 +140,19 @@ def test_gopo_under_a_warp_is_gopo_without_it() -> None:
 
 
 def test_runs_of_another_design_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "made_of", lambda: "now")
-    path = tmp_path / "runs.jsonl"
-    path.write_text("".join(json.dumps({"key": k, "made_of": m}) + "\n" for k, m in (("a", "now"), ("b", "then"))))
+    monkeypatch.setattr(runs, "_surroundings", lambda: "assets")
+    path, run = tmp_path / "runs.jsonl", Run("1", "stars", "gopo_rescued", 1, 1e-3)
+    rows = [{"key": key, "made_of": made, **run.record()} for key, made in (("a", runs.made_of(run)), ("b", "then"))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert list(runs.read(path)) == ["a"]
     assert runs.read(tmp_path / "none.jsonl") == {}
+
+
+def test_a_rescued_run_has_the_other_rewards_of_gopo() -> None:
+    names = [path.name for path in runs.layers(Run("2b", "stars", "gopo_rescued", 1, 1e-3))]
+    assert names == ["base.yaml", "stars_rescued.yaml", "gopo.yaml"]
+    rewards_PGK = torch.tensor([[[1.0, 0.0, 9.0], [1.0, 1.0, 8.0], [2.0, 0.0, 7.0]]])
+    assert rewards.first_then_second(rewards_PGK).argsort(-1).tolist() == [[0, 1, 2]]
 
 
 def test_comments_do_not_make_another_study(tmp_path: Path) -> None:

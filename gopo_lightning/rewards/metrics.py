@@ -44,10 +44,18 @@ def reward_metrics(rewards_PGK: Tensor, rewards_PG: Tensor, names: Sequence[str]
     for k, name in enumerate(names):
         metrics[f"reward/{name}/mean"] = _mean(rewards_PGK[..., k])
         metrics[f"reward/{name}/std"] = _std(rewards_PGK[..., k])
+    if len(names) > 1:
+        metrics["reward/rescued_groups"] = rescued_groups(rewards_PGK[..., 0], rewards_PG)
     for (k, first), (m, second) in combinations(enumerate(names), 2):
         correlation_P = rank_correlation(rewards_PGK[..., k], rewards_PGK[..., m])
         metrics[f"reward/rank_correlation/{first}-{second}"] = _mean(correlation_P)
     return metrics
+
+
+def rescued_groups(first_PG: Tensor, rewards_PG: Tensor) -> Tensor:
+    """Share of groups that all tie by the first source and not by the combined reward: the others gave them an order."""
+    (first_P, pairs_P), (tied_P, all_P) = pair_ties(first_PG), pair_ties(rewards_PG)
+    return ((first_P == pairs_P) & (pairs_P > 0) & (tied_P < all_P)).float().mean()
 
 
 def rank_correlation(first_PG: Tensor, second_PG: Tensor) -> Tensor:

@@ -54,16 +54,17 @@ class Table:
     group_sizes: tuple[int, ...] = (8,)
 
 
+OF_GOPO = {"gopo_arbitrary_ties": "gopo_arbitrary_ties", "gopo_rescued": "gopo"}
+"""Methods with the learning rate of GOPO, for nothing ties on the clean reward; each with its advantage's layer."""
+
 TABLES = (
     Table("1", "The score as it is, and with heavy-tailed noise", ("clean", "heavy_tailed"), ("gopo", "grpo", "rloo")),
     Table("2a", "The same order, other magnitudes", ("exp", "sigmoid", "cubed"), ("grpo", "rloo")),
-    Table("2b", "Ties", ("stars", "binary"), ("gopo", "gopo_arbitrary_ties", "grpo", "rloo")),
+    Table("2b", "Ties", ("stars", "binary"), ("gopo", *OF_GOPO, "grpo", "rloo")),
     Table("3", "Calibrated ranks and Dr. GRPO", ("clean", "heavy_tailed"), ("calibrated", "dr_grpo")),
     Table("4", "Group size, equally many completions", ("clean",), ("gopo", "grpo"), (2, 4, 16)),
     Table("5", "Other flaws", ("of_prompt", "one_rater", "few_labels"), ("gopo", "grpo", "rloo")),
 )
-ORDER_ONLY = ("gopo", "gopo_arbitrary_ties")
-"""They read the order alone: their runs under a warp of the reward are those without it."""
 
 
 def tuning(table: Table) -> list[Run]:
@@ -72,7 +73,7 @@ def tuning(table: Table) -> list[Run]:
         Run("tuning", "clean", method, seed, lr, size)
         for size in table.group_sizes
         for method in table.methods
-        if method != "gopo_arbitrary_ties"  # nothing ties on the clean reward: it is GOPO there
+        if method not in OF_GOPO
         for lr in LEARNING_RATES
         for seed in TUNING_SEEDS
     ]
@@ -80,7 +81,7 @@ def tuning(table: Table) -> list[Run]:
 
 def chosen_lr(done: Mapping[str, Any], method: str, group_size: int) -> float | None:
     """The learning rate with the best mean outcome of the tuning runs; None until all are done."""
-    method = "gopo" if method == "gopo_arbitrary_ties" else method
+    method = "gopo" if method in OF_GOPO else method
     outcomes = {}
     for lr in LEARNING_RATES:
         runs = [Run("tuning", "clean", method, seed, lr, group_size) for seed in TUNING_SEEDS]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gopo_lightning.rewards import RewardSource, SequenceClassifierReward
+from gopo_lightning.rewards import RewardSource, SequenceClassifierReward, combine
 from gopo_lightning.types import Completion, Prompt
 
 CUT_OFF = 3.0
@@ -24,6 +24,11 @@ _NORMAL = statistics.NormalDist()
 def first(rewards_PGK: Tensor) -> Tensor:
     """The first source is the reward; the judge beside it only looks on."""
     return rewards_PGK[..., 0]
+
+
+def first_then_second(rewards_PGK: Tensor) -> Tensor:
+    """The second source breaks the ties of the first; the judge, the third, only looks on."""
+    return combine.lexicographic(rewards_PGK[..., :2])
 
 
 class FullText(RewardSource):
@@ -156,4 +161,4 @@ def check_order(warp: str, z: Sequence[float]) -> None:
             raise ValueError(f"{warp} takes {low!r} and {high!r} to {before!r} and {after!r}; it must be increasing")
 
 
-__all__ = ["SHAPES", "WARPS", "Judge", "Proxy", "check_order", "first"]
+__all__ = ["SHAPES", "WARPS", "Judge", "Proxy", "check_order", "first", "first_then_second"]

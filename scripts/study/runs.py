@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +20,7 @@ import torch
 import yaml
 
 from gopo_lightning.data.json_lines import dumps, read_jsonl
-from scripts.study.design import SAMPLED, SEEDS, Run
+from scripts.study.design import OF_GOPO, SAMPLED, SEEDS, Run
 
 CONFIGS = Path("configs/study")
 MEASURED = ("judge/reward", "judge/win_rate", "proxy/reward", "length_mean", "truncated_fraction")
@@ -32,6 +33,7 @@ TRAINED = (
     "train/clip_high_fraction",
     "reward/within_group_std",
     "reward/tied_pair_fraction",
+    "reward/rescued_groups",
     "completion/length_mean",
     "completion/truncated_fraction",
 )
@@ -44,16 +46,25 @@ def folder(run: Run) -> Path:
     return Path("runs/study") / run.key
 
 
-@cache
-def made_of() -> str:
+def layers(run: Run) -> list[Path]:
+    """The files that the run is configured by, without what is its own."""
+    reward = f"{run.reward}_rescued" if run.method == "gopo_rescued" else run.reward
+    method = Path("configs/advantage") / f"{OF_GOPO.get(run.method, run.method)}.yaml"
+    method = method if method.exists() else CONFIGS / "method" / method.name
+    return [CONFIGS / "base.yaml", *([] if reward == "clean" else [CONFIGS / "reward" / f"{reward}.yaml"]), method]
+
+
+def made_of(run: Run) -> str:
     """A digest of what decides the numbers beside the package: configs and rewards (comments aside), and assets."""
-    assets, digest = Path("runs/study/assets"), hashlib.sha256()
-    for file in [*sorted(CONFIGS.rglob("*.yaml")), *sorted(Path("configs/advantage").glob("*.yaml"))]:
-        digest.update(repr((file.name, yaml.safe_load(file.read_text()))).encode())
-    digest.update(_code(Path("scripts/study/rewards.py")).encode())
-    for file in [*sorted(assets.glob("*_prompts.jsonl")), *sorted(assets.glob("*/model.safetensors"))]:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:12]
+    configs = [(file.name, yaml.safe_load(file.read_text())) for file in layers(run)]
+    return hashlib.sha256(repr((configs, _surroundings())).encode()).hexdigest()[:12]
+
+
+@cache
+def _surroundings() -> str:
+    assets = Path("runs/study/assets")
+    files = [*sorted(assets.glob("*_prompts.jsonl")), *sorted(assets.glob("*/model.safetensors"))]
+    return repr([_code(Path("scripts/study/rewards.py")), *(hashlib.sha256(f.read_bytes()).hexdigest() for f in files)])
 
 
 def _code(path: Path) -> str:
@@ -68,9 +79,8 @@ def _code(path: Path) -> str:
 
 def config(run: Run) -> list[Path]:
     """The layers of the run; the last is written into its folder."""
-    base, layer = CONFIGS / "base.yaml", CONFIGS / "reward" / f"{run.reward}.yaml"
-    rewards = [base] if run.reward == "clean" else [base, layer]
-    reward = yaml.safe_load(rewards[-1].read_text())["model"]["init_args"]["rewards"]
+    files = layers(run)
+    reward = yaml.safe_load(files[-2].read_text())["model"]["init_args"]["rewards"]
     reward["sources"][0]["init_args"]["seed"] = run.seed
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": run.lr, "weight_decay": 0.0, "fused": True}}
     data: dict[str, Any] = {"prompts_per_step": SAMPLED // run.group_size}
@@ -95,13 +105,12 @@ def config(run: Run) -> list[Path]:
     folder(run).mkdir(parents=True, exist_ok=True)
     path = folder(run) / "overlay.yaml"
     path.write_text(yaml.safe_dump(own, sort_keys=False))
-    method = Path("configs/advantage") / f"{run.method}.yaml"
-    return [*rewards, method if method.exists() else CONFIGS / "method" / f"{run.method}.yaml", path]
+    return [*files, path]
 
 
 def start(run: Run, results: Path) -> int:
     """The process id of a child that trains and appends its line to ``results``; its exit status is 0 if it did."""
-    layers, commit, digest = config(run), _commit(), made_of()
+    configs, commit, digest = config(run), _commit(), made_of(run)
     for old in folder(run).glob("events.*"):  # of an attempt that was stopped
         old.unlink()
     child = os.fork()
@@ -114,7 +123,7 @@ def start(run: Run, results: Path) -> int:
             torch.set_num_threads(1)
             from gopo_lightning.commands import lightning_cli
 
-            files = [argument for layer in layers for argument in ("--config", str(layer))]
+            files = [argument for file in configs for argument in ("--config", str(file))]
             sys.argv = ["gopo_lightning", "fit", *files, f"--export_dir={folder(run) / 'policy'}"]
             lightning_cli.run()
             facts = {"commit": commit, "made_of": digest, "seconds": round(time.time() - began, 1)}
@@ -154,10 +163,15 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
     """Key → result, of the runs that were made of what is here now."""
     if not results.exists():
         return {}
-    rows, digest = list(read_jsonl(results)), made_of()
-    kept = {row["key"]: row for row in rows if row["made_of"] == digest}
-    if other := len(rows) - len([row for row in rows if row["made_of"] == digest]):
-        print(f"{other} runs in {results} were made of other configs, rewards or assets, and are left out")
+    kept, others = {}, 0
+    for row in read_jsonl(results):
+        run = Run(**{field.name: row[field.name] for field in fields(Run)})
+        if row["made_of"] == made_of(run):
+            kept[row["key"]] = row
+        else:
+            others += 1
+    if others:
+        print(f"{others} runs in {results} were made of other configs, rewards or assets, and are left out")
     return kept
 
 

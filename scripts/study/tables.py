@@ -9,7 +9,7 @@ from typing import Any
 from scipy.stats import ttest_1samp
 
 from gopo_lightning.evaluation.intervals import paired, student
-from scripts.study.design import ORDER_ONLY, SEEDS, STEPS, TABLES, Run, Table, chosen_lr, outcome, runs_of, tuning
+from scripts.study.design import SEEDS, STEPS, TABLES, Run, Table, chosen_lr, outcome, runs_of, tuning
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -93,7 +93,7 @@ def _pairs(
 ) -> tuple[Any, Any]:
     """GOPO's cell on the same reward and that of ``method``; GOPO under a warp is GOPO on the clean reward."""
     gopo = cell_of.get((reward, size, "gopo"))
-    if gopo is None and "gopo" in ORDER_ONLY:
+    if gopo is None:
         source = reward if reward not in ("exp", "sigmoid", "cubed") else "clean"
         lr = chosen_lr(done, "gopo", size)
         keys = {seed: Run("1", source, "gopo", seed, lr or 0, size, STEPS).key for seed in range(1, 11)}

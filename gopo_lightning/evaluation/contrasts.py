@@ -1,0 +1,148 @@
+"""Differences of two groups of runs, with their intervals, and what several comparisons at once ask for. Pure."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from scipy.stats import t
+
+from gopo_lightning.evaluation.event_files import Curve
+from gopo_lightning.evaluation.intervals import Interval, student
+from gopo_lightning.evaluation.run_groups import Group
+from gopo_lightning.evaluation.seed_curves import StepsRatio, common_steps, steps_ratio
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Group − baseline of one tag, at the last step that all compared runs have."""
+
+    tag: str
+    group: str
+    baseline: str
+    step: int
+    difference: Interval
+    is_paired: bool
+    """By seed; else the seeds differ, and the interval is Welch's."""
+    p: float
+    """Two-sided; NaN where there are too few seeds."""
+    adjusted_p: float
+    """Holm's, over all comparisons of the report."""
+    steps_ratio: StepsRatio | None
+    """Of pairs of the same seed only."""
+    by_step: Mapping[int, Interval]
+    """The difference at every step that all compared runs have."""
+
+    @property
+    def is_clear(self) -> bool:
+        """The adjusted p is below 0.05."""
+        return self.adjusted_p < LEVEL
+
+
+def welch(first: Sequence[float], second: Sequence[float]) -> tuple[Interval, float]:
+    """Difference of two means of independent values with its 95 % interval and p, by Welch's t; NaN for n < 2.
+
+    Raises:
+        ValueError: a side has no values.
+    """
+    a, b = student(first), student(second)
+    difference, n = a.mean - b.mean, min(a.n, b.n)
+    if n < 2:
+        return Interval(difference, math.nan, math.nan, n), math.nan
+    parts = [statistics.variance(values) / len(values) for values in (first, second)]
+    if sum(parts) == 0:
+        return Interval(difference, difference, difference, n), float(difference == 0)
+    degrees = sum(parts) ** 2 / sum(v**2 / (len(values) - 1) for v, values in zip(parts, (first, second), strict=True))
+    error = math.sqrt(sum(parts))
+    half = float(t.ppf(0.975, degrees)) * error
+    p = 2 * float(t.sf(abs(difference) / error, degrees))
+    return Interval(difference, difference - half, difference + half, n), p
+
+
+def paired_p(differences: Sequence[float]) -> float:
+    """Two-sided p of a mean of 0, by Student's t; NaN for one value."""
+    n = len(differences)
+    if n < 2:
+        return math.nan
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(n)
+    if error == 0:
+        return float(mean == 0)
+    return 2 * float(t.sf(abs(mean) / error, n - 1))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values after Holm (1979): all at once, a false one among them has at most the chance that each is tested at.
+
+    The smallest is multiplied by their number m, the next by m − 1, …, none below one before it. NaN stays and does
+    not count.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted((i for i, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
+    adjusted, highest = [math.nan] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, ps[i] * (len(order) - rank)))
+        adjusted[i] = highest
+    return adjusted
+
+
+def curves_of(group: Group, tag: str) -> dict[str, Curve]:
+    """By seed, of the runs that have ``tag``."""
+    return {seed: run.scalars[tag] for seed, run in group.runs.items() if run.scalars.get(tag)}
+
+
+def contrast(group: Group, baseline: Group, tag: str) -> Contrast | None:
+    """Paired by seed if they have any seed in common; None if they cannot be compared at any step."""
+    ours, theirs = curves_of(group, tag), curves_of(baseline, tag)
+    shared = [seed for seed in ours if seed in theirs and seed != "unknown"]
+    if shared:
+        ours, theirs = ({seed: curves[seed] for seed in shared} for curves in (ours, theirs))
+    first, second = list(ours.values()), list(theirs.values())
+    steps = common_steps([*first, *second]) if first and second else []
+    if not steps:
+        return None
+    values = {step: ([c[step] for c in first], [c[step] for c in second]) for step in steps}
+    if shared:
+        differences = {step: [x - y for x, y in zip(a, b, strict=True)] for step, (a, b) in values.items()}
+        by_step, p = {step: student(d) for step, d in differences.items()}, paired_p(differences[steps[-1]])
+    else:
+        by_step, p = {step: welch(a, b)[0] for step, (a, b) in values.items()}, welch(*values[steps[-1]])[1]
+    ratio = steps_ratio(first, second) if shared else None
+    last = steps[-1]
+    return Contrast(tag, group.label, baseline.label, last, by_step[last], bool(shared), p, p, ratio, by_step)
+
+
+def contrasts(groups: Sequence[Group], baseline: Group, tags: Sequence[str]) -> list[Contrast]:
+    """Every other group against ``baseline`` on every tag; those of the first tag come first."""
+    others = [group for group in groups if group is not baseline]
+    found = [c for tag in tags for group in others if (c := contrast(group, baseline, tag)) is not None]
+    adjusted = holm([c.p for c in found])
+    return [replace(c, adjusted_p=p) for c, p in zip(found, adjusted, strict=True)]
+
+
+def sentence(c: Contrast, num_comparisons: int) -> str:
+    """``c`` in words."""
+    at = f"on {c.tag} at step {c.step}"
+    size, n = f"{c.difference.mean:+.3f}", c.difference.n
+    if math.isnan(c.p):
+        return (
+            f"{c.group} − {c.baseline} is {size} {at}, of one seed{'' if c.is_paired else ' each at least'}: "
+            "without several seeds there is no interval, and no difference can be told."
+        )
+    how = f"{n} seeds, paired" if c.is_paired else f"at least {n} seeds each, none in common, so not paired"
+    interval = f"{size}, 95 % interval {c.difference.low:+.3f} to {c.difference.high:+.3f}; {how}"
+    adjusted = f", Holm's p over {num_comparisons} comparisons {c.adjusted_p:.2g}" if num_comparisons > 1 else ""
+    if c.is_clear:
+        ahead = (
+            f"{c.group} is ahead of {c.baseline}" if c.difference.mean > 0 else f"{c.baseline} is ahead of {c.group}"
+        )
+        return f"{ahead} {at} ({interval}; p = {c.p:.2g}{adjusted})."
+    if c.p < LEVEL:
+        return (
+            f"{c.group} and {c.baseline} cannot be told apart {at}: the interval alone excludes 0 ({interval}), "
+            f"but of {num_comparisons} comparisons one may do so by chance (p = {c.p:.2g}{adjusted})."
+        )
+    return f"No difference between {c.group} and {c.baseline} can be told {at}: the interval includes 0 ({interval})."

@@ -21,6 +21,7 @@ does ranking help on my task? (each has its own --help)
 
 OWN: dict[str, str] = {
     "inspect": "gopo_lightning.commands.inspect",
+    "report": "gopo_lightning.commands.report",
 }
 """Command → the module whose ``main(arguments)`` it is; the others are Lightning's."""
 

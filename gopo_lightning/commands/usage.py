@@ -22,6 +22,7 @@ does ranking help on my task? (each has its own --help)
 OWN: dict[str, str] = {
     "inspect": "gopo_lightning.commands.inspect",
     "report": "gopo_lightning.commands.report",
+    "compare": "gopo_lightning.commands.compare",
 }
 """Command → the module whose ``main(arguments)`` it is; the others are Lightning's."""
 

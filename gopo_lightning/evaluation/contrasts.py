@@ -123,17 +123,25 @@ def contrasts(groups: Sequence[Group], baseline: Group, tags: Sequence[str]) -> 
     return [replace(c, adjusted_p=p) for c, p in zip(found, adjusted, strict=True)]
 
 
+def number(value: float) -> str:
+    """With a sign and three decimals; more digits for small ones, fewer for large."""
+    if math.isnan(value):
+        return "—"
+    text = f"{value:+.3f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:+.3g}"
+    return text.replace("-", "−")
+
+
 def sentence(c: Contrast, num_comparisons: int) -> str:
     """``c`` in words."""
     at = f"on {c.tag} at step {c.step}"
-    size, n = f"{c.difference.mean:+.3f}", c.difference.n
+    size, n = number(c.difference.mean), c.difference.n
     if math.isnan(c.p):
         return (
             f"{c.group} − {c.baseline} is {size} {at}, of one seed{'' if c.is_paired else ' each at least'}: "
             "without several seeds there is no interval, and no difference can be told."
         )
     how = f"{n} seeds, paired" if c.is_paired else f"at least {n} seeds each, none in common, so not paired"
-    interval = f"{size}, 95 % interval {c.difference.low:+.3f} to {c.difference.high:+.3f}; {how}"
+    interval = f"{size}, 95 % interval {number(c.difference.low)} to {number(c.difference.high)}; {how}"
     adjusted = f", Holm's p over {num_comparisons} comparisons {c.adjusted_p:.2g}" if num_comparisons > 1 else ""
     if c.is_clear:
         ahead = (

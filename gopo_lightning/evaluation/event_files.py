@@ -166,7 +166,7 @@ def _joined(parts: Sequence[_Part]) -> _Part:
     whole = _Part()
     for part in parts:
         start = part.first_trained_step()
-        if 0 in part.seconds:
+        if start is not None and 0 in part.seconds:
             whole = _Part()  # not a resume: begun again
         elif start is not None:
             kept: list[dict[int, Any]] = [*whole.scalars.values(), *whole.texts.values(), whole.seconds]

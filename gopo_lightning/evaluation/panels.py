@@ -85,8 +85,8 @@ def over_steps(groups: Sequence[Group], tag: str, title: str) -> Panel | None:
         if thin:
             mean = [(float(step), interval) for step, interval in band(thin).items()]
             lines.append(_line(i, groups[i].label, [_points(curve) for curve in thin], mean))
-    caption = tag + (f", means of {every} steps" if every > 1 else "")
-    return Panel(_file(tag), title, STEPS, caption, lines)
+    said = [*([tag] if title != tag else []), *([f"means of {every} steps"] if every > 1 else [])]
+    return Panel(_file(tag), title, STEPS, ", ".join(said), lines)
 
 
 def over_axis(groups: Sequence[Group], tag: str, name: str, x: str, axis: Callable[[Run], Curve]) -> Panel | None:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import gopo_lightning
-from gopo_lightning.evaluation.contrasts import Contrast, curves_of
+from gopo_lightning.evaluation.contrasts import Contrast, curves_of, number
 from gopo_lightning.evaluation.figures import colour, png, svg
 from gopo_lightning.evaluation.intervals import Interval
 from gopo_lightning.evaluation.report import Report
@@ -27,17 +27,10 @@ PAGE, NUMBERS, FIGURES = "index.html", "report.json", "figures"
 _GENERATOR = "gopo_lightning report"
 
 
-def number(value: float) -> str:
-    """With a sign and three decimals; more digits for small ones, fewer for large."""
-    if isnan(value):
-        return "—"
-    return f"{value:+.3f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:+.3g}"
-
-
 def mean(interval: Interval) -> str:
     """A mean and half of its interval."""
     half = "" if isnan(interval.half_width) else f" ± {number(interval.half_width)[1:]}"
-    return number(interval.mean) + half
+    return number(interval.mean).removeprefix("+") + half
 
 
 def check_output(folder: Path) -> None:

@@ -59,7 +59,7 @@ def settings(config: Mapping[str, Any]) -> Flat:
     watchers = tuple(f"trainer.callbacks.{name}." for name in _WATCHERS)
     return {
         key: value
-        for key, value in flatten(config).items()
+        for key, value in (flatten(config).items() if config else ())
         if key not in SEEDS and not _NO_MATTER.fullmatch(key) and not key.startswith(watchers)
     }
 
@@ -129,7 +129,7 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
     configs: dict[tuple[str, ...], Flat] = {}
     notes: list[str] = []
     for run in runs:
-        config = settings(run.config) or {"run": _NAMED_SEED.sub("", run.folder.name) or run.folder.name}
+        config = settings(run.config) or {"run": _name_without_seed(run)}
         key = tuple(f"{name}={value}" for name, value in sorted(config.items()))
         seeds, seed = members.setdefault(key, {}), seed_of(run)
         configs[key] = config
@@ -142,6 +142,12 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
         for name, key in zip(names, members, strict=True)
     ]
     return groups, notes
+
+
+def _name_without_seed(run: Run) -> str:
+    """Of its folder; the whole path where there is no seed in it."""
+    named = _NAMED_SEED.search(run.folder.name)
+    return run.folder.name[: named.start()] or str(run.folder.parent) if named else str(run.folder)
 
 
 def _one_of(first: Run, second: Run, notes: list[str]) -> Run:

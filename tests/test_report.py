@@ -206,13 +206,15 @@ def test_the_page_can_be_read(scheme: str, runs: Path, tmp_path: Path) -> None:
     assert background > 0.8 * sum(levels) and ink > 0.005 * sum(levels)
 
 
-def test_without_a_browser_ci_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["CI", "GOPO_NEEDS_BROWSER"])
+def test_without_a_browser_ci_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("CI", "GOPO_NEEDS_BROWSER"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CI", "1")
-    with pytest.raises(pytest.fail.Exception, match=r"is installed; \.ci/run installs it"):
-        chromium()
-    monkeypatch.delenv("CI")
     with pytest.raises(pytest.skip.Exception, match="is installed"):
+        chromium()
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(pytest.fail.Exception, match=r"is installed; \.ci/run installs it"):
         chromium()
 
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from gopo_lightning.evaluation.panels import Line, Panel
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B6D3F", "#7F7F7F")
-"""Of groups; they can be told apart by the colour-blind (Okabe and Ito), and by their markers in grey."""
-MARKERS = "os^Dv<>P"
+"""Of groups; they can be told apart by the colour-blind (Okabe and Ito), and by dashes and markers in grey."""
+MARKERS, STYLES = "os^Dv<>P", ("-", "--", "-.", ":")
 _INK = "#010203"
 """Stands for the page's colour of text in an SVG."""
 _SIZE = (4.6, 3.2)
@@ -68,6 +68,7 @@ def _draw_line(axes: Axes, line: Line) -> None:
         return
     xs, ys = zip(*line.mean, strict=True)
     few = marker if len(xs) <= 25 else ""
-    axes.plot(xs, ys, color=tint, linewidth=2, marker=few, markersize=4, label=line.label)
+    style = STYLES[line.group % len(STYLES)]  # so that one is seen under another
+    axes.plot(xs, ys, style, color=tint, linewidth=2, marker=few, markersize=4, label=line.label)
     if line.low:
         axes.fill_between(xs, line.low, line.high, color=tint, alpha=0.2, linewidth=0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from gopo_lightning.evaluation.contrasts import contrast, contrasts, holm, paired_p, sentence, welch
+from gopo_lightning.evaluation.contrasts import HIGH_IS_GOOD, contrast, contrasts, holm, paired_p, sentence, welch
 from gopo_lightning.evaluation.event_files import Run
 from gopo_lightning.evaluation.run_groups import Group
 
@@ -88,3 +88,17 @@ def test_the_answer_in_words() -> None:
     near, *_ = say(seeds("near", 0.6, 1.0, 1.4), *(seeds(f"n{i}", 1.0, -1.0, 0.1) for i in range(3)))
     assert near.startswith("near and base cannot be told apart on val/reward at step 10: the interval alone excludes 0")
     assert "of 4 comparisons one may do so by chance (p = 0.049, Holm's p over 4 comparisons 0.2)." in near
+
+
+def test_only_what_is_better_when_higher_can_be_ahead() -> None:
+    for tag, good in (
+        *(("val/reward", True), ("val/a/win_rate", True), ("reward/mean", True), ("reward/a/mean", True)),
+        *(("val/pair_accuracy_all", True), ("train/loss", False), ("val/length_mean", False), ("reward/std", False)),
+    ):
+        assert bool(HIGH_IS_GOOD.fullmatch(tag)) is good, tag
+    first, second = (
+        Group(name, {}, {str(s): Run(Path(name), {}, {"train/loss": {0: 0.0, 9: mean + s / 10}}, {}) for s in range(3)})
+        for name, mean in (("a", 2.0), ("b", 1.0))
+    )
+    (found,) = contrasts([first, second], second, ["train/loss"])
+    assert sentence(found, 1).startswith("a is higher than b on train/loss at step 9") and found.steps_ratio is None

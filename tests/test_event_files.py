@@ -43,6 +43,14 @@ def test_steps_that_were_done_again_count_once(tmp_path: Path) -> None:
     assert list(run.seconds.values()) == pytest.approx([1, 2, 3, 5, 6], abs=0.2)
 
 
+def test_files_go_on_with_each_other_in_the_order_of_their_seconds(tmp_path: Path) -> None:
+    first = write_events(tmp_path, {"train/loss": {1: 1.0, 2: 2.0}})
+    second = write_events(tmp_path, {"train/loss": {2: 20.0}})
+    first.rename(tmp_path / "events.out.tfevents.999.b.7.0")
+    second.rename(tmp_path / "events.out.tfevents.1000.a.3.0")
+    assert read_run(tmp_path).scalars["train/loss"] == {1: 1.0, 2: 20.0}
+
+
 def test_a_run_that_was_begun_again_in_its_folder_is_new(tmp_path: Path) -> None:
     write_events(tmp_path, {"train/loss": {1: 1.0, 2: 2.0}, "val/reward": {0: 7.0}})
     write_events(tmp_path, {"train/loss": {1: 10.0}, "val/reward": {0: 8.0}})
@@ -122,3 +130,12 @@ def test_curves_of_the_csv_logger(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert run.scalars == {"train/loss": {1: 1.0, 2: 20.0}, "val/reward": {0: 0.5}}
     assert run.config["seed_everything"] == 3 and not run.seconds and not sampled_tokens(run)
+
+
+def test_a_config_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path, "grpo", 1, {0: 0.0, 1: 1.0})
+    (tmp_path / "config.yaml").write_text("a: !!python/object/apply:os.system [exit]")
+    with pytest.raises(ValueError, match=r"config.yaml cannot be read: .*python/object"):
+        read_runs([tmp_path])
+    (tmp_path / "config.yaml").write_text("just words")
+    assert read_run(tmp_path).config == {}

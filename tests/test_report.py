@@ -39,6 +39,7 @@ def table(*texts: str, prompt: str = "say") -> str:
     """As `SampleTable` writes it."""
     rows = [f"| {i} | +1.000 | +0.500 | 5 | {escape(text, 1000)} |" for i, text in enumerate(texts, 1)]
     head = "| rank | reward | advantage | tokens | completion |\n| --- | --- | --- | --- | --- |"
+    rows.append("| none | none | +0.000 | 5 | without a score |")
     return f"**Prompt, row 1:** {escape(prompt, 1000)}\n\n" + "\n".join([head, *rows]) + "\n"
 
 
@@ -75,7 +76,7 @@ def test_the_page_says_who_is_ahead_first(runs: Path, tmp_path: Path, capsys: py
     assert pictures == {"val-reward", "val-reward-difference", "val-reward-over-seconds", "reward-mean"}
     for text in ("model.init_args.objective.advantage", "best of grpo", "worst of ordinal", str(runs / "grpo-3")):
         assert text in page.text
-    assert "middle" not in page.text
+    assert "middle" not in page.text and "without a score" not in page.text
 
 
 def test_the_page_loads_nothing_and_runs_nothing(runs: Path) -> None:
@@ -138,6 +139,13 @@ def test_runs_without_validation_and_cut_off(tmp_path: Path) -> None:
     assert "No run was validated: the reward is that of the training prompts" in text
     assert f"{tmp_path / 'grpo2'} ends at step 3 of 6: what is compared with it ends there." in text
     assert "on reward/mean at step 3: the interval includes 0" in text
+
+
+def test_reward_models_are_compared_by_their_accuracy(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_config(tmp_path / f"rm{seed}", seed)
+        write_events(tmp_path / f"rm{seed}", {"train/loss": {1: 0.7}, "val/pair_accuracy": {1: 0.5}})
+    assert summarise(read_runs([tmp_path])[0]).tags == ["val/pair_accuracy"]
 
 
 def test_several_sources_are_compared_each(runs: Path) -> None:

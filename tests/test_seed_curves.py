@@ -80,7 +80,8 @@ def test_runs_that_never_get_there_are_counted_and_bound_the_ratio_from_below() 
     assert (found.never, found.without_target) == (1, 1) and found.ratio is not None
     assert found.ratio.mean == pytest.approx(math.sqrt(40 / 5 * 5 / 20)) and found.ratio.n == 2
     assert math.isnan(found.ratio.low) and math.isnan(found.ratio.high)
-    assert steps_ratio([{0: 0.0}], [{0: 0.0}]).ratio is None
+    for nothing in ({0: 0.0}, {10: 1.0, 20: 0.5}):
+        assert steps_ratio([{10: 0.0, 20: 1.0}], [nothing]).ratio is None
 
 
 def test_long_curves_are_drawn_as_means_of_neighbours() -> None:

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -116,7 +117,8 @@ def table(tag: str, names: Sequence[str], first: Sequence["Run"], second: Sequen
     for step in common_steps([*ours, *theirs]):
         a, b = ([curve[step] for curve in curves] for curves in (ours, theirs))
         cells = [student(a), student(b), paired(a, b)]
-        lines.append(f"| {step} | " + " | ".join(f"{cell.mean:+.3f} ± {cell.half_width:.3f}" for cell in cells) + " |")
+        texts = [f"{cell.mean:+.3f}" + (f" ± {cell.half_width:.3f}" if cell.n > 1 else "") for cell in cells]
+        lines.append(f"| {step} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
@@ -139,7 +141,7 @@ def main(arguments: Sequence[str]) -> None:
     if "--" in own:
         own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
     options = _parser().parse_args(own)
-    command = f"python -m gopo_lightning compare {' '.join(arguments)}"
+    command = f"python -m gopo_lightning compare {shlex.join(arguments)}"
     try:
         _compare(options, flags, command)
     except ValueError as error:

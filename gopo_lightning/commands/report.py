@@ -1,6 +1,7 @@
 """``python -m gopo_lightning report``: finished runs as one page."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ examples:
 def main(arguments: Sequence[str]) -> None:
     """Read, compare, write; say where the page is, and what it says first."""
     options = _parser().parse_args(arguments)
-    command = f"python -m gopo_lightning report {' '.join(arguments)}"
+    command = f"python -m gopo_lightning report {shlex.join(arguments)}"
     try:
         print(make(options.runs, options.output, options.tags, options.baseline, command))
     except ValueError as error:

@@ -1,6 +1,7 @@
 """Differences of two groups of runs, with their intervals, and what several comparisons at once ask for. Pure."""
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from gopo_lightning.evaluation.run_groups import Group
 from gopo_lightning.evaluation.seed_curves import StepsRatio, common_steps, steps_ratio
 
 LEVEL = 0.05
+HIGH_IS_GOOD = re.compile(r"(.*/)?(reward|win_rate|pair_accuracy\w*|spearman|kendall)|reward/(.+/)?mean")
+"""Tags of which a group with a higher value is ahead, and can reach a target; of others it is only higher."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Contrast:
     adjusted_p: float
     """Holm's, over all comparisons of the report."""
     steps_ratio: StepsRatio | None
-    """Of pairs of the same seed only."""
+    """Of pairs of the same seed only, and of what is better when it is higher."""
     by_step: Mapping[int, Interval]
     """The difference at every step that all compared runs have."""
 
@@ -110,7 +113,7 @@ def contrast(group: Group, baseline: Group, tag: str) -> Contrast | None:
         by_step, p = {step: student(d) for step, d in differences.items()}, paired_p(differences[steps[-1]])
     else:
         by_step, p = {step: welch(a, b)[0] for step, (a, b) in values.items()}, welch(*values[steps[-1]])[1]
-    ratio = steps_ratio(first, second) if shared else None
+    ratio = steps_ratio(first, second) if shared and HIGH_IS_GOOD.fullmatch(tag) else None
     last = steps[-1]
     return Contrast(tag, group.label, baseline.label, last, by_step[last], bool(shared), p, p, ratio, by_step)
 
@@ -144,10 +147,9 @@ def sentence(c: Contrast, num_comparisons: int) -> str:
     interval = f"{size}, 95 % interval {number(c.difference.low)} to {number(c.difference.high)}; {how}"
     adjusted = f", Holm's p over {num_comparisons} comparisons {c.adjusted_p:.2g}" if num_comparisons > 1 else ""
     if c.is_clear:
-        ahead = (
-            f"{c.group} is ahead of {c.baseline}" if c.difference.mean > 0 else f"{c.baseline} is ahead of {c.group}"
-        )
-        return f"{ahead} {at} ({interval}; p = {c.p:.2g}{adjusted})."
+        high, low = (c.group, c.baseline) if c.difference.mean > 0 else (c.baseline, c.group)
+        ahead = "ahead of" if HIGH_IS_GOOD.fullmatch(c.tag) else "higher than"
+        return f"{high} is {ahead} {low} {at} ({interval}; p = {c.p:.2g}{adjusted})."
     if c.p < LEVEL:
         return (
             f"{c.group} and {c.baseline} cannot be told apart {at}: the interval alone excludes 0 ({interval}), "

@@ -128,6 +128,9 @@ def read_run(folder: Path) -> Run:
     values do not count, so that steps which were done again after a resume are there once.
 
     A file that cannot be read to its end counts up to there.
+
+    Raises:
+        ValueError: its config is no YAML.
     """
     files = sorted(folder.glob(EVENT_FILES), key=_age)
     parts = [_read_events(file) for file in files] or [_read_csv(file) for file in _csv_files(folder)]
@@ -142,9 +145,18 @@ def read_run(folder: Path) -> Run:
         scalars[tag] = {step: value for step, value in curve.items() if isfinite(value)}
         if lost := len(curve) - len(scalars[tag]):
             notes.append(f"{tag}: {lost} of {len(curve)} values are not finite and are left out")
-    path = folder / SAVED_CONFIG
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return Run(folder, config or {}, scalars, _sorted(whole.seconds), whole.texts, notes)
+    return Run(folder, _config(folder / SAVED_CONFIG), scalars, _sorted(whole.seconds), whole.texts, notes)
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    """Empty if there is none."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}. Repair or remove it; without one a run is of no group."
+        ) from error
+    return config if isinstance(config, Mapping) else {}
 
 
 def _age(file: Path) -> tuple[int, str]:

@@ -77,11 +77,12 @@ def _without_nan(value: Any) -> Any:
 def reward_tags(runs: Sequence[Run]) -> list[str]:
     """What is compared if nothing is said: the reward in validation, of several sources each too, and the win rate.
 
-    Without any validation, the reward in training.
+    Without any validation, the reward in training; of reward models their accuracy.
     """
     seen = {tag: None for run in runs for tag in sorted(run.scalars)}
     if "val/reward" not in seen:
-        return ["reward/mean"] if "reward/mean" in seen else ["train/loss"]
+        others = ("val/pair_accuracy", "val/pair_accuracy_all", "reward/mean")
+        return [next((tag for tag in others if tag in seen), "train/loss")]
     sources = [tag for tag in seen if tag.startswith("val/") and tag.count("/") == 2 and tag.endswith("/reward")]
     return ["val/reward", *(sources if len(sources) > 1 else []), *(["val/win_rate"] if "val/win_rate" in seen else [])]
 

@@ -147,7 +147,7 @@ def ratio(c: Contrast) -> str:
     """Steps to the baseline's end over the baseline's own."""
     found = c.steps_ratio
     if found is None:
-        return "— (not paired)"
+        return "—" if c.is_paired else "— (not paired)"
     if found.ratio is None:
         return "— (the baseline did not improve)"
     value, n = found.ratio, found.ratio.n

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from time import perf_counter
 
@@ -167,7 +169,11 @@ def hostile(tmp_path: Path) -> Path:
             texts = {
                 f"samples/group_{k}": {1: table(text, UNSEEN, prompt=f"{text} {k}")} for k, text in enumerate(HOSTILE)
             }
-            tags = {"val/reward": {0: 0.0, 10: 1.0 * i}, "val/<img src=x>$/reward": {0: 1.0}, "val/b/reward": {0: 1.0}}
+            tags = {
+                "val/reward": {0: 0.0, 10: 1.0 * i},
+                "val/<img src=x>$x_{$/reward": {0: 1.0},
+                "val/b/reward": {0: 1.0},
+            }
             write_events(run, {**tags, "reward/mean": {1: 0.0}}, texts)
     return tmp_path / "runs"
 
@@ -224,6 +230,14 @@ def test_without_a_browser_ci_fails(name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(name, "1")
     with pytest.raises(pytest.fail.Exception, match=r"is installed; \.ci/run installs it"):
         chromium()
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_help_needs_no_torch(command: str) -> None:
+    arguments = [sys.executable, "-X", "importtime", "-m", "gopo_lightning", command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert "examples:" in done.stdout and "gopo_lightning.commands" in done.stderr
+    assert not re.search(r"\| +(torch|lightning|matplotlib|scipy)\b", done.stderr)
 
 
 def test_ten_long_runs_are_read_in_seconds(tmp_path: Path) -> None:

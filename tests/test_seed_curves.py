@@ -100,5 +100,7 @@ def test_panels_over_seconds_and_kl() -> None:
     assert seconds.lines[0].mean[-1] == (11, 2) and len(seconds.lines[0].low) == len(seconds.lines[0].mean)
     kl = over_kl([one], "val/reward")
     assert kl is not None and kl.lines[0].mean == [(0.0, 0.0), (0.2, 2.0)]
+    single = over_steps([group({0: 0.0, 10: 1.0})], "val/reward", "reward")
+    assert single is not None and (single.lines[0].mean, single.lines[0].low) == ([(0, 0), (10, 1)], [])
     assert over_kl([group({0: 0.0})], "val/reward") is None
     assert over_axis([group({0: 0.0})], "val/reward", "seconds", "s", lambda run: run.seconds) is None

@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from pathlib import Path
 
 import matplotlib as mpl
@@ -15,7 +16,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 MARKERS, STYLES = "os^Dv<>P", ("-", "--", "-.", ":")
 _INK = "#010203"
 """Stands for the page's colour of text in an SVG."""
-_SIZE = (4.6, 3.2)
+_SIZE, _TITLE_CHARS = (4.6, 3.2), 60
 
 
 def colour(group: int) -> str:
@@ -51,7 +52,7 @@ def _draw(panel: Panel, ink: str) -> Figure:
         _draw_line(axes, line)
     if panel.zero:
         axes.axhline(0, color=ink, linewidth=0.8)
-    axes.set_title(panel.title, color=ink, fontsize=10, loc="left", wrap=True)
+    axes.set_title(textwrap.fill(panel.title, _TITLE_CHARS), color=ink, fontsize=10, loc="left")
     axes.set_xlabel(panel.x, color=ink, fontsize=9)
     axes.tick_params(colors=ink, labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -70,12 +70,6 @@ def test_the_judge_only_looks_on() -> None:
 # ------------------------------------------------------------------------------ arithmetic
 
 
-def test_holm_by_hand() -> None:
-    """Sorted 0.01 · 3, 0.03 · 2, 0.04 · 1, each no less than those before it."""
-    assert tables.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert tables.holm([0.9, 0.9]) == [1, 1]
-
-
 def result(judge: list[float], kl: list[float], seconds: float = 60.0) -> dict[str, Any]:
     """Of a run, with what the tables read."""
     n = len(judge)

@@ -52,7 +52,8 @@ def _extreme(found: Mapping[str, Any]) -> str:
     if abs(reward["skewness"]) > 0.3:
         causes.append(f"rewards are skewed within groups (skewness {reward['skewness']:+.2f})")
     if reward["excess_kurtosis"] > 0.3:
-        causes.append(f"tails within groups are heavy (kurtosis {reward['excess_kurtosis']:+.2f} above that of normal rewards)")
+        tails = f"kurtosis {reward['excess_kurtosis']:+.2f} above that of normal rewards"
+        causes.append(f"tails within groups are heavy ({tails})")
     if reward["outlier_fraction"] > 0.08:
         causes.append(f"{reward['outlier_fraction']:.0%} of the rewards are outliers")
     return " and ".join(causes) or "magnitudes within a group say something else than the order"

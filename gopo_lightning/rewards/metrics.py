@@ -53,7 +53,7 @@ def reward_metrics(rewards_PGK: Tensor, rewards_PG: Tensor, names: Sequence[str]
 
 
 def rescued_groups(first_PG: Tensor, rewards_PG: Tensor) -> Tensor:
-    """Share of groups that all tie by the first source and not by the combined reward: the others gave them an order."""
+    """Share of groups that tie whole by the first source and not by the combined reward: others gave them an order."""
     (first_P, pairs_P), (tied_P, all_P) = pair_ties(first_PG), pair_ties(rewards_PG)
     return ((first_P == pairs_P) & (pairs_P > 0) & (tied_P < all_P)).float().mean()
 

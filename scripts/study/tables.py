@@ -8,24 +8,11 @@ from typing import Any
 
 from scipy.stats import ttest_1samp
 
+from gopo_lightning.evaluation.contrasts import holm
 from gopo_lightning.evaluation.intervals import paired, student
 from scripts.study.design import SEEDS, STEPS, TABLES, Run, Table, chosen_lr, outcome, runs_of, tuning
 
 Results = Mapping[str, Mapping[str, Any]]
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values of Holm's step-down procedure.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = highest
-    return adjusted
 
 
 def all_tables(done: Results, *, quick: bool = False) -> str:

@@ -231,6 +231,23 @@ def test_what_is_sampled_is_what_training_samples(config: Path, tmp_path: Path) 
     assert files[0] == files[1]
 
 
+def test_recorded_answers_are_inspected_as_they_are(config: Path, tmp_path: Path) -> None:
+    """Training would read the answers of the file, so these are described, not what the policy says."""
+    rows = tmp_path / "rows.jsonl"
+    write_jsonl(rows, [{"prompt": "a", "completions": ["w", "x", "y", "z"], "ranks": [1, 2, 3, 3]}] * 4)
+    arguments = [
+        f"--output={tmp_path / 'out'}",
+        f"--config={config}",
+        f"--data.init_args.train.path={rows}",
+        "--model.init_args.rollout.engine=gopo_lightning.rollout.RecordedEngine",
+        '--model.init_args.rewards.sources=[{"class_path": "gopo_lightning.rewards.RecordedReward"}]',
+        "--model.init_args.rewards.combine=weighted_sum",
+    ]
+    inspect.main(["--num_prompts=4", *arguments])
+    found = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert found["reward"]["tied_pair_fraction"] == pytest.approx(1 / 6) and found["length_std"] == 0
+
+
 def test_help_and_refusals(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         inspect.main(["--help"])

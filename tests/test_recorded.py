@@ -1,6 +1,7 @@
 """Groups of rated answers that a dataset holds, through the same advantages and objective as sampled ones."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from gopo_lightning.data.prompts import PromptDataModule
 from gopo_lightning.data.recorded import recorded_answers
 from gopo_lightning.data.sources import PromptSource
 from gopo_lightning.objectives.advantages import ordinal
-from gopo_lightning.rewards import RecordedReward
-from gopo_lightning.rollout import RecordedEngine, SamplingConfig
+from gopo_lightning.rewards import RecordedReward, RewardSource
+from gopo_lightning.rollout import RecordedEngine, SamplingConfig, TransformersEngine
+from gopo_lightning.rollout.engines.base import ChecksSampling, HasSampler, HasState
 from gopo_lightning.types import Prompt
 from tests.conftest import byte_tokenizer
 from tests.ranks import Case, launch
@@ -129,6 +131,49 @@ def test_validation_prompts_without_answers_are_sampled(tiny_policy: Path, promp
     trainer.fit(make_module(tiny_policy, **options()), data)
     assert trainer.callback_metrics["val/length_mean"] > 1
     assert trainer.callback_metrics["val/reward"].isnan()
+
+
+def test_the_policy_is_evaluated_and_not_the_answers_of_the_file(tiny_policy: Path, tmp_path: Path) -> None:
+    """The rows of validation and predict hold answers too, and another reward likes these best of all."""
+    source = PromptSource(str(write(tmp_path, ROWS)))
+    data = PromptDataModule(train=source, validation=source, predict=source, prompts_per_step=4)
+    rewards = [InFile()]
+    trainer = make_trainer(tmp_path, max_steps=1, val_check_interval=1)
+    trainer.fit(make_module(tiny_policy, **options(rewards=rewards)), data)
+    assert trainer.callback_metrics["reward/mean"] == 1  # in training all are the file's
+    assert trainer.callback_metrics["val/reward"] == 0
+    trainer.predict(make_module(tiny_policy, **options(rewards=rewards)), data)
+    (path,) = tmp_path.rglob("predictions.jsonl")
+    assert all(json.loads(line)["rewards"]["known"] == [0, 0] for line in path.read_text().splitlines())
+
+
+class InFile(RewardSource):
+    """1 for an answer of the file, cut or whole."""
+
+    name = "known"
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        given = [text.removeprefix(row["prompt"])[:12] for row in ROWS for text in row["completions"]]
+        return [float(text in given) for text in completions]
+
+
+def test_its_sampler_is_checked_and_its_state_kept() -> None:
+    engine = RecordedEngine()
+    assert isinstance(engine, ChecksSampling | HasState | HasSampler)
+    assert RecordedEngine(sampler=Stateful()).state_dict() == {"a": 1}
+    with pytest.raises(ValueError, match="no top_k"):
+        RecordedEngine(sampler=Stateful()).check_sampling(SamplingConfig(), logprobs=True)
+
+
+class Stateful(TransformersEngine):
+    """A sampler with a state and a wish."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"a": 1}
+
+    def check_sampling(self, sampling: SamplingConfig, *, logprobs: bool) -> None:
+        assert not logprobs
+        raise ValueError("no top_k")
 
 
 def test_two_ranks_train_like_one(tiny_policy: Path, tmp_path: Path) -> None:

@@ -21,9 +21,11 @@ from gopo_lightning.objectives import advantages
 from gopo_lightning.objectives.advantages import preferences
 from gopo_lightning.rewards import PairwiseSource, RewardSource, Source, score_groups
 from gopo_lightning.rewards.pairwise import Groups
+from gopo_lightning.rollout.collector import Actor
 from gopo_lightning.training.callbacks.predictions import PredictionWriter
 from gopo_lightning.training.gopo_module import GOPOModule
-from gopo_lightning.types import Completion, Prompt, Rollout
+from gopo_lightning.training.validation import Validation
+from gopo_lightning.types import Completion, Prompt, PromptBatch, Rollout
 
 NUM_SCORED_TWICE = 16
 """Prompts whose completions are scored once more."""
@@ -60,6 +62,19 @@ class FirstSteps(LightningDataModule):
         return self.data.train_dataloader()
 
 
+class FirstRollouts(Validation):
+    """What ``predict`` asks for its rollouts: gives those of the training steps, one after the other."""
+
+    def __init__(self, module: GOPOModule) -> None:
+        super().__init__(module.collector, module.rollout_config.num_completions, module.reference)
+        self.step = 0
+
+    def rollout(self, actor: Actor, prompts: PromptBatch, *, compare: bool = True) -> Rollout:
+        """Of the next step; an untrained policy samples it as training would, were nothing learned before."""
+        self.step += 1
+        return self.collector.collect(actor, prompts, self.num_completions, step=self.step - 1, compare=compare)
+
+
 class Keep(Callback):
     """Keeps the rollout of every batch, on the CPU, and lets nothing be written."""
 
@@ -81,7 +96,7 @@ def sample(trainer: Trainer, module: GOPOModule, data: PromptDataModule, num_pro
     keep = Keep()
     trainer.callbacks.append(keep)  # type: ignore[attr-defined]
     trainer.limit_predict_batches = -(-num_prompts // data.prompts_per_step)
-    module.validation.num_completions = module.rollout_config.num_completions
+    module.validation = FirstRollouts(module)
     trainer.predict(module, datamodule=FirstSteps(data), return_predictions=False)
     parts = [part for rank in gather_objects([_part(rollout) for rollout in keep.rollouts]) for part in rank]
     prompts, groups, lengths, truncated, by_source, rewards = zip(*parts, strict=True)

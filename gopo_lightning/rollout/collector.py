@@ -14,10 +14,13 @@ from gopo_lightning.distributed.offloading import on_device
 from gopo_lightning.policy.model import evaluating, float32_default, warn_of_endless_turns
 from gopo_lightning.rewards import GroupScores, HoldsModels, Source, score_groups
 from gopo_lightning.rewards.pairwise import Groups
-from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
+from gopo_lightning.rollout.engines.base import HasSampler, RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.engines.streams import stream_seeds
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.types import Completions, Prompt, PromptBatch, Rollout
+
+EVALUATION_STEP = -1
+"""Keys the random streams of validation, test and predict: the same at every step, so that curves compare policies."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,11 @@ class Collector:
             wins_PGGK=None if scores.wins_PGGK is None else scores.wins_PGGK.to(device),
         )
 
+    def engine_at(self, step: int) -> RolloutEngine:
+        """What gives the completions of a training step, or of an evaluation: those are always the policy's own."""
+        evaluates = step == EVALUATION_STEP and isinstance(self.engine, HasSampler)
+        return self.engine.sampler if evaluates else self.engine  # type: ignore[attr-defined]
+
     @all_or_none("sampling")
     def sample(self, actor: Actor, prompts: PromptBatch, num_completions: int, step: int) -> Completions:
         """Completions of ``actor``, N = P * G."""
@@ -107,7 +115,7 @@ class Collector:
             actor.autocast(),
             float32_default(),
         ):
-            completions = self.engine.generate(
+            completions = self.engine_at(step).generate(
                 actor.model,
                 actor.tokenizer,
                 prompts,
@@ -117,8 +125,9 @@ class Collector:
                 eos_token_ids=actor.eos_token_ids,
             )
         if len(completions) != len(seeds_N):
+            engine = type(self.engine_at(step)).__name__
             raise ValueError(
-                f"{type(self.engine).__name__} returned {len(completions)} completions for {len(prompts)} prompts × "
+                f"{engine} returned {len(completions)} completions for {len(prompts)} prompts × "
                 f"{num_completions}; a group needs all of its completions. Repair the engine."
             )
         return completions

@@ -22,7 +22,7 @@ from gopo_lightning.objectives.base import Needed
 from gopo_lightning.policy.model import Policy, PolicyConfig, eos_token_ids, float32_default, load_tokenizer
 from gopo_lightning.rewards.validity import InvalidSteps
 from gopo_lightning.rollout import RolloutCallback, SamplingConfig
-from gopo_lightning.rollout.collector import Actor
+from gopo_lightning.rollout.collector import EVALUATION_STEP, Actor
 from gopo_lightning.rollout.engines.base import ChecksSampling, HasState
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.transforms import Context
@@ -223,7 +223,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         return {
             "policy": (policy.name, policy.revision, policy.dtype),
             "precision": str(self.trainer.precision),
-            "engine": type(self.collector.engine).__name__,
+            "engine": type(self.collector.engine_at(EVALUATION_STEP)).__name__,
             "sampling": sorted(asdict(self.sampling).items()),
             "num_completions": self.rollout_config.eval_num_completions,
             "seed": self.seed,

@@ -12,13 +12,11 @@ from torchmetrics import MeanMetric
 from gopo_lightning.distributed.collectives import all_or_none, gather_objects
 from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.rewards import against_reference
-from gopo_lightning.rollout.collector import Actor, Collector
+from gopo_lightning.rollout.collector import EVALUATION_STEP, Actor, Collector
 from gopo_lightning.training.placement import Reference
 from gopo_lightning.training.reference_completions import ReferenceCompletions
 from gopo_lightning.types import Completions, PromptBatch, Rollout
 
-EVALUATION_STEP = -1
-"""Keys the random streams of validation, test and predict: the same at every step, so that curves compare policies."""
 NAMES = ("reward", "win_rate", "length_mean", "truncated_fraction")
 
 

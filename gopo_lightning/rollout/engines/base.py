@@ -92,6 +92,16 @@ class ChecksSampling(Protocol):
 
 
 @runtime_checkable
+class HasSampler(Protocol):
+    """An engine whose completions are not the policy's: another one samples where the policy is evaluated."""
+
+    @property
+    def sampler(self) -> RolloutEngine:
+        """Of evaluations."""
+        ...
+
+
+@runtime_checkable
 class HasState(Protocol):
     """An engine whose state belongs into the checkpoint."""
 

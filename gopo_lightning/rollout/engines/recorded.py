@@ -1,23 +1,30 @@
 """Offline data as an engine: the completions are the answers that the prompt's row holds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from gopo_lightning.data.recorded import has_answers, recorded_answers
-from gopo_lightning.distributed.collectives import gather_objects
+from gopo_lightning.data.recorded import recorded_answers
 from gopo_lightning.distributed.gathering import compute_device
 from gopo_lightning.policy.model import end_of_turn
-from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig, padding_token
+from gopo_lightning.rollout.engines.base import (
+    ChecksSampling,
+    HasState,
+    RolloutEngine,
+    SamplingConfig,
+    padding_token,
+)
 from gopo_lightning.rollout.engines.streams import uniforms
 from gopo_lightning.rollout.engines.transformers import TransformersEngine
 from gopo_lightning.types import Completions, PromptBatch
 
 
 class RecordedEngine:
-    """Tokenises the answers of the rows; prompts whose rows hold none, as of validation data, are sampled.
+    """Tokenises the answers of the rows in training. In validation, test and predict its ``sampler`` asks the policy.
 
     With `rewards.RecordedReward` as the source, groups of rated answers go through the same advantages and objectives
     as sampled ones. They are not the policy's own samples: at one update a rollout the ratio is 1 all the same, and the
@@ -28,11 +35,30 @@ class RecordedEngine:
     ``sampling.max_new_tokens`` it is cut off.
 
     Args:
-        sampler: the engine of prompts without answers; TransformersEngine when null.
+        sampler: the engine of evaluations; TransformersEngine when null.
     """
 
     def __init__(self, sampler: RolloutEngine | None = None) -> None:
-        self.sampler = sampler
+        self._given = sampler
+
+    @cached_property
+    def sampler(self) -> RolloutEngine:
+        """The engine of evaluations. (Made when it is asked for: it holds what no process can hand to another.)"""
+        return self._given or TransformersEngine()
+
+    def check_sampling(self, sampling: SamplingConfig, *, logprobs: bool) -> None:
+        """What the sampler cannot do; log-probs of answers that nobody sampled there are none."""
+        if isinstance(self.sampler, ChecksSampling):
+            self.sampler.check_sampling(sampling, logprobs=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's."""
+        return self.sampler.state_dict() if isinstance(self.sampler, HasState) else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+        if isinstance(self.sampler, HasState):
+            self.sampler.load_state_dict(state)
 
     def generate(
         self,
@@ -45,20 +71,7 @@ class RecordedEngine:
         seeds_N: list[int],
         eos_token_ids: Sequence[int],
     ) -> Completions:
-        """See :class:`RolloutEngine`. A collective: all ranks read or sample."""
-        answered = [has_answers(prompt) for prompt in prompts.prompts]
-        kinds = {kind for kinds in gather_objects(sorted(set(answered))) for kind in kinds}
-        if kinds == {False}:
-            self.sampler = self.sampler or TransformersEngine()
-            return self.sampler.generate(
-                model, tokenizer, prompts, num_completions, sampling, seeds_N=seeds_N, eos_token_ids=eos_token_ids
-            )
-        if False in kinds:
-            without = [p.place for p, has in zip(prompts.prompts, answered, strict=True) if not has]
-            raise ValueError(
-                f"some prompts of a step hold answers and others none{f', as {without[0]}' if without else ''}. Give "
-                "every row of the training data its answers."
-            )
+        """See :class:`RolloutEngine`."""
         G = num_completions
         texts: list[str] = []
         ends: list[int] = []

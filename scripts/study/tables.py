@@ -1,8 +1,7 @@
 """The study's tables: means over seeds, differences within seeds, and what they say after Holm's correction."""
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import fmean, median
 from typing import Any
 
@@ -10,6 +9,7 @@ from scipy.stats import ttest_1samp
 
 from gopo_lightning.evaluation.contrasts import holm
 from gopo_lightning.evaluation.intervals import paired, student
+from gopo_lightning.evaluation.seed_curves import StepsRatio, interpolate, steps_ratio
 from scripts.study.design import SEEDS, STEPS, TABLES, Run, Table, chosen_lr, outcome, runs_of, tuning
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -29,9 +29,9 @@ def table_of(table: Table, done: Results, *, quick: bool = False) -> str:
             cell_of.setdefault((run.reward, run.group_size, run.method), {})[run.seed] = done[run.key]
     lines = [
         f"**Table {table.name}. {table.title}**\n",
-        "| reward | G | method | lr | seeds | judge, last 5 | at the start | won against step 0 | KL | cut off "
-        "| tokens | gradient clipped |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| reward | G | method | lr | seeds | judge, last 5 | proxy | at the start | won against step 0 | KL "
+        "| cut off | tokens | gradient clipped |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for reward in table.rewards:
         for size in table.group_sizes:
@@ -46,12 +46,13 @@ def table_of(table: Table, done: Results, *, quick: bool = False) -> str:
     ]
     measured = [contrast for contrast in contrasts if contrast[3] is not None]
     adjusted = holm([contrast[3]["p"] for contrast in measured]) if measured else []
-    lines += [
-        "\n| reward | G | GOPO minus | seeds | judge, last 5 | at equal KL | p, Holm |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines.append("\n| reward | G | GOPO minus | seeds | judge, last 5 | p, Holm | at equal KL | steps to its end |")
+    lines.append("|---|---|---|---|---|---|---|---|")
     for (reward, size, method, found), p in zip(measured, adjusted, strict=True):
-        lines.append(f"| {reward} | {size} | {method} | {found['n']} | {found['steps']} | {found['kl']} | {p:.3f} |")
+        lines.append(
+            f"| {reward} | {size} | {method} | {found['n']} | {found['outcome']} | {p:.3f} | {found['kl']} | "
+            f"{_ratio(found['steps'])} |"
+        )
     missing = sum(run.key not in done for run in runs)
     return "\n".join(lines) + (f"\n\n{missing} of {len(runs)} runs are missing." if missing else "")
 
@@ -59,7 +60,7 @@ def table_of(table: Table, done: Results, *, quick: bool = False) -> str:
 def _row(reward: str, size: int, method: str, cell: Mapping[int, Mapping[str, Any]], done: Results) -> str:
     lr = chosen_lr(done, method, size)
     if not cell:
-        return f"| {reward} | {size} | {method} | {lr or 'not chosen'} | 0 | missing | | | | | | |"
+        return f"| {reward} | {size} | {method} | {lr or 'not chosen'} | 0 | missing | | | | | | | |"
     results = list(cell.values())
 
     def mean(tag: str, n: int = -5) -> float:
@@ -70,8 +71,9 @@ def _row(reward: str, size: int, method: str, cell: Mapping[int, Mapping[str, An
     return (
         f"| {reward} | {size} | {method} | {results[0]['lr']:g} | {len(results)} | "
         f"{student([*map(outcome, results)])} | "
-        f"{start:+.2f} | {mean('val/judge/win_rate'):.2f} | {mean('train/kl', -1):.2f} | "
-        f"{mean('val/truncated_fraction'):.0%} | {mean('val/length_mean'):.1f} | {clipped:.0%} |"
+        f"{mean('val/proxy/reward'):+.2f} | {start:+.2f} | {mean('val/judge/win_rate'):.2f} | "
+        f"{mean('train/kl', -1):.2f} | {mean('val/truncated_fraction'):.0%} | {mean('val/length_mean'):.1f} | "
+        f"{clipped:.0%} |"
     )
 
 
@@ -96,7 +98,28 @@ def _difference(gopo: Mapping[int, Any], other: Mapping[int, Any]) -> dict[str, 
     values = [[outcome(cell[seed]) for seed in seeds] for cell in (gopo, other)]
     p = float(ttest_1samp([a - b for a, b in zip(*values, strict=True)], 0).pvalue)
     equal = [at_equal_kl(gopo[seed], other[seed]) for seed in seeds]
-    return {"n": len(seeds), "steps": paired(*values), "kl": student(equal), "p": p}
+    curves = [[_judged(cell[seed]) for seed in seeds] for cell in (gopo, other)]
+    return {
+        "n": len(seeds),
+        "outcome": paired(*values),
+        "kl": student(equal),
+        "p": p,
+        "steps": steps_ratio(*curves),
+    }
+
+
+def _judged(result: Mapping[str, Any]) -> dict[int, float]:
+    """Step → the judge's mean score."""
+    return dict(zip(result["steps_evaluated"], result["curves"]["val/judge/reward"], strict=True))
+
+
+def _ratio(found: StepsRatio) -> str:
+    """`× 0.80 [0.70, 0.91]`: GOPO's steps until it has what the other ends with, over the other's own."""
+    if found.ratio is None:
+        return "–"
+    if found.never:
+        return f"more than × {found.ratio.mean:.2f} ({found.never} never)"
+    return f"× {found.ratio.mean:.2f} [{found.ratio.low:.2f}, {found.ratio.high:.2f}]"
 
 
 def at_equal_kl(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
@@ -107,7 +130,7 @@ def at_equal_kl(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
     curves = [_against_kl(result) for result in (first, second)]
     reached = min(curve[-1][0] for curve in curves)
     grid = [reached * k / 10 for k in range(6, 11)]
-    return fmean(_at(curves[0], kl) - _at(curves[1], kl) for kl in grid)
+    return fmean(interpolate(curves[0], kl) - interpolate(curves[1], kl) for kl in grid)
 
 
 def _against_kl(result: Mapping[str, Any]) -> list[tuple[float, float]]:
@@ -116,13 +139,6 @@ def _against_kl(result: Mapping[str, Any]) -> list[tuple[float, float]]:
         kl = max(kl, value) if math.isfinite(value) else kl
         points.append((kl, score))
     return points
-
-
-def _at(points: Sequence[tuple[float, float]], kl: float) -> float:
-    for (low, before), (high, after) in itertools.pairwise(points):
-        if low <= kl <= high:
-            return before if high == low else before + (after - before) * (kl - low) / (high - low)
-    return points[-1][1]
 
 
 def forecast(done: Results, workers: int, *, quick: bool = False) -> str:

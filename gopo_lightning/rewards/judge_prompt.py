@@ -9,6 +9,7 @@ import json
 import re
 from typing import Any
 
+from gopo_lightning.rewards.judge_forms import FORMS, Form
 from gopo_lightning.types import Prompt
 
 CRITERION = "Which response answers the prompt better?"
@@ -46,7 +47,7 @@ def fenced(prompt: Prompt, first: str, second: str) -> tuple[str, str]:
     return text, fence
 
 
-def read_verdict(reply: str, fence: str) -> float | None:
+def read_verdict(reply: str, fence: str, form: Form = FORMS["single"]) -> float | None:
     """1.0 (A), 0.0 (B) or 0.5 (tie), from a JSON object with ``fence`` as its id that ends ``reply``; else None.
 
     The object may stand in a line of text or over several lines, be bold or in a code block, have more keys and be
@@ -55,7 +56,7 @@ def read_verdict(reply: str, fence: str) -> float | None:
     >>> read_verdict('Both are short. **{"id": "4f", "verdict": "B"}**.', "4f")
     0.0
     """
-    found = [_object_around(reply, match.start(), fence) for match in re.finditer(re.escape(fence), reply)]
+    found = [_object_around(reply, match.start(), fence, form) for match in re.finditer(re.escape(fence), reply)]
     verdicts = [(verdict, end) for verdict, end in found if verdict is not None]
     if len({verdict for verdict, _ in verdicts}) != 1:
         return None
@@ -63,12 +64,11 @@ def read_verdict(reply: str, fence: str) -> float | None:
     return None if reply[end:].strip(_MARKUP) else verdict
 
 
-_VERDICTS = {"A": 1.0, "B": 0.0, "TIE": 0.5}
 _MARKUP = " \t\r\n`*_.!\"')"
 """What may follow a verdict."""
 
 
-def _object_around(reply: str, position: int, fence: str) -> tuple[float | None, int]:
+def _object_around(reply: str, position: int, fence: str, form: Form) -> tuple[float | None, int]:
     """The verdict of the object that begins last before ``position``, and where it ends."""
     try:
         start = reply.rindex("{", 0, position)
@@ -76,7 +76,7 @@ def _object_around(reply: str, position: int, fence: str) -> tuple[float | None,
     except (ValueError, RecursionError):
         return None, position
     own = isinstance(row, dict) and row.get("id") == fence
-    return _VERDICTS.get(str(row.get("verdict")).strip().upper()) if own else None, end
+    return form.verdict(row) if own else None, end
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gopo_lightning.rewards.base import SourceConfigError
+from gopo_lightning.rewards.judge_forms import Template, form_of
 from gopo_lightning.rewards.judge_prompt import CRITERION, fenced, read_verdict
 from gopo_lightning.rewards.judge_server import ChatServer, Reply, RequestFailedError
 from gopo_lightning.rewards.pairwise import PairComparator
@@ -55,6 +56,9 @@ class LLMJudge(PairComparator):
         max_tokens: longest reply; one that is cut off abstains.
         extra_body: more fields of the request, such as `chat_template_kwargs`.
         max_unread: so many replies in a row without a verdict, and none at all in a step, stop the run; null goes on.
+        template: `single` asks the criterion alone. `survey` asks the GOPO paper's five criteria (helpfulness,
+            correctness, coherence, complexity, verbosity), then the criterion; the side that wins more of the five
+            wins. `survey_overall` asks the same and takes the last answer. Replies are long: max_tokens from 1500 on.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class LLMJudge(PairComparator):
         max_tokens: int = 512,
         extra_body: Mapping[str, Any] | None = None,
         max_unread: int | None = 8,
+        template: Template = "single",
     ) -> None:
         super().__init__(name, num_opponents, both_orders, seed)
         if max_concurrency < 1 or max_retries < 0 or timeout_seconds <= 0 or backoff_seconds < 0 or max_tokens < 1:
@@ -87,6 +92,7 @@ class LLMJudge(PairComparator):
             )
         if max_unread is not None and max_unread < 1:
             raise ValueError(f"max_unread={max_unread} must be at least 1; use null to go on whatever the judge says")
+        self.template, self.form = template, form_of(template)
         self.tolerance = None
         self.criterion, self.max_concurrency, self.max_calls = criterion, max_concurrency, max_calls
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
@@ -142,15 +148,11 @@ class LLMJudge(PairComparator):
     def _question(self, prompt: Prompt, first: str, second: str) -> tuple[str, str]:
         """What the judge is asked, and the id that its verdict must repeat."""
         text, fence = fenced(prompt, first, second)
-        form = json.dumps({"id": fence, "verdict": "A"})
-        return (
-            f"{text}\n\n{self.criterion}\nThink as much as you need. Then end your reply with one line in exactly "
-            f'this form, where verdict is "A", "B" or "tie":\n{form}',
-            fence,
-        )
+        return f"{text}\n\n{self.form.question(self.criterion, fence)}", fence
 
     def _key(self, text: str, fence: str) -> str:
-        content = json.dumps([self.server.base_url, self.request, self.extra_body, text], sort_keys=True)
+        form = [] if self.template == "single" else [self.template]  # two may ask the same and read it otherwise
+        content = json.dumps([self.server.base_url, self.request, self.extra_body, text, *form], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _ask_all(self, questions: Mapping[str, tuple[str, str]]) -> list[Reply | RequestFailedError]:
@@ -185,7 +187,7 @@ class LLMJudge(PairComparator):
         request = {**self.request, "messages": [{"role": "user", "content": text}], "extra_body": self.extra_body}
         reply = await self.server.ask(client, request, self._count_call)
         whole = reply.text is not None and reply.finish_reason not in ("length", "content_filter")
-        verdict = read_verdict(reply.text or "", fence) if whole else None
+        verdict = read_verdict(reply.text or "", fence, self.form) if whole else None
         if verdict is None:
             return reply
         self.cache.add(key, verdict)
@@ -196,7 +198,8 @@ class LLMJudge(PairComparator):
         text = self.server.without_key(reply.text or "")
         shown = repr(text if len(text) <= _SHOWN_CHARACTERS else "…" + text[-_SHOWN_CHARACTERS:])
         example = f"one ends (finish_reason {reply.finish_reason}) with {shown}"
-        form = """should end with a line such as {"id": "…", "verdict": "A"} (docs/rewards.md, Replies)"""
+        line = ", ".join(f'"{key}": "A"' for key in self.form.keys)
+        form = f"""should end with a line such as {{"id": "…", {line}}} (docs/rewards.md, Replies)"""
         if self.max_unread is not None and self._unread >= self.max_unread:
             raise SourceConfigError(
                 f"pairwise source '{self.name}': the last {self._unread} replies of {self.request['model']} have no "

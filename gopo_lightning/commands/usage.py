@@ -24,6 +24,7 @@ OWN: dict[str, str] = {
     "report": "gopo_lightning.commands.report",
     "compare": "gopo_lightning.commands.compare",
 }
+OWN: dict[str, str] = {"duel": "gopo_lightning.commands.duel"}
 """Command → the module whose ``main(arguments)`` it is; the others are Lightning's."""
 
 FIELDS = """\

@@ -1,0 +1,279 @@
+"""``python -m gopo_lightning duel``: which of two policies wins on the same prompts, by a judge, with an interval."""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from gopo_lightning.commands.judges import add_judge, chosen_judge, device_of, prepared
+from gopo_lightning.data.sources import PromptSource, load_rows
+from gopo_lightning.evaluation.bradley_terry import ladder
+from gopo_lightning.evaluation.duel import DuelResult, duels
+from gopo_lightning.evaluation.duels import written
+from gopo_lightning.evaluation.duels.asking import Asker, Orders
+from gopo_lightning.evaluation.duels.digests import content_of, digest, judge_identity
+from gopo_lightning.evaluation.duels.policies import (
+    PolicyFiles,
+    Sampling,
+    by_step,
+    find_policy,
+    predictions_of,
+    prompt_source,
+)
+from gopo_lightning.evaluation.duels.predictions import RecordedScores, common, read_predictions, with_columns
+from gopo_lightning.rewards import HoldsModels, SourceConfigError
+from gopo_lightning.rewards.verdict_cache import VerdictCache
+from gopo_lightning.types import Prompt
+
+USAGE = """\
+python -m gopo_lightning duel A B --judge JUDGE [options] [-- OPTIONS OF predict]
+       python -m gopo_lightning duel --ladder A B C ... --judge JUDGE
+       python -m gopo_lightning duel --curve RUN_A RUN_B --judge JUDGE"""
+_PREDICT = re.compile(r"--data\.init_args\.predict\.(\w+)=(.*)", re.DOTALL)
+
+
+def make_parser() -> ArgumentParser:
+    """Of everything but what stands behind ``--``."""
+    parser = ArgumentParser(prog="python -m gopo_lightning duel", usage=USAGE, description=__doc__)
+    parser.add_argument(
+        "policies",
+        nargs="*",
+        help="predictions.jsonl or its folder; an exported model or a checkpoint (with --config); 'base', the policy "
+        "that --config names",
+    )
+    parser.add_argument("--ladder", action="store_true", help="all policies against each other, as Elo")
+    parser.add_argument("--curve", action="store_true", help="two run folders: A against B at every step of both")
+    add_judge(parser)
+    parser.add_argument(
+        "--config",
+        type=str,
+        action="append",
+        default=[],
+        help="training config: its data.predict prompts are answered, their other columns read. A later one overrides",
+    )
+    parser.add_argument(
+        "--output", type=str | None, default=None, help="folder of duel.json; below runs/duel when null"
+    )
+    parser.add_argument(
+        "--cache_dir", type=str, default="runs/duel_cache", help="samples and answers, shared by all duels"
+    )
+    parser.add_argument(
+        "--orders",
+        type=Orders,
+        default="both",
+        help="'one' shows each pair to a judge that may depend on the order once",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, of the orders and of the bootstrap")
+    parser.add_argument("--draws", type=int, default=4000, help="of the bootstrap")
+    parser.add_argument("--prompts_per_call", type=int, default=16, help="an interruption loses so many at most")
+    parser.add_argument("--device", type=str, default="auto", help="of a judge that holds a model")
+    return parser
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that duels of one command have in common."""
+
+    options: Any
+    sampling: Sampling
+    judge: Any
+    """A reward source, set up; a text is the name of rewards in the predictions."""
+    judge_config: Any
+    identity: str
+    """Of the judge; empty for recorded rewards."""
+    cache: VerdictCache
+    console: Console
+
+    def duels(self, policies: Sequence[PolicyFiles]) -> tuple[dict[tuple[int, int], DuelResult], Any, list[Any]]:
+        """Results and shares_nKK of ``policies``, and what their files were."""
+        paths = self.predictions(policies)
+        names = _labels([str(path) for path in paths])
+        files = {name: read_predictions(path) for name, path in zip(names, paths, strict=True)}
+        indices, dropped = common(files)
+        for name, number in dropped.items():
+            if number:
+                self.console.print(
+                    written.shown(f"{name}: {number} prompts are left out, for not all have answered them")
+                )
+        prompts = self._prompts([files[names[0]][index].prompt for index in indices])
+        groups = [[files[name][index].completions for name in names] for index in indices]
+        judge, identity = self.judge, self.identity
+        if isinstance(judge, str):
+            judge, identity = RecordedScores(judge, files), digest([judge, sorted(content_of(path) for path in paths)])
+        elif isinstance(judge, HoldsModels):  # only now, for `predict` has had the accelerator to itself
+            judge.setup(device_of(self.options.device))
+        asker = Asker(judge, self.cache, identity, self.options.orders, self.options.seed)
+        try:
+            results, shares_nKK = duels(
+                prompts,
+                groups,
+                asker,
+                prompts_per_call=self.options.prompts_per_call,
+                draws=self.options.draws,
+                seed=self.options.seed,
+                progress=self._progress,
+            )
+        except SourceConfigError as error:
+            if self.sampling.configs or "column" not in str(error):
+                raise
+            raise ValueError(
+                f"{error} Predictions hold no other columns: name the training config by --config, and they are read "
+                "from its data.predict."
+            ) from error
+        about = [
+            {"name": policy.name, "kind": policy.kind, "file": str(path), "sha256": content_of(path)}
+            for policy, path in zip(policies, paths, strict=True)
+        ]
+        return results, shares_nKK, about
+
+    def predictions(self, policies: Sequence[PolicyFiles]) -> list[Path]:
+        """Their files; what is not there is sampled."""
+        return predictions_of(policies, self.sampling, lambda text: self.console.print(written.shown(text)))
+
+    def _prompts(self, prompts: list[Prompt]) -> list[Prompt]:
+        """With the columns of the dataset, where a config names it."""
+        settings = prompt_source(self.sampling.values)
+        if settings is None:
+            return prompts
+        found = (_PREDICT.fullmatch(option) for option in self.sampling.overrides)
+        settings = {**settings, **{match[1]: yaml.safe_load(match[2]) for match in found if match}, "limit": None}
+        source = PromptSource(**settings)
+        rows = load_rows(source)
+        if prompts[-1].index >= len(rows):
+            raise ValueError(
+                f"the predictions go up to row {prompts[-1].index} (counted from 0), but {source.path} has {len(rows)} "
+                "rows. Name the config that they were made with."
+            )
+        return [with_columns(prompt, rows[prompt.index], source.column, source.path) for prompt in prompts]
+
+    def _progress(self, done: int, of: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\rjudged {done} of {of} prompts", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+    def save(self, folder: Path, values: dict[str, Any]) -> None:
+        """``duel.json`` with what all of them have in common."""
+        name = f"rewards:{self.judge}" if isinstance(self.judge, str) else self.judge.name
+        common_values = {
+            "judge": {"name": name, "config": self.judge_config},
+            **{key: self.options[key] for key in ("orders", "seed", "draws")},
+            "configs": [str(path) for path in self.sampling.configs],
+            "overrides": list(self.sampling.overrides),
+            "versions": written.versions(),
+        }
+        written.save_json(folder / "duel.json", {**values, **common_values})
+        self.console.print(written.shown(f"everything is in {folder / 'duel.json'}"))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    given, overrides = _split(list(arguments))
+    given, recorded, sources = prepared(given)
+    parser = make_parser()
+    options = parser.parse_args(given)
+    _check(options)
+    judge: Any = recorded
+    config: Any = {"rewards": recorded}
+    identity = ""
+    if recorded is None:
+        judge, config = chosen_judge(parser, options, sources, options.judge_name)
+        identity = judge_identity(config)
+        if not isinstance(judge, HoldsModels):  # a wrong key is found before anything is sampled
+            judge.setup(device_of(options.device))
+    cache = Path(options.cache_dir)
+    sampling = Sampling(tuple(map(Path, options.config)), tuple(overrides), options.seed, cache / "samples")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    job = Job(options, sampling, judge, config, identity, VerdictCache(cache / "verdicts"), console)
+    name = recorded if recorded is not None else judge.name
+    folder = Path(options.output or Path("runs/duel") / _folder_name(options, str(name)))
+    {"curve": _curve, "ladder": _ladder, "duel": _duel}[_kind(options)](job, options.policies, folder, str(name))
+
+
+def _duel(job: Job, names: Sequence[str], folder: Path, judge: str) -> None:
+    results, _, about = job.duels([find_policy(name) for name in names])
+    result = results[0, 1]
+    job.console.print(written.duel_table(result, names[0], names[1], judge))
+    job.save(folder, {"policies": about, "duels": [written.plain(result, *_labels(names))]})
+
+
+def _ladder(job: Job, names: Sequence[str], folder: Path, judge: str) -> None:
+    results, shares_nKK, about = job.duels([find_policy(name) for name in names])
+    ratings = ladder(shares_nKK, draws=job.options.draws, seed=job.options.seed).ratings
+    K, labels = len(names), _labels(names)
+    rates = [[0.5] * K for _ in range(K)]
+    for (i, j), result in results.items():
+        rates[i][j], rates[j][i] = result.win_rate.mean, 1 - result.win_rate.mean
+    job.console.print(written.ladder_table(labels, ratings, np.array(rates)))
+    elo = [{"name": name, "elo": written.plain_interval(r)} for name, r in zip(labels, ratings, strict=True)]
+    pairs = [written.plain(result, labels[i], labels[j]) for (i, j), result in results.items()]
+    job.save(folder, {"policies": about, "ladder": elo, "duels": pairs})
+
+
+def _curve(job: Job, names: Sequence[str], folder: Path, judge: str) -> None:
+    first, second = (by_step(Path(name)) for name in names)
+    steps = sorted(first.keys() & second.keys())
+    if not steps:
+        raise ValueError(
+            f"{names[0]} has the steps {sorted(first)} and {names[1]} {sorted(second)}: none is in both. Export both "
+            "runs at the same steps (--export_every_n_steps)."
+        )
+    if alone := sorted(first.keys() ^ second.keys()):
+        job.console.print(written.shown(f"left out, for only one run has them: the steps {alone}"))
+    results, about = {}, []
+    for step in steps:
+        job.predictions([first[step], second[step]])
+    for step in steps:
+        found, _, files = job.duels([first[step], second[step]])
+        results[step] = found[0, 1]
+        about.append({"step": step, "policies": files})
+    folder.mkdir(parents=True, exist_ok=True)
+    job.console.print(written.curve_table(results))
+    written.save_curve(results, folder / "curve.png", f"judge: {judge}")
+    curve = [{"step": step, **written.plain(result, *_labels(names))} for step, result in results.items()]
+    job.save(folder, {"policies": about, "curve": curve})
+
+
+def _kind(options: Any) -> Literal["curve", "ladder", "duel"]:
+    return "curve" if options.curve else "ladder" if options.ladder else "duel"
+
+
+def _check(options: Any) -> None:
+    number = len(options.policies)
+    if options.curve and options.ladder:
+        raise ValueError("--curve and --ladder are two commands. Give one of them.")
+    if number < 2 or (number > 2 and not options.ladder):
+        raise ValueError(f"{number} policies are named: a duel and a curve take 2, --ladder takes 2 or more.")
+    for name, least in (("draws", 100), ("prompts_per_call", 1)):
+        if options[name] < least:
+            raise ValueError(f"--{name}={options[name]} must be at least {least}. Leave it out.")
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and behind ``--``."""
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:place], arguments[place + 1 :]
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """``names``, each told from the others.
+
+    >>> _labels(["a", "b", "a"])
+    ['a', 'b', 'a (2)']
+    """
+    counts = [names[: k + 1].count(name) for k, name in enumerate(names)]
+    return [name if count == 1 else f"{name} ({count})" for name, count in zip(names, counts, strict=True)]
+
+
+def _folder_name(options: Any, judge: str) -> str:
+    """Of the policies' last two parts and the judge."""
+    parts = ["-".join(part for part in Path(name).parts[-2:] if part != "/") for name in options.policies]
+    text = f"{'' if _kind(options) == 'duel' else _kind(options) + '-'}{'-vs-'.join(parts[:4])}-by-{judge}"
+    return re.sub(r"[^\w.-]+", "_", text)[:120]

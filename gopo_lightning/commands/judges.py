@@ -1,0 +1,106 @@
+"""A judge as the command line names it: any reward source of ours or of the user's own."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+from gopo_lightning.commands.secrets import refuse_secrets
+from gopo_lightning.rewards import PairwiseSource, RewardSource, Source
+
+RECORDED = "rewards:"
+"""Before the name of a source whose rewards the predictions hold."""
+
+
+def add_judge(parser: ArgumentParser) -> None:
+    """``--judge``, a class of reward sources with its arguments, and ``--judge_name``."""
+    parser.add_subclass_arguments(
+        (RewardSource, PairwiseSource),
+        "judge",
+        required=False,
+        help="who compares: a YAML file (class_path and init_args of a reward source, or a whole training config); a "
+        "class of reward sources, whose arguments follow as --judge.NAME=VALUE (--judge.help CLASS shows them); or "
+        f"{RECORDED}NAME, the rewards of that name that the predictions hold",
+    )
+    parser.add_argument(
+        "--judge_name", type=str | None, default=None, help="which source of the config, where it has several"
+    )
+
+
+def prepared(arguments: Sequence[str]) -> tuple[list[str], str | None, list[Any] | None]:
+    """Arguments that the parser takes; the name behind `rewards:`; and the sources of a whole config.
+
+    Raises:
+        ValueError: a file that names no judge.
+    """
+    given = list(arguments)
+    for place, argument in enumerate(given):
+        if argument == "--judge" or argument.startswith("--judge="):
+            words = [argument.partition("=")[2]] if "=" in argument else given[place + 1 : place + 2]
+            value = words[0] if words else ""
+            rest = given[:place] + given[place + (1 if "=" in argument else 2) :]
+            if value.startswith(RECORDED):
+                return rest, value.removeprefix(RECORDED), None
+            if Path(value).suffix in (".yaml", ".yml", ".json"):
+                return _of_file(Path(value), rest)
+    return given, None, None
+
+
+def _of_file(path: Path, rest: list[str]) -> tuple[list[str], None, list[Any] | None]:
+    if not path.is_file():
+        raise ValueError(f"--judge={path}: there is no such file. Correct the path.")
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if isinstance(config, Mapping) and "class_path" in config:
+        return [*rest, f"--judge={json.dumps(config)}"], None, None
+    sources = config
+    for key in ("model", "init_args", "rewards", "sources"):
+        sources = sources.get(key) if isinstance(sources, Mapping) else None
+    if not isinstance(sources, list) or not sources:
+        raise ValueError(
+            f"--judge={path} holds neither class_path with init_args, nor model.init_args.rewards.sources. Write the "
+            "class_path of a reward source into it."
+        )
+    return rest, None, sources
+
+
+def chosen_judge(
+    parser: ArgumentParser, parsed: Any, sources: list[Any] | None, name: str | None
+) -> tuple[Source, Mapping[str, Any]]:
+    """The judge, not set up, and its whole config.
+
+    Raises:
+        ValueError: no judge, a secret in its config, or not one of the sources of that name.
+    """
+    if sources is None:
+        if parsed.judge is None:
+            raise ValueError(
+                "no judge is named. Give --judge: a YAML file, a class of reward sources, or rewards:NAME."
+            )
+        return _instance(yaml.safe_load(parser.dump(parsed, skip_none=False))["judge"])
+    candidates = [_instance(source) for source in sources]
+    names = [source.name for source, _ in candidates]
+    matching = [candidate for candidate in candidates if name in (None, candidate[0].name)]
+    if len(matching) != 1:
+        raise ValueError(
+            f"--judge_name={name}: the config has the sources {names}. Name one of them, which is the judge."
+        )
+    return matching[0]
+
+
+def _instance(source: Mapping[str, Any]) -> tuple[Source, Mapping[str, Any]]:
+    """A source from its class_path and init_args, and these with the defaults filled in."""
+    parser = ArgumentParser()
+    parser.add_subclass_arguments((RewardSource, PairwiseSource), "judge")
+    parsed = parser.parse_object({"judge": source})
+    config = yaml.safe_load(parser.dump(parsed, skip_none=False))["judge"]
+    refuse_secrets({"judge": config})
+    return parser.instantiate_classes(parsed).judge, config
+
+
+def device_of(name: str) -> torch.device:
+    """``auto`` is the accelerator where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

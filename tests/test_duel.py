@@ -473,6 +473,9 @@ def test_a_judges_config_holds_no_secret_and_names_a_class(files: tuple[str, str
         main([*files, f"--judge={nothing}"])
     with pytest.raises(ValueError, match="there is no such file"):
         main([*files, "--judge=missing.yaml"])
+    nothing.write_text("{a: b: c}")
+    with pytest.raises(ValueError, match=r"nothing.yaml cannot be read as YAML"):
+        main([*files, f"--judge={nothing}"])
 
 
 def test_columns_come_from_the_config(files: tuple[str, str], tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from lightning.pytorch import Callback, Trainer
 
 pytest.importorskip("openai")
 
+from gopo_lightning.commands.duel import main as duel_command
 from gopo_lightning.data import assets
+from gopo_lightning.data.json_lines import write_jsonl
 from gopo_lightning.rewards import LLMJudge, SourceConfigError, score_groups
 from gopo_lightning.rewards.judge_forms import CRITERIA, FORMS
 from gopo_lightning.rewards.judge_prompt import fence_for, fenced
@@ -307,6 +309,25 @@ def test_the_survey_is_asked_and_read(server: Server, tmp_path: Path) -> None:
         "5. verbosity: ",
     ]
     assert "Which is friendlier?" in text and text.splitlines()[-1] == survey(fence, "AAAAAA").splitlines()[-1]
+
+
+def test_a_duel_by_the_survey_asks_both_orders_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge prefers the first by position alone at prompt 0, and A's longer texts at the others."""
+    monkeypatch.chdir(tmp_path)
+    server.reply = lambda fence, a, b: survey(fence, "AAABBA" if len(a) >= len(b) else "BBBttA")
+    for name, more in (("a", "xx"), ("b", "x")):
+        rows = [{"index": n, "prompt": f"p{n}", "completions": [f"{name} " + (more if n else "y")]} for n in range(20)]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    judge = ["--judge=LLMJudge", "--judge.model=m", f"--judge.base_url={server.url}", "--judge.api_key_env=null"]
+    command = ["a.jsonl", "b.jsonl", *judge, "--judge.template=survey", "--judge.cache_dir=null", "--output=out"]
+    for _ in range(2):
+        duel_command(command)
+        found = json.loads((tmp_path / "out" / "duel.json").read_text())["duels"][0]
+        assert found["shares"] == {"0": 0.5} | {str(n): 1.0 for n in range(1, 20)}
+        assert found["first_bias"] == pytest.approx(1 / 20)
+        assert len(server.questions) == 40
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from gopo_lightning.commands.judges import add_judge, chosen_judge, device_of, prepared
+from gopo_lightning.commands.judges import RECORDED, add_judge, chosen_judge, device_of, prepared
 from gopo_lightning.data.sources import PromptSource, load_rows
 from gopo_lightning.evaluation.bradley_terry import ladder
 from gopo_lightning.evaluation.duel import DuelResult, duels
@@ -92,9 +92,10 @@ class Job:
     cache: VerdictCache
     console: Console
 
-    def duels(self, policies: Sequence[PolicyFiles]) -> tuple[dict[tuple[int, int], DuelResult], Any, list[Any]]:
-        """Results and shares_nKK of ``policies``, and what their files were."""
-        paths = self.predictions(policies)
+    def duels(
+        self, policies: Sequence[PolicyFiles], paths: Sequence[Path]
+    ) -> tuple[dict[tuple[int, int], DuelResult], Any, list[Any]]:
+        """Results and shares_nKK of ``policies``, whose files are ``paths``; and what these were."""
         names = _labels([str(path) for path in paths])
         files = {name: read_predictions(path) for name, path in zip(names, paths, strict=True)}
         indices, dropped = common(files)
@@ -192,20 +193,23 @@ def main(arguments: Sequence[str]) -> None:
     sampling = Sampling(tuple(map(Path, options.config)), tuple(overrides), options.seed, cache / "samples")
     console = Console(width=None if sys.stdout.isatty() else 120)
     job = Job(options, sampling, judge, config, identity, VerdictCache(cache / "verdicts"), console)
-    name = recorded if recorded is not None else judge.name
-    folder = Path(options.output or Path("runs/duel") / _folder_name(options, str(name)))
-    {"curve": _curve, "ladder": _ladder, "duel": _duel}[_kind(options)](job, options.policies, folder, str(name))
+    name = str(recorded if recorded is not None else judge.name)
+    folder = Path(options.output or Path("runs/duel") / _folder_name(options, name))
+    label = f"{RECORDED}{name}" if recorded is not None else f"{name} ({_described(config)})"
+    {"curve": _curve, "ladder": _ladder, "duel": _duel}[_kind(options)](job, options.policies, folder, label)
 
 
 def _duel(job: Job, names: Sequence[str], folder: Path, judge: str) -> None:
-    results, _, about = job.duels([find_policy(name) for name in names])
+    policies = [find_policy(name) for name in names]
+    results, _, about = job.duels(policies, job.predictions(policies))
     result = results[0, 1]
     job.console.print(written.duel_table(result, names[0], names[1], judge))
     job.save(folder, {"policies": about, "duels": [written.plain(result, *_labels(names))]})
 
 
 def _ladder(job: Job, names: Sequence[str], folder: Path, judge: str) -> None:
-    results, shares_nKK, about = job.duels([find_policy(name) for name in names])
+    policies = [find_policy(name) for name in names]
+    results, shares_nKK, about = job.duels(policies, job.predictions(policies))
     ratings = ladder(shares_nKK, draws=job.options.draws, seed=job.options.seed).ratings
     K, labels = len(names), _labels(names)
     rates = [[0.5] * K for _ in range(K)]
@@ -228,10 +232,9 @@ def _curve(job: Job, names: Sequence[str], folder: Path, judge: str) -> None:
     if alone := sorted(first.keys() ^ second.keys()):
         job.console.print(written.shown(f"left out, for only one run has them: the steps {alone}"))
     results, about = {}, []
+    paths = {step: job.predictions([first[step], second[step]]) for step in steps}  # all, before a judge is loaded
     for step in steps:
-        job.predictions([first[step], second[step]])
-    for step in steps:
-        found, _, files = job.duels([first[step], second[step]])
+        found, _, files = job.duels([first[step], second[step]], paths[step])
         results[step] = found[0, 1]
         about.append({"step": step, "policies": files})
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,6 +242,12 @@ def _curve(job: Job, names: Sequence[str], folder: Path, judge: str) -> None:
     written.save_curve(results, folder / "curve.png", f"judge: {judge}")
     curve = [{"step": step, **written.plain(result, *_labels(names))} for step, result in results.items()]
     job.save(folder, {"policies": about, "curve": curve})
+
+
+def _described(judge: Any) -> str:
+    """`LocalJudge of packaged:smollm2-135m-instruct`."""
+    kind, model = judge["class_path"].rpartition(".")[2], (judge.get("init_args") or {}).get("model")
+    return kind + (f" of {model}" if model else "")
 
 
 def _kind(options: Any) -> Literal["curve", "ladder", "duel"]:

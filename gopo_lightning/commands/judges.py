@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from gopo_lightning.commands.secrets import refuse_secrets
+from gopo_lightning.evaluation.duels.policies import read_yaml
 from gopo_lightning.rewards import PairwiseSource, RewardSource, Source
 
 RECORDED = "rewards:"
@@ -53,7 +54,7 @@ def prepared(arguments: Sequence[str]) -> tuple[list[str], str | None, list[Any]
 def _of_file(path: Path, rest: list[str]) -> tuple[list[str], None, list[Any] | None]:
     if not path.is_file():
         raise ValueError(f"--judge={path}: there is no such file. Correct the path.")
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = read_yaml(path)
     if isinstance(config, Mapping) and "class_path" in config:
         return [*rest, f"--judge={json.dumps(config)}"], None, None
     sources = config

@@ -136,7 +136,8 @@ def _result(prompts: Sequence[Prompt], tallies: Sequence[_Tally], judge: str, dr
     if not shares:
         raise ValueError(
             f"judge '{judge}' abstained on all {abstained} pairs of {len(prompts)} prompts, so there is no win rate. "
-            "Ask it about one pair by itself to see why."
+            "A LocalJudge abstains on questions longer than its max_length, an LLMJudge where a reply has no verdict, "
+            "and scores do so where they are None or NaN."
         )
     values = np.array(list(shares.values()))
     wins = [win for tally in tallies for win in tally.wins]

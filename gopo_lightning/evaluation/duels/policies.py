@@ -64,7 +64,19 @@ class Sampling:
     @property
     def values(self) -> list[Any]:
         """The configs as read."""
-        return [yaml.safe_load(path.read_text(encoding="utf-8")) for path in self.configs]
+        return [read_yaml(path) for path in self.configs]
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of ``path``.
+
+    Raises:
+        ValueError: no such file, or no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {error}. Correct the path or the file.") from error
 
 
 def find_policy(name: str) -> PolicyFiles:

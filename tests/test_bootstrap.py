@@ -116,6 +116,8 @@ def test_draws_come_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_levels() -> None:
+    """t(0.025, 9) = −2.26216, times √(10/9) = 1.05409: Φ(−2.38452) = 0.00855."""
+    assert expanded_level(10) == pytest.approx(0.00855, abs=1e-5)
     assert expanded_level(2) < expanded_level(20) < expanded_level(1000) < 0.025
 
 

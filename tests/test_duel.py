@@ -467,6 +467,8 @@ def test_a_judge_of_a_config(name: str | None, files: tuple[str, str], tmp_path:
 def test_a_judges_config_holds_no_secret_and_names_a_class(files: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds a secret"):
         main([*files, "--judge=LLMJudge", "--judge.model=m", "--judge.base_url=http://me:hunter2@localhost:1/v1"])
+    with pytest.raises(ValueError, match="holds a secret"):
+        main([*files, *LONGER, "--", "--x.headers.token=hf_0123456789abcdefgh"])
     nothing = tmp_path / "nothing.yaml"
     nothing.write_text("{}")
     with pytest.raises(ValueError, match="holds neither class_path with init_args, nor"):

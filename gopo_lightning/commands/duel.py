@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from gopo_lightning.commands.judges import RECORDED, add_judge, chosen_judge, device_of, prepared
+from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.data.sources import PromptSource, load_rows
 from gopo_lightning.evaluation.bradley_terry import ladder
 from gopo_lightning.evaluation.duel import DuelResult, duels
@@ -177,6 +178,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     given, overrides = _split(list(arguments))
+    refuse_secrets({"options": overrides})  # they are saved in duel.json
     given, recorded, sources = prepared(given)
     parser = make_parser()
     options = parser.parse_args(given)

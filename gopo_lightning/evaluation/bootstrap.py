@@ -65,7 +65,7 @@ def expanded_level(n: int, level: float = 0.025) -> float:
     """The percentile of draws of n clusters that is worth Student's ``level``: Φ(√(n/(n − 1)) · t(level, n − 1)).
 
     >>> round(expanded_level(10), 4), round(expanded_level(10**6), 4)
-    (0.0085, 0.025)
+    (0.0086, 0.025)
     """
     return float(norm.cdf(math.sqrt(n / (n - 1)) * t.ppf(level, n - 1)))
 

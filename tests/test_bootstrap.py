@@ -96,7 +96,7 @@ def test_what_is_no_share_is_refused(bad: float) -> None:
 def test_turned_round_it_is_the_same_to_the_last_bit(shares: list[float], seed: int) -> None:
     grid = on_grid(np.array(shares))
     found, turned = cluster_bootstrap(grid, 200, seed), cluster_bootstrap(1 - grid, 200, seed)
-    assert found.mean + turned.mean == 1.0
+    assert found.mean + turned.mean == 1.0 and turned.mean == 1.0 - found.mean
     if len(shares) > 1:
         assert (turned.low, turned.high) == (1 - found.high, 1 - found.low)
         assert 0 <= found.low <= found.mean <= found.high <= 1

@@ -40,9 +40,36 @@ def test_it_is_the_maximum_that_scipy_finds() -> None:
 
 
 def test_a_steep_ladder_converges() -> None:
-    """Newton's first steps are too long here: 1000 votes to 1 along a chain of 8."""
+    """1000 votes to 1 along a chain of 8."""
     wins = np.diag([1000.0] * 7, 1) + np.diag([1.0] * 7, -1)
     assert np.diff(strengths(wins)) == pytest.approx([-math.log(1000)] * 7)
+
+
+def test_uneven_votes_converge() -> None:
+    """From 0.1 to 10 million votes, some pairs not met: Newton's whole steps run away in some of these. At the maximum
+    each player has the wins that are expected."""
+    generator, solved = np.random.default_rng(0), 0
+    for _ in range(400):
+        K = generator.integers(2, 7)
+        wins = 10 ** generator.uniform(-1, 7, (K, K)) * (generator.random((K, K)) < 0.6) * ~np.eye(K, dtype=bool)
+        try:
+            theta = strengths(wins, prior=0.5)
+        except ValueError:
+            continue  # not connected
+        wins += 0.5 * (wins + wins.T > 0)
+        expected = (wins + wins.T) / (1 + np.exp(theta[None, :] - theta[:, None]))
+        assert expected.sum(1) == pytest.approx(wins.sum(1), rel=1e-6)
+        solved += 1
+    assert solved > 200
+
+
+def test_pairs_that_never_met_have_no_prior() -> None:
+    """Every prompt says the same, so every draw does, and the interval is a point; 0 and 2 never met."""
+    one = np.array([[math.nan, 0.75, math.nan], [0.25, math.nan, 0.75], [math.nan, 0.25, math.nan]])
+    found = ladder(np.stack([one] * 10), draws=20).ratings
+    gap = ELO * math.log(8 / 3)  # 7.5 and 2.5 votes, with half a vote more on each side
+    assert [r.mean for r in found] == pytest.approx([gap, 0, -gap], abs=1e-6)
+    assert all(r.low == pytest.approx(r.mean, abs=1e-6) and r.high == pytest.approx(r.mean, abs=1e-6) for r in found)
 
 
 def test_who_won_everything_has_a_strength_only_with_a_prior() -> None:

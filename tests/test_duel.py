@@ -107,14 +107,16 @@ def test_a_preferred_position_is_seen_and_averaged_out() -> None:
 
 
 def test_a_comparator_whose_order_does_not_matter_is_asked_once() -> None:
-    calls: list[int] = []
+    class Counted(RewardModelComparator):
+        asked = 0
 
-    def counted(completions: list[str]) -> list[float]:
-        calls.append(len(completions))
-        return length(completions)
+        def compare(self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]) -> torch.Tensor:
+            self.asked += len(firsts)
+            return super().compare(prompts, firsts, seconds)
 
-    found = duel([["aaa"]], [["x"]], RewardModelComparator(FunctionReward(counted)))
-    assert found.shares[0] == pytest.approx(1 / (1 + math.exp(-2)), abs=1e-9) and calls == [2]
+    source = Counted(FunctionReward(length))
+    found = duel([["aaa"]], [["x"]], source)
+    assert found.shares[0] == pytest.approx(1 / (1 + math.exp(-2)), abs=1e-9) and source.asked == 1
 
 
 def test_infinite_scores_are_ranks_and_nan_leaves() -> None:
@@ -172,7 +174,7 @@ def test_b_against_a_is_the_rest_to_the_last_bit(pairs: list[tuple[list[str], li
     a, b = zip(*pairs, strict=True)
     a, b = [*a, ["tie"]], [*b, ["tie"]]  # so that one pair has an answer
     ab, ba = duel(a, b, FunctionComparator(sway), orders), duel(b, a, FunctionComparator(sway), orders)
-    assert ab.win_rate.mean + ba.win_rate.mean == 1.0
+    assert ab.win_rate.mean + ba.win_rate.mean == 1.0 and ba.win_rate.mean == 1.0 - ab.win_rate.mean
     assert all(ab.shares[n] + ba.shares[n] == 1.0 for n in ab.shares) and ab.shares.keys() == ba.shares.keys()
     if ab.win_rate.n > 1:
         assert (ba.win_rate.low, ba.win_rate.high) == (1 - ab.win_rate.high, 1 - ab.win_rate.low)
@@ -252,15 +254,24 @@ def test_an_interrupted_duel_asks_only_for_the_rest(tmp_path: Path) -> None:
     assert not again.asked and turned.win_rate.mean == 1 - found.win_rate.mean
 
 
+def test_what_had_no_answer_is_asked_again(tmp_path: Path) -> None:
+    answers: list[float | None] = [None, None, 1.0, 1.0]
+    judge = FunctionComparator(lambda first: [answers.pop(0) for _ in first], name="late")
+    with pytest.raises(ValueError, match="abstained on all 1 pairs"):
+        duel([["a"]], [["b"]], judge, cache=VerdictCache(tmp_path))
+    assert duel([["a"]], [["b"]], judge, cache=VerdictCache(tmp_path)).num_pairs == 1 and not answers
+
+
 def test_the_cache_knows_judges_prompts_and_groups_apart(tmp_path: Path) -> None:
-    def ask(identity: str, text: str, source: Source, *groups: Sequence[str]) -> int:
+    def ask(identity: str, text: str, source: Source, *groups: Sequence[str], **columns: Any) -> int:
         asker = Asker(source, VerdictCache(tmp_path), identity)
-        asker.ask([Prompt(0, (), text)], [groups])
+        asker.ask([Prompt(0, (), text, columns=columns)], [groups])
         return asker.asked
 
     comparator, oracle = FunctionComparator(longer), RankingOracle(by_length)
     assert [ask("j", "p", comparator, ["a"], ["bb"]) for _ in range(2)] == [1, 0]
     assert ask("k", "p", comparator, ["a"], ["bb"]) == 1 and ask("j", "q", comparator, ["a"], ["bb"]) == 1
+    assert ask("j", "p", comparator, ["a"], ["bb"], answer=4) == 1
     assert ask("j", "p", comparator, ["a"], ["bb", "c"]) == 1  # one pair is new
     assert [ask("o", "p", oracle, ["a"], ["bb"]) for _ in range(2)] == [1, 0]
     assert ask("o", "p", oracle, ["a"], ["bb", "c"]) == 2  # an order of other texts is another order
@@ -328,7 +339,7 @@ def test_line_separators_and_infinities_come_through(tmp_path: Path) -> None:
 def test_prompts_are_paired_by_index_and_must_read_the_same(tmp_path: Path) -> None:
     a = read_predictions(write(tmp_path / "a.jsonl", *(row(n, "a") for n in (0, 2, 5))))
     b = read_predictions(write(tmp_path / "b.jsonl", *(row(n, "b") for n in (5, 2, 9, 7))))
-    assert common({"a": a, "b": b}) == ([2, 5], {"a": 1, "b": 2})
+    assert common({"a": a, "b": b}) == ([2, 5], {"a": 1, "b": 2}) and common({"b": b, "a": a})[0] == [2, 5]
     chat = [{"role": "user", "content": "prompt 2"}]
     other = read_predictions(write(tmp_path / "c.jsonl", row(2, "c") | {"messages": chat}))
     with pytest.raises(

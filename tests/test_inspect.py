@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gopo_lightning.__main__ import main as command_line
 from gopo_lightning.commands import inspect
-from gopo_lightning.commands.source import load_source
+from gopo_lightning.commands.judges import judge_of_file
 from gopo_lightning.data.json_lines import write_jsonl
 from gopo_lightning.evaluation import reward_shape
 from gopo_lightning.evaluation.verdict import verdict
@@ -257,13 +257,13 @@ def test_help_and_refusals(config: Path, tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(ValueError, match="at least 2"):
         inspect.main(["--num_prompts=1", "--config", str(config)])
     (tmp_path / "x.yaml").write_text("a: 1")
-    with pytest.raises(ValueError, match=r"x.yaml should hold class_path"):
-        load_source(tmp_path / "x.yaml")
-    (tmp_path / "y.yaml").write_text("class_path: gopo_lightning.rewards.LLMJudge\ninit_args: {no: 1}")
-    with pytest.raises(ValueError, match=r"y.yaml"):
-        load_source(tmp_path / "y.yaml")
-    with pytest.raises(ValueError, match="there is no file"):
-        load_source(tmp_path / "z.yaml")
+    with pytest.raises(ValueError, match=r"x.yaml holds neither class_path"):
+        judge_of_file(tmp_path / "x.yaml")
+    with pytest.raises(ValueError, match="no such file"):
+        judge_of_file(tmp_path / "z.yaml")
+    with pytest.raises(ValueError, match="has the sources"):
+        judge_of_file(config)
+    assert judge_of_file(config, "finished").name == "finished"
 
 
 def test_it_is_a_command_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

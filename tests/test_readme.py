@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from gopo_lightning.commands.lightning_cli import run
+from gopo_lightning.data.json_lines import write_jsonl
 from gopo_lightning.objectives import ClippedSurrogate, advantages
 from gopo_lightning.policy.model import PolicyConfig
 from gopo_lightning.training.config import ObjectiveConfig, RewardConfig, RolloutConfig, UpdateConfig
@@ -133,6 +134,10 @@ def fragments(page: str) -> list[str]:
 
 @pytest.mark.parametrize("fragment", fragments(METHODS))
 def test_each_method_of_the_docs_trains(fragment: str, tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
+    if "RecordedEngine" in fragment:
+        prompts_file = tmp_path / "answers.jsonl"
+        answers = {"completions": ["ab", "b", "", "c"], "ranks": [1, 2, 3, 4]}
+        write_jsonl(prompts_file, [{"prompt": f"say {i}", **answers} for i in range(12)])
     config = write_config(tmp_path, tiny_policy, prompts_file, yaml.safe_load(fragment))
     assert run(["fit", "--config", str(config)]).model.trainer.global_step == 2
 

@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--judge", type=Path, metavar="FILE", help="YAML of a reward source to compare the reward with"
     )
+    options.add_argument("--judge_name", help="which source, where FILE is a whole config with several")
     options.add_argument(
         "--pairs", type=Path, metavar="FILE", help="answers that people have compared, see docs/rewards.md"
     )
@@ -49,8 +50,8 @@ def main(arguments: Sequence[str]) -> None:
     from lightning.pytorch.cli import SaveConfigCallback
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+    from gopo_lightning.commands.judges import judge_of_file
     from gopo_lightning.commands.lightning_cli import run
-    from gopo_lightning.commands.source import load_source
     from gopo_lightning.data.prompts import PromptDataModule
     from gopo_lightning.data.sources import PromptSource
     from gopo_lightning.evaluation import inspection
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"inspect looks at policy training, and this is {type(module).__name__}. Name its config.")
     kept = [callback for callback in trainer.callbacks if not isinstance(callback, SaveConfigCallback)]  # type: ignore[attr-defined]
     trainer.callbacks = kept  # type: ignore[attr-defined]
-    judge = None if options.judge is None else load_source(options.judge)
+    judge = None if options.judge is None else judge_of_file(options.judge, options.judge_name)
     sampled = inspection.sample(trainer, module, data, options.num_prompts)
     found = inspection.describe(sampled, module)
     found["noise"] = inspection.scored_again(sampled, module)

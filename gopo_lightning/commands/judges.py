@@ -51,13 +51,30 @@ def prepared(arguments: Sequence[str]) -> tuple[list[str], str | None, list[Any]
     return given, None, None
 
 
+def judge_of_file(path: Path, name: str | None = None) -> Source:
+    """The judge that ``path`` describes, not set up: a reward source, or of a whole config the one called ``name``.
+
+    Raises:
+        ValueError: a file that names no judge, arguments that it does not take, or a secret among them.
+    """
+    return _named([_instance(source) for source in _sources_of(path)], name)[0]
+
+
 def _of_file(path: Path, rest: list[str]) -> tuple[list[str], None, list[Any] | None]:
+    sources = _sources_of(path)
+    config = read_yaml(path)
+    if "class_path" in config:
+        return [*rest, f"--judge={json.dumps(config)}"], None, None
+    return rest, None, sources
+
+
+def _sources_of(path: Path) -> list[Any]:
+    """Configs of the sources in ``path``: one, or those of a whole config."""
     if not path.is_file():
         raise ValueError(f"--judge={path}: there is no such file. Correct the path.")
-    config = read_yaml(path)
+    sources = config = read_yaml(path)
     if isinstance(config, Mapping) and "class_path" in config:
-        return [*rest, f"--judge={json.dumps(config)}"], None, None
-    sources = config
+        return [config]
     for key in ("model", "init_args", "rewards", "sources"):
         sources = sources.get(key) if isinstance(sources, Mapping) else None
     if not isinstance(sources, list) or not sources:
@@ -65,7 +82,7 @@ def _of_file(path: Path, rest: list[str]) -> tuple[list[str], None, list[Any] | 
             f"--judge={path} holds neither class_path with init_args, nor model.init_args.rewards.sources. Write the "
             "class_path of a reward source into it."
         )
-    return rest, None, sources
+    return sources
 
 
 def chosen_judge(
@@ -82,7 +99,12 @@ def chosen_judge(
                 "no judge is named. Give --judge: a YAML file, a class of reward sources, or rewards:NAME."
             )
         return _instance(yaml.safe_load(parser.dump(parsed, skip_none=False))["judge"])
-    candidates = [_instance(source) for source in sources]
+    return _named([_instance(source) for source in sources], name)
+
+
+def _named(
+    candidates: Sequence[tuple[Source, Mapping[str, Any]]], name: str | None
+) -> tuple[Source, Mapping[str, Any]]:
     names = [source.name for source, _ in candidates]
     matching = [candidate for candidate in candidates if name in (None, candidate[0].name)]
     if len(matching) != 1:

@@ -19,12 +19,12 @@ does ranking help on my task? (each has its own --help)
 
 """
 
-OWN: dict[str, str] = {
+OWN = {
     "inspect": "gopo_lightning.commands.inspect",
+    "duel": "gopo_lightning.commands.duel",
     "report": "gopo_lightning.commands.report",
     "compare": "gopo_lightning.commands.compare",
 }
-OWN: dict[str, str] = {"duel": "gopo_lightning.commands.duel"}
 """Command → the module whose ``main(arguments)`` it is; the others are Lightning's."""
 
 FIELDS = """\

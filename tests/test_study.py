@@ -109,7 +109,11 @@ def test_a_table_says_how_far_gopo_is_ahead() -> None:
     done = all_done(0.5)
     assert design.chosen_lr(done, "grpo", 8) == design.LEARNING_RATES[1]
     text = tables.table_of(design.TABLES[0], done)
-    assert "| clean | 8 | grpo | 10 | +0.500 [+0.500, +0.500]" in text and "missing" not in text
+    assert (
+        "| clean | 8 | grpo | 10 | +0.500 [+0.500, +0.500] | 0.000 | " in text
+        and "| 10 of 10 |" in text
+        and "missing" not in text
+    )
 
 
 def test_cells_that_were_not_reached_are_missing() -> None:

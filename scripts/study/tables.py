@@ -1,7 +1,7 @@
 """The study's tables: means over seeds, differences within seeds, and what they say after Holm's correction."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -46,12 +46,14 @@ def table_of(table: Table, done: Results, *, quick: bool = False) -> str:
     ]
     measured = [contrast for contrast in contrasts if contrast[3] is not None]
     adjusted = holm([contrast[3]["p"] for contrast in measured]) if measured else []
-    lines.append("\n| reward | G | GOPO minus | seeds | judge, last 5 | p, Holm | at equal KL | steps to its end |")
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines.append(
+        "\n| reward | G | GOPO minus | seeds | judge, last 5 | p, Holm | at equal KL | steps to its end | ahead at |"
+    )
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for (reward, size, method, found), p in zip(measured, adjusted, strict=True):
         lines.append(
             f"| {reward} | {size} | {method} | {found['n']} | {found['outcome']} | {p:.3f} | {found['kl']} | "
-            f"{_ratio(found['steps'])} |"
+            f"{_ratio(found['steps'])} | {found['ahead']} |"
         )
     missing = sum(run.key not in done for run in runs)
     return "\n".join(lines) + (f"\n\n{missing} of {len(runs)} runs are missing." if missing else "")
@@ -105,12 +107,20 @@ def _difference(gopo: Mapping[int, Any], other: Mapping[int, Any]) -> dict[str, 
         "kl": student(equal),
         "p": p,
         "steps": steps_ratio(*curves),
+        "ahead": _ahead(*curves),
     }
 
 
 def _judged(result: Mapping[str, Any]) -> dict[int, float]:
     """Step → the judge's mean score."""
     return dict(zip(result["steps_evaluated"], result["curves"]["val/judge/reward"], strict=True))
+
+
+def _ahead(gopo: Sequence[Mapping[int, float]], other: Sequence[Mapping[int, float]]) -> str:
+    """`7 of 10`: evaluations after step 0 at which the judge's mean over seeds is higher."""
+    steps = [step for step in gopo[0] if step > 0]
+    ahead = [fmean(a[step] - b[step] for a, b in zip(gopo, other, strict=True)) > 0 for step in steps]
+    return f"{sum(ahead)} of {len(steps)}"
 
 
 def _ratio(found: StepsRatio) -> str:

@@ -102,10 +102,13 @@ def make_map(root: Path, package: str, tests: Sequence[str], output: Path) -> No
         tree = Path(folder) / "tree"
         copy(root, tree)
         settings = Path(folder) / "rc"
-        settings.write_text(f"[run]\nsource={package}\ndynamic_context=test_function\ndata_file={folder}/data\n")
+        settings.write_text(f"[run]\nsource={package}\ndata_file={folder}/data\n")
         report = Path(folder) / "report.xml"
-        command = ["coverage", "run", f"--rcfile={settings}", "-m", "pytest", *_OPTIONS, f"--junitxml={report}", *tests]
-        subprocess.run([sys.executable, "-m", *command], cwd=tree, env=_environment(tree))
+        command = ["coverage", "run", f"--rcfile={settings}", "-m", "pytest", *_OPTIONS, f"--junitxml={report}"]
+        environment = _environment(tree)
+        environment["PYTHONPATH"] += f"{os.pathsep}{Path(__file__).parent}"
+        plugin = ["-p", "mutation_contexts"]
+        subprocess.run([sys.executable, "-m", *command, *plugin, *tests], cwd=tree, env=environment)
         seconds = _passed(report) if report.exists() else {}
         if not seconds:
             raise ValueError(f"no test of {list(tests)} passed in {root}; run them with pytest and mend them first")
@@ -147,9 +150,7 @@ def _test(context: str) -> str:
 
 def _lines(contexts: Mapping[int, Sequence[str]], seconds: Mapping[str, float]) -> Lines:
     """A line that runs at import or in a fixture is that of every test of the file."""
-    by_line = {
-        line: [test for test in map(_test, filter(None, names)) if test in seconds] for line, names in contexts.items()
-    }
+    by_line = {line: [test for test in names if test in seconds] for line, names in contexts.items()}
     everyone = sorted({test for tests in by_line.values() for test in tests})
     return {0: everyone} | {line: sorted(tests) or everyone for line, tests in by_line.items()}
 

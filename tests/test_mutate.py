@@ -28,7 +28,21 @@ def halves(values: list[float]) -> list[float]:
 def unused() -> int:
     return 1 - 2
 '''
-TESTS = """from toy.maths import clipped, halves
+TESTS = """import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toy.maths import clipped, halves
+
+
+@pytest.fixture(scope="module")
+def limit() -> float:
+    return clipped(9.0)
+
+
+@given(st.floats(-9, 3))
+def test_small_values_stay(limit: float, x: float) -> None:
+    assert clipped(x) == x
 
 
 def test_clipped() -> None:
@@ -131,7 +145,9 @@ def test_mutants_are_tried_once_and_survivors_are_named(
         mutate.main(run)
     mutate.main(["map", *shared])
     lines, seconds = mutate.read_map(tmp_path / "map.json", toy)
-    assert set(seconds) == {"tests/test_maths.py::test_clipped", "tests/test_maths.py::test_halves"}
+    names = {f"tests/test_maths.py::test_{name}" for name in ("clipped", "halves", "small_values_stay")}
+    assert set(seconds) == names
+    assert set(lines["toy/maths.py"][7]) == names - {"tests/test_maths.py::test_halves"}  # Hypothesis is seen
     assert lines["toy/maths.py"][14] == ["tests/test_maths.py::test_halves"]
     assert set(lines["toy/maths.py"][4]) == set(seconds)  # the default of an argument, at import
     assert 19 not in lines["toy/maths.py"]

@@ -165,6 +165,8 @@ def test_odrpo_by_hand() -> None:
     expect(advantages.odrpo(row(INF, 0.0, NAN), **plain), 0.5, -0.5, 0.0)
     # at the threshold is half a success: (1 1 ½ ½) − ¾, (1 ½ 0 0) − ⅜, (½ 0 0 0) − ⅛
     expect(advantages.odrpo(row(4.0, 2.0, 1.0, 1.0), half_ties=True, **plain), 1.25, 0.25, -0.75, -0.75)
+    halves = advantages.odrpo(row(4.0, 2.0, 1.0, 1.0), thresholds=[2.0], half_ties=True, **plain)
+    expect(halves, 0.625, 0.125, -0.375, -0.375)
     std = {2: math.sqrt(1 / 3) + 1e-4, 1: 0.5 + 1e-4}  # unbiased, of two and of one success in four
     expected = 0.5 / std[2] + 0.75 / std[1], 0.5 / std[2] - 0.25 / std[1], *[-0.5 / std[2] - 0.25 / std[1]] * 2
     expect(advantages.odrpo(row(4.0, 2.0, 1.0, 1.0)), *expected)

@@ -72,6 +72,8 @@ def test_lexicographic_tolerance_and_abstentions() -> None:
     reversed_by_b = columns([1.01, 1.00], [0.0, 9.0])
     assert combine.lexicographic(reversed_by_b).tolist() == [[1.0, -1.0]]
     assert combine.lexicographic(reversed_by_b, tolerances=[0.1, 0.0]).tolist() == [[-1.0, 1.0]]
+    exactly = columns([2.0, 1.0], [0.0, 9.0])
+    assert combine.lexicographic(exactly, tolerances=[1.0, 0.0]).tolist() == [[-1.0, 1.0]]
     abstains = columns([9.0, NAN, 1.0], [1.0, 2.0, 3.0])  # b decides for the second; a cycle, in which all win once
     assert combine.lexicographic(abstains).tolist() == [[0.5 - 0.5, 0.0, 0.0]]
     assert combine.lexicographic(columns([1.0, NAN, 2.0], [1.0, NAN, 1.0]))[0].tolist()[:2][0] == -1.0

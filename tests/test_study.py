@@ -13,6 +13,7 @@ from gopo_lightning.objectives.advantages import grpo, ordinal
 from scripts.study import design, rewards, runs, tables
 from scripts.study.design import Run
 
+SMALL = design.POLICIES["small"]
 Z = torch.randn(200, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -96,7 +97,7 @@ def all_done(difference: float) -> dict[str, Any]:
     """Tuning favours the middle learning rate; in table 1 GOPO is ahead by ``difference`` in every seed."""
     table = design.TABLES[0]
     done = {
-        run.key: result([0.0] * 5 + [1.0 if run.lr == design.LEARNING_RATES[1] else 0.5] * 6, [1.0] * 10)
+        run.key: result([0.0] * 5 + [1.0 if run.lr == SMALL.learning_rates[1] else 0.5] * 6, [1.0] * 10)
         for run in design.tuning(table)
     }
     for run in design.runs_of(table, done):
@@ -107,7 +108,7 @@ def all_done(difference: float) -> dict[str, Any]:
 
 def test_a_table_says_how_far_gopo_is_ahead() -> None:
     done = all_done(0.5)
-    assert design.chosen_lr(done, "grpo", 8) == design.LEARNING_RATES[1]
+    assert design.chosen_lr(done, "grpo", 8) == SMALL.learning_rates[1]
     text = tables.table_of(design.TABLES[0], done)
     assert (
         "| clean | 8 | grpo | 10 | +0.500 [+0.500, +0.500] | 0.000 | " in text
@@ -130,8 +131,8 @@ def test_cells_that_were_not_reached_are_missing() -> None:
 
 def test_gopo_under_a_warp_is_gopo_without_it() -> None:
     done = all_done(0.5)
-    for seed in design.SEEDS:
-        run = Run("2a", "exp", "grpo", seed, design.LEARNING_RATES[1])
+    for seed in SMALL.seeds:
+        run = Run("2a", "exp", "grpo", seed, SMALL.learning_rates[1])
         done[run.key] = result([0.0] + [seed / 10] * 10, [0.1] * 10)
     text = tables.table_of(design.TABLES[1], done)
     assert "| exp | 8 | grpo | 10 | +0.505 [" in text
@@ -164,12 +165,15 @@ def test_all_runs_sample_equally_many_completions(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(runs, "folder", lambda run: tmp_path / run.key)
     for table in design.TABLES:
         for size in table.group_sizes:
-            layers = runs.config(Run(table.name, table.rewards[0], table.methods[0], 1, 1e-3, size))
+            layers = runs.config(
+                Run(table.name, table.rewards[0], table.methods[0], 1, 1e-3, size, policy=table.policy)
+            )
             text = layers[-1].read_text()
-            assert f"num_completions: {size}" in text and f"prompts_per_step: {64 // size}" in text
+            sampled = design.POLICIES[table.policy].sampled
+            assert f"num_completions: {size}" in text and f"prompts_per_step: {sampled // size}" in text
             assert all(layer.exists() for layer in layers)
 
 
 def test_seeds_of_tuning_are_not_those_of_the_verdict() -> None:
-    assert not set(design.TUNING_SEEDS) & set(design.SEEDS) and len(design.SEEDS) >= 10
-    assert statistics.median(design.LEARNING_RATES) == design.LEARNING_RATES[1]
+    assert not set(design.TUNING_SEEDS) & set(SMALL.seeds) and len(SMALL.seeds) >= 10
+    assert statistics.median(SMALL.learning_rates) == SMALL.learning_rates[1]

@@ -95,6 +95,14 @@ def write_prompts() -> None:
     write_jsonl(ROOT / "train_prompts.jsonl", rows["train"])
 
 
+def write_chat_prompts() -> None:
+    """The same three parts for a chat model: the requests of the quickstart."""
+    held_out = [{**row, "held_out": True} for row in ratings.prompts("validation")]
+    write_jsonl(ROOT / "smollm2_held_out.jsonl", held_out[:NUM_HELD_OUT])
+    write_jsonl(ROOT / "smollm2_tuning.jsonl", held_out[NUM_HELD_OUT : 2 * NUM_HELD_OUT])
+    write_jsonl(ROOT / "smollm2_train.jsonl", ratings.prompts("train"))
+
+
 def agreement(name: str, sentences: list[ratings.RatedSentence]) -> dict[str, float]:
     """Kendall's τ-b of the model's order of held-out sentences with the mean of all raters, and of each half."""
     reward = SequenceClassifierReward(str(ROOT / name), include_prompt=False, dtype="float32")
@@ -117,6 +125,8 @@ def main() -> None:
         language_model.train(ROOT / "policy")
     if not (ROOT / "train_prompts.jsonl").exists():
         write_prompts()
+    if not (ROOT / "smollm2_train.jsonl").exists():
+        write_chat_prompts()
     for name, (which, num_sentences) in MODELS.items():
         if not (ROOT / name).exists():
             train_reward_model(name, which, num_sentences)

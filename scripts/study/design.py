@@ -5,14 +5,26 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-SAMPLED = 64
-"""Completions of a step, whatever G is: all runs see equally many."""
-LEARNING_RATES = (4e-4, 1.2e-3, 3.6e-3)
-"""The same grid for every method."""
 TUNING_SEEDS = (101, 102)
-SEEDS = tuple(range(1, 11))
-STEPS = 50
 QUICK_STEPS = 30
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is trained, and for how long."""
+
+    learning_rates: tuple[float, ...]
+    """The same grid for every method."""
+    seeds: tuple[int, ...]
+    steps: int
+    sampled: int
+    """Completions of a step, whatever G is: all runs see equally many."""
+
+
+POLICIES = {
+    "small": Policy((4e-4, 1.2e-3, 3.6e-3), tuple(range(1, 11)), 50, 64),
+    "smollm2": Policy((5e-6, 1.5e-5, 4.5e-5), (1, 2, 3), 20, 32),
+}
 
 
 @dataclass(frozen=True)
@@ -25,13 +37,15 @@ class Run:
     seed: int
     lr: float
     group_size: int = 8
-    steps: int = STEPS
+    steps: int = POLICIES["small"].steps
+    policy: str = "small"
 
     @property
     def name(self) -> str:
         """Of its folder."""
         size = "" if self.group_size == 8 else f"-G{self.group_size}"
-        return f"{self.reward}-{self.method}{size}-lr{self.lr:g}-seed{self.seed}-{self.steps}steps"
+        policy = "" if self.policy == "small" else f"{self.policy}-"
+        return f"{policy}{self.reward}-{self.method}{size}-lr{self.lr:g}-seed{self.seed}-{self.steps}steps"
 
     @property
     def key(self) -> str:
@@ -52,6 +66,12 @@ class Table:
     rewards: tuple[str, ...]
     methods: tuple[str, ...]
     group_sizes: tuple[int, ...] = (8,)
+    policy: str = "small"
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of every cell."""
+        return POLICIES[self.policy].seeds
 
 
 OF_GOPO = {"gopo_arbitrary_ties": "gopo_arbitrary_ties", "gopo_rescued": "gopo"}
@@ -64,27 +84,28 @@ TABLES = (
     Table("3", "Calibrated ranks and Dr. GRPO", ("clean", "heavy_tailed"), ("calibrated", "dr_grpo")),
     Table("4", "Group size, equally many completions", ("clean",), ("gopo", "grpo"), (2, 4, 16)),
     Table("5", "Other flaws", ("of_prompt", "one_rater", "few_labels"), ("gopo", "grpo", "rloo")),
+    Table("6", "SmolLM2-135M-Instruct", ("clean", "heavy_tailed"), ("gopo", "grpo", "rloo"), policy="smollm2"),
 )
 
 
 def tuning(table: Table) -> list[Run]:
     """All learning rates for every method and group size of a table, on the clean reward."""
     return [
-        Run("tuning", "clean", method, seed, lr, size)
+        Run("tuning", "clean", method, seed, lr, size, POLICIES[table.policy].steps, table.policy)
         for size in table.group_sizes
         for method in table.methods
         if method not in OF_GOPO
-        for lr in LEARNING_RATES
+        for lr in POLICIES[table.policy].learning_rates
         for seed in TUNING_SEEDS
     ]
 
 
-def chosen_lr(done: Mapping[str, Any], method: str, group_size: int) -> float | None:
+def chosen_lr(done: Mapping[str, Any], method: str, group_size: int, policy: str = "small") -> float | None:
     """The learning rate with the best mean outcome of the tuning runs; None until all are done."""
     method = "gopo" if method in OF_GOPO else method
-    outcomes = {}
-    for lr in LEARNING_RATES:
-        runs = [Run("tuning", "clean", method, seed, lr, group_size) for seed in TUNING_SEEDS]
+    outcomes, steps = {}, POLICIES[policy].steps
+    for lr in POLICIES[policy].learning_rates:
+        runs = [Run("tuning", "clean", method, seed, lr, group_size, steps, policy) for seed in TUNING_SEEDS]
         if any(run.key not in done for run in runs):
             return None
         outcomes[lr] = fmean(outcome(done[run.key]) for run in runs)
@@ -98,10 +119,12 @@ def outcome(result: Mapping[str, Any]) -> float:
 
 def runs_of(table: Table, done: Mapping[str, Any], *, quick: bool = False) -> Iterable[Run]:
     """The runs of a table whose learning rates are chosen, seed by seed, so that pairs are whole."""
-    for seed in SEEDS[:3] if quick else SEEDS:
+    of = POLICIES[table.policy]
+    steps = QUICK_STEPS if quick else of.steps
+    for seed in of.seeds[:3] if quick else of.seeds:
         for size in table.group_sizes:
             for reward in table.rewards:
                 for method in table.methods:
-                    lr = LEARNING_RATES[1] if quick else chosen_lr(done, method, size)
+                    lr = of.learning_rates[1] if quick else chosen_lr(done, method, size, table.policy)
                     if lr is not None:
-                        yield Run(table.name, reward, method, seed, lr, size, QUICK_STEPS if quick else STEPS)
+                        yield Run(table.name, reward, method, seed, lr, size, steps, table.policy)

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from gopo_lightning.data.json_lines import dumps, read_jsonl
-from scripts.study.design import OF_GOPO, SAMPLED, SEEDS, Run
+from scripts.study.design import OF_GOPO, POLICIES, Run
 
 CONFIGS = Path("configs/study")
 MEASURED = ("judge/reward", "judge/win_rate", "proxy/reward", "length_mean", "truncated_fraction")
@@ -51,7 +51,13 @@ def layers(run: Run) -> list[Path]:
     reward = f"{run.reward}_rescued" if run.method == "gopo_rescued" else run.reward
     method = Path("configs/advantage") / f"{OF_GOPO.get(run.method, run.method)}.yaml"
     method = method if method.exists() else CONFIGS / "method" / method.name
-    return [CONFIGS / "base.yaml", *([] if reward == "clean" else [CONFIGS / "reward" / f"{reward}.yaml"]), method]
+    base = (
+        [CONFIGS / "base.yaml"]
+        if run.policy == "small"
+        else [CONFIGS / "base.yaml", CONFIGS / run.policy / "base.yaml"]
+    )
+    folder = CONFIGS / ("reward" if run.policy == "small" else run.policy)
+    return [*base, *([] if reward == "clean" else [folder / f"{reward}.yaml"]), method]
 
 
 def made_of(run: Run) -> str:
@@ -83,9 +89,10 @@ def config(run: Run) -> list[Path]:
     reward = yaml.safe_load(files[-2].read_text())["model"]["init_args"]["rewards"]
     reward["sources"][0]["init_args"]["seed"] = run.seed
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": run.lr, "weight_decay": 0.0, "fused": True}}
-    data: dict[str, Any] = {"prompts_per_step": SAMPLED // run.group_size}
+    data: dict[str, Any] = {"prompts_per_step": POLICIES[run.policy].sampled // run.group_size}
     if run.table == "tuning":
-        data["validation"] = {"path": "runs/study/assets/tuning_prompts.jsonl"}
+        name = "tuning_prompts" if run.policy == "small" else f"{run.policy}_tuning"
+        data["validation"] = {"path": f"runs/study/assets/{name}.jsonl"}
     version = {"save_dir": "runs", "name": "study", "version": run.key}
     own = {
         "seed_everything": run.seed,
@@ -128,7 +135,7 @@ def start(run: Run, results: Path) -> int:
             lightning_cli.run()
             facts = {"commit": commit, "made_of": digest, "seconds": round(time.time() - began, 1)}
             _append(results, {"key": run.key, **run.record(), **facts, **measured(run)})
-            if run.seed != SEEDS[0]:
+            if run.seed != 1:
                 shutil.rmtree(folder(run) / "policy")  # it would be gigabytes
             status = 0
         except BaseException:  # noqa: BLE001 - whatever it is, it belongs to this run's log
@@ -154,7 +161,7 @@ def measured(run: Run) -> dict[str, Any]:
     return {
         "steps_evaluated": steps,
         "curves": curves,
-        "sampled_tokens": round(SAMPLED * sum(points["completion/length_mean"].values())),
+        "sampled_tokens": round(POLICIES[run.policy].sampled * sum(points["completion/length_mean"].values())),
         "gradient_clip_active": _round(sum(norm > MAX_GRAD_NORM for norm in norms) / len(norms)),
     }
 
@@ -165,7 +172,7 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
         return {}
     kept, others = {}, 0
     for row in read_jsonl(results):
-        run = Run(**{field.name: row[field.name] for field in fields(Run)})
+        run = Run(**{field.name: row[field.name] for field in fields(Run) if field.name in row})
         if row["made_of"] == made_of(run):
             kept[row["key"]] = row
         else:

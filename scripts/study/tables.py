@@ -10,7 +10,7 @@ from scipy.stats import ttest_1samp
 from gopo_lightning.evaluation.contrasts import holm
 from gopo_lightning.evaluation.intervals import paired, student
 from gopo_lightning.evaluation.seed_curves import StepsRatio, interpolate, steps_ratio
-from scripts.study.design import SEEDS, STEPS, TABLES, Run, Table, chosen_lr, outcome, runs_of, tuning
+from scripts.study.design import TABLES, Run, Table, chosen_lr, outcome, runs_of, tuning
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -36,7 +36,8 @@ def table_of(table: Table, done: Results, *, quick: bool = False) -> str:
     for reward in table.rewards:
         for size in table.group_sizes:
             for method in table.methods:
-                lines.append(_row(reward, size, method, cell_of.get((reward, size, method), {}), done))
+                cell = cell_of.get((reward, size, method), {})
+                lines.append(_row(reward, size, method, cell, chosen_lr(done, method, size, table.policy)))
     contrasts = [
         (reward, size, method, _difference(*_pairs(table, reward, size, method, cell_of, done)))
         for reward in table.rewards
@@ -59,8 +60,7 @@ def table_of(table: Table, done: Results, *, quick: bool = False) -> str:
     return "\n".join(lines) + (f"\n\n{missing} of {len(runs)} runs are missing." if missing else "")
 
 
-def _row(reward: str, size: int, method: str, cell: Mapping[int, Mapping[str, Any]], done: Results) -> str:
-    lr = chosen_lr(done, method, size)
+def _row(reward: str, size: int, method: str, cell: Mapping[int, Mapping[str, Any]], lr: float | None) -> str:
     if not cell:
         return f"| {reward} | {size} | {method} | {lr or 'not chosen'} | 0 | missing | | | | | | | |"
     results = list(cell.values())
@@ -87,7 +87,7 @@ def _pairs(
     if gopo is None:
         source = reward if reward not in ("exp", "sigmoid", "cubed") else "clean"
         lr = chosen_lr(done, "gopo", size)
-        keys = {seed: Run("1", source, "gopo", seed, lr or 0, size, STEPS).key for seed in range(1, 11)}
+        keys = {seed: Run("1", source, "gopo", seed, lr or 0, size).key for seed in table.seeds}
         gopo = {seed: done[key] for seed, key in keys.items() if key in done}
     return gopo, cell_of.get((reward, size, method), {})
 
@@ -159,7 +159,7 @@ def forecast(done: Results, workers: int, *, quick: bool = False) -> str:
     for table in TABLES[:1] if quick else TABLES:
         choosing = [] if quick else [run for run in tuning(table) if run.key not in counted]
         counted |= {run.key for run in choosing}
-        wanted = len(table.rewards) * len(table.methods) * len(table.group_sizes) * (3 if quick else len(SEEDS))
+        wanted = len(table.rewards) * len(table.methods) * len(table.group_sizes) * (3 if quick else len(table.seeds))
         finished = sum(run.key in done for run in runs_of(table, done, quick=quick))
         chosen = sum(run.key in done for run in choosing)
         total += wanted - finished + len(choosing) - chosen

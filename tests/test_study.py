@@ -74,7 +74,7 @@ def test_the_judge_only_looks_on() -> None:
 def result(judge: list[float], kl: list[float], seconds: float = 60.0) -> dict[str, Any]:
     """Of a run, with what the tables read."""
     n = len(judge)
-    curves = {f"val/{tag}": [0.5] * n for tag in runs.MEASURED} | {tag: [0.1] * (n - 1) for tag in runs.TRAINED}
+    curves = {f"val/{tag}": [0.1] * n for tag in runs.MEASURED} | {tag: [0.1] * (n - 1) for tag in runs.TRAINED}
     facts = {"steps_evaluated": list(range(n)), "lr": 1.2e-3, "gradient_clip_active": 0.0, "seconds": seconds}
     return facts | {"curves": curves | {"val/judge/reward": judge, "train/kl": kl}}
 
@@ -84,6 +84,22 @@ def test_equal_kl_by_hand() -> None:
     fast, slow = result([0, 1], [2.0]), result([0, 1], [4.0])
     assert tables.at_equal_kl(fast, slow) == pytest.approx(0.4)
     assert tables.at_equal_kl(slow, fast) == pytest.approx(-0.4)
+
+
+def test_a_learning_rate_that_ruins_the_policy_is_not_chosen() -> None:
+    """The highest has the best outcome at a KL of 4, the one in the middle a better outcome than the lowest."""
+    low, middle, high = SMALL.learning_rates
+    worth = {low: (1.0, 1.0), middle: (2.0, 3.0), high: (3.0, 4.0)}
+    done = {
+        run.key: result([worth[run.lr][0]] * 11, [worth[run.lr][1]] * 10)
+        for run in design.tuning(design.TABLES[0])
+        if run.method == "grpo"
+    }
+    assert design.chosen_lr(done, "grpo", 8) == middle
+    assert design.chosen_lr(done, "rloo", 8) is None
+    for found in done.values():
+        found["curves"]["val/truncated_fraction"] = [0.5] * 11
+    assert design.chosen_lr(done, "grpo", 8) == low
 
 
 def test_the_outcome_is_the_mean_of_the_last_five() -> None:

@@ -6,6 +6,9 @@ from statistics import fmean
 from typing import Any
 
 TUNING_SEEDS = (101, 102)
+MAX_KL, MAX_CUT_OFF = 3.0, 0.2
+"""What a learning rate may do to the policy, as means over its tuning runs: KL to the start at the end, in nats a token,
+and share of completions that are cut off. Beyond them it repeats praise without end, which the judge likes best of all."""
 QUICK_STEPS = 30
 
 
@@ -101,15 +104,21 @@ def tuning(table: Table) -> list[Run]:
 
 
 def chosen_lr(done: Mapping[str, Any], method: str, group_size: int, policy: str = "small") -> float | None:
-    """The learning rate with the best mean outcome of the tuning runs; None until all are done."""
+    """The learning rate with the best mean outcome of the tuning runs, of those that keep within MAX_KL and MAX_CUT_OFF
+    (the lowest if none does); None until all are done.
+    """
     method = "gopo" if method in OF_GOPO else method
     outcomes, steps = {}, POLICIES[policy].steps
     for lr in POLICIES[policy].learning_rates:
         runs = [Run("tuning", "clean", method, seed, lr, group_size, steps, policy) for seed in TUNING_SEEDS]
         if any(run.key not in done for run in runs):
             return None
-        outcomes[lr] = fmean(outcome(done[run.key]) for run in runs)
-    return max(outcomes, key=lambda lr: outcomes[lr])
+        curves = [done[run.key]["curves"] for run in runs]
+        kl = fmean(curve["train/kl"][-1] for curve in curves)
+        cut_off = fmean(fmean(curve["val/truncated_fraction"][-5:]) for curve in curves)
+        if kl <= MAX_KL and cut_off <= MAX_CUT_OFF:
+            outcomes[lr] = fmean(outcome(done[run.key]) for run in runs)
+    return max(outcomes, key=lambda lr: outcomes[lr], default=POLICIES[policy].learning_rates[0])
 
 
 def outcome(result: Mapping[str, Any]) -> float:

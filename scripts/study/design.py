@@ -7,8 +7,9 @@ from typing import Any
 
 TUNING_SEEDS = (101, 102)
 MAX_KL, MAX_CUT_OFF = 3.0, 0.2
-"""What a learning rate may do to the policy, as means over its tuning runs: KL to the start at the end, in nats a token,
-and share of completions that are cut off. Beyond them it repeats praise without end, which the judge likes best of all."""
+"""What a learning rate may do to the policy, as means over its tuning runs: KL to the start at the end (nats a token),
+and completions that are cut off. Beyond them it repeats praise without end, which the judge likes best of all.
+"""
 QUICK_STEPS = 30
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from scipy.stats import kendalltau, rankdata
 from transformers import AutoTokenizer
 
@@ -25,7 +26,7 @@ from gopo_lightning.data import assets, ratings
 from gopo_lightning.data.json_lines import write_jsonl
 from gopo_lightning.rewards import SequenceClassifierReward
 from gopo_lightning.types import Prompt
-from scripts.study import language_model
+from scripts.study import language_model, rewards
 
 ROOT = Path("runs/study/assets")
 NUM_PROMPT_WORDS = 3
@@ -103,12 +104,32 @@ def write_chat_prompts() -> None:
     write_jsonl(ROOT / "smollm2_train.jsonl", ratings.prompts("train"))
 
 
-def agreement(name: str, sentences: list[ratings.RatedSentence]) -> dict[str, float]:
-    """Kendall's τ-b of the model's order of held-out sentences with the mean of all raters, and of each half."""
+def scores_of(name: str, sentences: list[ratings.RatedSentence]) -> list[float]:
+    """By the reward model ``name``."""
     reward = SequenceClassifierReward(str(ROOT / name), include_prompt=False, dtype="float32")
     reward.setup(torch.device("cpu"))
     prompts = [Prompt(index=0, token_ids=(0,), text="")] * len(sentences)
-    scores = torch.as_tensor(reward(prompts, [sentence.text for sentence in sentences])).tolist()
+    return [float(score) for score in reward(prompts, [sentence.text for sentence in sentences])]
+
+
+def check_warps() -> int:
+    """That the warps keep the order of the proxy's scores of all sentences, cut off or not; how many scores there are.
+
+    Raises:
+        ValueError: one does not.
+    """
+    base = yaml.safe_load(Path("configs/study/base.yaml").read_text())["model"]["init_args"]["rewards"]["sources"][0]
+    mean, scale = base["init_args"]["mean"], base["init_args"]["scale"]
+    whole = [(score - mean) / scale for score in scores_of("proxy", ratings.load("movie"))]
+    z = {*whole, *(value - rewards.CUT_OFF for value in whole)}
+    for warp in rewards.WARPS:
+        rewards.check_order(warp, [*z])
+    return len(z)
+
+
+def agreement(name: str, sentences: list[ratings.RatedSentence]) -> dict[str, float]:
+    """Kendall's τ-b of the model's order of held-out sentences with the mean of all raters, and of each half."""
+    scores = scores_of(name, sentences)
     people = {"all": [s.mean for s in sentences]} | {f"half_{k}": [half(s, k) for s in sentences] for k in (0, 1)}
     found = {f"kendall_{who}": float(kendalltau(scores, values).statistic) for who, values in people.items()}
     return found | {"mean": float(torch.tensor(scores).mean()), "std": float(torch.tensor(scores).std())}
@@ -135,6 +156,7 @@ def main() -> None:
     held_out = ratings.split(ratings.load("movie"), "validation")
     facts: dict[str, Any] = {name: agreement(name, held_out) for name in MODELS}
     halves = [[half(sentence, which) for sentence in held_out] for which in (0, 1)]
+    facts["scores_whose_order_the_warps_keep"] = check_warps()
     facts["people"] = {"kendall_half_0_half_1": float(kendalltau(*halves).statistic)}
     facts["policy"] = json.loads((ROOT / "policy" / "training.json").read_text())
     (ROOT / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -157,6 +158,12 @@ def test_several_sources_are_compared_each(runs: Path) -> None:
     report = summarise(read_runs([runs])[0])
     assert report.tags == ["val/reward", "val/a/reward", "val/b/reward"] and len(report.contrasts) == 3
     assert "Holm's p over 3 comparisons" in report.answers[0]
+    many = replace(
+        report, contrasts=[*report.contrasts, *[replace(report.contrasts[0], group=str(i)) for i in range(9)]]
+    )
+    clear = sum(c.is_clear for c in many.contrasts if c.tag == many.tags[0])
+    compared = sum(c.tag == many.tags[0] for c in many.contrasts)
+    assert len(many.answers) <= 5 and f"{clear} of {compared} groups can be told apart from" in many.answers[-1]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Which runs are of one group, and what it is called."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,24 @@ def test_the_seed_of_a_run(seeds: tuple[int, ...], expected: str) -> None:
         "data": {"init_args": {"seed": data}},
     }
     assert seed_of(Run(Path("run"), config, {}, {})) == expected
+
+
+def test_the_seed_of_a_reward_is_a_seed() -> None:
+    """As in the study, whose noise has the seed of the run: two groups of two runs, paired by seed."""
+    runs = [
+        Run(Path(f"{lr}-{seed}"), _with_noise(lr, seed, seed), {"train/loss": {1: 1.0}}, {})
+        for lr in (1, 2)
+        for seed in (1, 2)
+    ]
+    groups, notes = group_runs(runs)
+    assert [list(group.runs) for group in groups] == [["1", "2"], ["1", "2"]] and not notes
+    assert seed_of(Run(Path("x"), _with_noise(1, 1, 0), {}, {})) == "1"
+    assert seed_of(Run(Path("x"), _with_noise(1, 1, 7), {}, {})) == "1, rewards.sources.0 7"
+
+
+def _with_noise(lr: int, seed: int, noise: int) -> dict[str, Any]:
+    source = {"class_path": "x.Proxy", "init_args": {"seed": noise}}
+    return {"seed_everything": seed, "model": {"init_args": {"rewards": {"sources": [source]}, "lr": lr}}}
 
 
 def test_without_a_config_the_folder_says_which_run_it_is() -> None:

@@ -15,6 +15,10 @@ from gopo_lightning.evaluation.sample_tables import Sample, parse
 MAX_SAMPLED_STEPS = 6
 
 
+FEW = 4
+"""Comparisons that are all put into words; of more, the clearest."""
+
+
 @dataclass(frozen=True)
 class Sampled:
     """One prompt at one step, as the groups answered it."""
@@ -45,9 +49,19 @@ class Report:
     @property
     def answers(self) -> list[str]:
         """In words: who is ahead on the first tag."""
-        found = [sentence(c, len(self.contrasts)) for c in self.contrasts if c.tag == self.tags[0]]
         if len(self.groups) == 1:
             return ["All runs have the same config, so there is nothing to compare."]
+        compared = [c for c in self.contrasts if c.tag == self.tags[0]]
+        told = compared
+        if len(compared) > FEW:
+            told = sorted((c for c in compared if c.is_clear), key=lambda c: c.p)[:FEW]
+        found = [sentence(c, len(self.contrasts)) for c in told]
+        if len(told) < len(compared):
+            clear = sum(c.is_clear for c in compared)
+            found.append(
+                f"{clear} of {len(compared)} groups can be told apart from {self.baseline.label} on {self.tags[0]}; "
+                "the table has all of them."
+            )
         return found or [f"The groups have no step in common at which all have {self.tags[0]}: nothing is compared."]
 
     def final(self, group: Group, tag: str) -> tuple[int, Interval] | None:

@@ -11,7 +11,6 @@ from gopo_lightning.evaluation.event_files import Run, goes_on, joined
 Flat = Mapping[str, str]
 """Dotted key → value as text."""
 ABSENT = "(not there)"
-SEEDS = ("seed_everything", "model.init_args.seed", "data.init_args.seed")
 _NO_MATTER = re.compile(
     r"export_dir|export_every_n_steps|ckpt_path|weights_only|trainer\.(logger|default_root_dir|enable_progress_bar"
     r"|enable_model_summary|profiler|log_every_n_steps)(\..*)?"
@@ -60,18 +59,28 @@ def settings(config: Mapping[str, Any]) -> Flat:
     return {
         key: value
         for key, value in (flatten(config).items() if config else ())
-        if key not in SEEDS and not _NO_MATTER.fullmatch(key) and not key.startswith(watchers)
+        if not is_seed(key) and not _NO_MATTER.fullmatch(key) and not key.startswith(watchers)
     }
 
 
+def is_seed(key: str) -> bool:
+    """`seed_everything`, and what is called `seed`: the module's, the data's, those of rewards."""
+    return key == "seed_everything" or key.rpartition(".")[2] == "seed"
+
+
 def seed_of(run: Run) -> str:
-    """``1``, or ``1, model 2`` where a seed of its own was given; of a run without a config what its folder says."""
+    """``1``, or ``1, model 2`` where a seed of its own was given; of a run without a config what its folder says.
+
+    The seeds of parts, such as a reward's, are not named where they are 0 or that of the run.
+    """
     flat = flatten(run.config)
     if not flat or "seed_everything" not in flat:
         named = _NAMED_SEED.search(run.folder.name)
         return named[1] if named else "unknown"
-    own = {key.partition(".")[0]: flat.get(key, "null") for key in SEEDS[1:]}
-    return ", ".join([flat[SEEDS[0]], *(f"{name} {seed}" for name, seed in own.items() if seed != "null")])
+    seed = flat["seed_everything"]
+    own = {short_name(key.rpartition(".")[0]): value for key, value in flat.items() if is_seed(key) and "." in key}
+    told = {"model", "data"} & own.keys() | {name for name, value in own.items() if value not in ("0", seed)}
+    return ", ".join([seed, *(f"{name} {own[name]}" for name in own if name in told and own[name] != "null")])
 
 
 def differing(configs: Sequence[Flat]) -> dict[str, list[str]]:

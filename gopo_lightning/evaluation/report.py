@@ -125,7 +125,14 @@ def summarise(
 
 def _notes(groups: Sequence[Group], tags: Sequence[str]) -> list[str]:
     runs = [run for group in groups for run in group.runs.values()]
-    notes = [f"{run.folder}: {note}" for run in runs for note in run.notes]
+    places: dict[str, list[str]] = {}
+    for run in runs:
+        for note in run.notes:
+            places.setdefault(note, []).append(str(run.folder))
+    notes = [
+        f"{folders[0]}{f' and {len(folders) - 1} more' if len(folders) > 1 else ''}: {note}"
+        for note, folders in places.items()
+    ]
     if tags == ["reward/mean"]:
         notes.append("No run was validated: the reward is that of the training prompts, which change at every step.")
     longest = max(run.last_step for run in runs)

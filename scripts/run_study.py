@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from scripts.study import assets, design, runs, tables
+from scripts.study import assets, design, figure, runs, tables
 
 
 def go_on(wanted: Iterable[design.Run], results: Path, deadline: float, workers: int) -> None:
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a small version of the first table, into runs/study/quick.jsonl"
     )
+    parser.add_argument("--figure", type=Path, help="draw the curves of the first table into this file")
     parser.add_argument("--results", type=Path, default=Path("docs/study/runs.jsonl"))
     options = parser.parse_args()
     results = Path("runs/study/quick.jsonl") if options.quick else options.results
@@ -63,6 +64,8 @@ def main() -> None:
     done = runs.read(results)
     if options.command == "tables" or options.quick:
         print(tables.all_tables(done, quick=options.quick))
+    if options.figure is not None:
+        figure.draw(done, options.figure)
     print(tables.forecast(done, options.workers, quick=options.quick))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gopo_lightning.objectives.advantages import grpo, ordinal
-from scripts.study import design, rewards, runs, tables
+from scripts.study import design, figure, rewards, runs, tables
 from scripts.study.design import Run
 
 SMALL = design.POLICIES["small"]
@@ -131,6 +131,11 @@ def test_a_table_says_how_far_gopo_is_ahead() -> None:
         and "| 10 of 10 |" in text
         and "missing" not in text
     )
+
+
+def test_the_curves_are_drawn(tmp_path: Path) -> None:
+    figure.draw(all_done(0.5), tmp_path / "table1.png")
+    assert (tmp_path / "table1.png").stat().st_size > 20_000
 
 
 def test_cells_that_were_not_reached_are_missing() -> None:

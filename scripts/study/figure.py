@@ -1,0 +1,59 @@
+"""The curves of the study's first table: the judge's score by step, by KL, and beside the proxy's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from gopo_lightning.evaluation.seed_curves import band, resampled_band
+from scripts.study.design import TABLES, Table, runs_of
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+def draw(done: Mapping[str, Any], path: Path, table: Table = TABLES[0]) -> None:
+    """A row for each reward, a colour for each method; bands are 95 % intervals over seeds."""
+    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for run in runs_of(table, done):
+        if run.key in done:
+            cells.setdefault((run.reward, run.method), []).append(done[run.key])
+    figure, axes = pyplot.subplots(
+        len(table.rewards), 3, figsize=(12, 3.4 * len(table.rewards)), squeeze=False, layout="constrained"
+    )
+    for (reward, method), results in cells.items():
+        row, colour = axes[table.rewards.index(reward)], f"C{table.methods.index(method)}"
+        label = f"{method}, {len(results)} seeds"
+        for axis, tag in ((row[0], "val/judge/reward"), (row[2], "val/proxy/reward")):
+            found = band([dict(zip(r["steps_evaluated"], r["curves"][tag], strict=True)) for r in results])
+            _line(axis, list(found), list(found.values()), colour, label)
+        points = resampled_band([_by_kl(result) for result in results])
+        _line(row[1], [kl for kl, _ in points], [interval for _, interval in points], colour, label)
+    for reward, row in zip(table.rewards, axes, strict=True):
+        for axis, title, x in zip(
+            row,
+            (f"{reward}: the judge's score", f"{reward}: the judge's score by KL", f"{reward}: the reward trained on"),
+            ("optimiser step", "KL to the start, nats a token", "optimiser step"),
+            strict=True,
+        ):
+            axis.set(title=title, xlabel=x)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.3)
+        row[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _line(axis: Any, x: list[Any], intervals: list[Any], colour: str, label: str) -> None:
+    axis.plot(x, [interval.mean for interval in intervals], colour, label=label)
+    axis.fill_between(x, [i.low for i in intervals], [i.high for i in intervals], color=colour, alpha=0.15, linewidth=0)
+
+
+def _by_kl(result: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """(highest KL so far, the judge's score), where the KL has grown."""
+    points: list[tuple[float, float]] = [(0.0, result["curves"]["val/judge/reward"][0])]
+    for kl, score in zip(result["curves"]["train/kl"], result["curves"]["val/judge/reward"][1:], strict=True):
+        if kl > points[-1][0]:
+            points.append((kl, score))
+    return points

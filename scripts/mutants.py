@@ -60,7 +60,7 @@ def mutations(node: ast.AST, returns: str) -> Iterator[tuple[str, str]]:
         value = ast.unparse(node.value)
         zeros = f"torch.zeros_like({value})" if returns == "Tensor" else "None"
         choices = _EMPTY.get(returns.partition("[")[0], (zeros,))
-        yield from (("return", f"return {choice}") for choice in choices)
+        yield from (("return", f"return {choice}") for choice in choices if choice != value)
     if isinstance(node, ast.Call) and len(node.args) >= 2:
         first, second, *rest = node.args
         if not isinstance(first, ast.Starred) and not isinstance(second, ast.Starred):

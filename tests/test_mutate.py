@@ -99,6 +99,7 @@ def toy(tmp_path: Path) -> Path:
         ("def f() -> list[int]:\n    return g()", {("return", "return []")}),
         ("def f() -> Tensor:\n    return g()", {("return", "return torch.zeros_like(g())")}),
         ("def f():\n    return None", set()),
+        ("def f() -> dict[str, int]:\n    return {}", set()),
         ("f'{a + 1}'", set()),
     ],
 )

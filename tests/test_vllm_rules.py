@@ -262,3 +262,15 @@ def test_a_draw_from_no_distribution_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(vllm_engine, "_logprobs", lambda output: torch.full((len(output.token_ids),), torch.nan))
     with pytest.raises(RuntimeError, match="token 1 of a completion of the prompt in row 0 cannot be drawn"):
         generate(VLLMEngine(), build("llama"))
+
+
+def test_completions_of_unequal_length_are_padded_and_masked() -> None:
+    """The end of each counts, and nothing behind it."""
+    outputs = [
+        SimpleNamespace(token_ids=ids, finish_reason=reason)
+        for ids, reason in (([65, 66, 2], "length"), ([67], "stop"))
+    ]
+    completions = vllm_engine._completions(outputs, byte_tokenizer(), pad=0)
+    assert completions.tokens_NT.tolist() == [[65, 66, 2], [67, 0, 0]]
+    assert completions.mask_NT.tolist() == [[True, True, True], [True, False, False]]
+    assert completions.truncated_N.tolist() == [True, False]

@@ -11,7 +11,6 @@ With --config configs/quickstart/gopo.yaml configs/quickstart/borda.yaml (or pai
 """
 
 import argparse
-import re
 import statistics
 import subprocess
 import sys
@@ -27,10 +26,10 @@ from rich.text import Text
 
 from gopo_lightning.data import assets
 from gopo_lightning.data.json_lines import number, read_jsonl
+from gopo_lightning.evaluation.terminal import shown
 
 CONFIG_ROOT = "runs/quickstart"
 """Where the configs write, and find the reward model."""
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -66,11 +65,6 @@ def win_rate(after_PG: list[list[float]], before_PG: list[list[float]]) -> float
         for after_G, before_G in zip(after_PG, before_PG, strict=True)
     ]
     return statistics.fmean(shares)
-
-
-def shown(text: str) -> Text:
-    """What a model wrote, on one line: never read as markup, and without characters that a terminal obeys."""
-    return Text(" ".join(_CONTROL.sub(" ", text).split()))
 
 
 def print_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], source: str, num_rows: int) -> None:

@@ -148,12 +148,11 @@ def number(value: float, form: str) -> str:
     return "–" if math.isnan(value) else f"{value:{form}}"
 
 
-def interval(value: Mapping[str, float] | None) -> str:
+def interval(value: Mapping[str, Any] | None) -> str:
     """`+0.123 [+0.100, +0.146]`"""
-    if value is None:
-        return "–"
-    bounds = "" if math.isnan(value["low"]) else f" [{value['low']:+.3f}, {value['high']:+.3f}]"
-    return f"{value['mean']:+.3f}{bounds}"
+    from gopo_lightning.evaluation.intervals import Interval
+
+    return "–" if value is None else str(Interval(**value))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -122,6 +121,7 @@ def describe(sampled: Sample, module: GOPOModule) -> dict[str, Any]:
     others, refused = reward_shape.advantages_of(sampled.rewards_PG, _functions(module))
     lengths_PG = sampled.lengths_PG.double()
     columns = {name: sampled.rewards_PGK[..., k] for k, name in enumerate(names)} | {"combined": sampled.rewards_PG}
+    shapes = {name: asdict(reward_shape.shape_of(column_PG)) for name, column_PG in columns.items()}
     likeness = {name: reward_shape.likeness(ordinal_PG, other_PG) for name, other_PG in others.items()}
     return {
         "num_prompts": len(sampled.prompts),
@@ -129,8 +129,8 @@ def describe(sampled: Sample, module: GOPOModule) -> dict[str, Any]:
         "length_mean": float(lengths_PG.mean()),
         "length_std": float(lengths_PG.std()),
         "truncated_fraction": float(sampled.truncated_PG.double().mean()),
-        "reward": asdict(reward_shape.shape_of(sampled.rewards_PG)),
-        "sources": {name: asdict(reward_shape.shape_of(column_PG)) for name, column_PG in columns.items()},
+        "reward": shapes["combined"],
+        "sources": shapes,
         "cosine_with_ordinal": {name: found and asdict(found) for name, found in likeness.items()},
         "normal_cosine": reward_shape.normal_cosine(G),
         "effective_groups": {
@@ -152,7 +152,7 @@ def describe(sampled: Sample, module: GOPOModule) -> dict[str, Any]:
 def _functions(module: GOPOModule) -> dict[str, Callable[[Tensor], Tensor]]:
     """Every advantage that needs no option, and the run's own."""
     found: dict[str, Callable[[Tensor], Tensor]] = {
-        name: partial(function)
+        name: function
         for name, function in advantages.KIND.known.items()
         if name != "ordinal" and not advantages.KIND.missing(name, {})
     }

@@ -126,7 +126,6 @@ def normal_cosine(group_size: int) -> float:
     return found.within_groups
 
 
-@cache
 def normal_kurtosis(group_size: int) -> float:
     """Mean fourth power of standardised normal rewards in groups of this size; it comes near 3 for large groups only.
 

@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from scipy.stats import ttest_1samp
-
-from gopo_lightning.evaluation.contrasts import holm
+from gopo_lightning.evaluation.contrasts import holm, paired_p
 from gopo_lightning.evaluation.intervals import paired, student
 from gopo_lightning.evaluation.seed_curves import StepsRatio, interpolate, steps_ratio
 from scripts.study.design import TABLES, Run, Table, chosen_lr, outcome, runs_of, tuning
@@ -98,7 +96,7 @@ def _difference(gopo: Mapping[int, Any], other: Mapping[int, Any]) -> dict[str, 
     if len(seeds) < 2:
         return None
     values = [[outcome(cell[seed]) for seed in seeds] for cell in (gopo, other)]
-    p = float(ttest_1samp([a - b for a, b in zip(*values, strict=True)], 0).pvalue)
+    p = paired_p([a - b for a, b in zip(*values, strict=True)])
     equal = [at_equal_kl(gopo[seed], other[seed]) for seed in seeds]
     curves = [[_judged(cell[seed]) for seed in seeds] for cell in (gopo, other)]
     return {

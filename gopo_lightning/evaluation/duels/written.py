@@ -2,7 +2,6 @@
 
 import math
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,13 +15,7 @@ from rich.text import Text
 from gopo_lightning.data.json_lines import dumps
 from gopo_lightning.evaluation.duel import DuelResult
 from gopo_lightning.evaluation.intervals import Interval
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
-
-
-def shown(text: str) -> Text:
-    """A name from outside, on one line: never read as markup, and without characters that a terminal obeys."""
-    return Text(" ".join(_CONTROL.sub(" ", text).split()))
+from gopo_lightning.evaluation.terminal import shown
 
 
 def bounds(interval: Interval, form: str = ".3f") -> str:

@@ -51,6 +51,19 @@ def test_the_words_are_those_of_the_last_command(tmp_path: Path) -> None:
     assert wrong.code == 2 and "absent.yaml" in wrong.last_words and helped.text not in wrong.text
 
 
+@pytest.mark.parametrize(
+    ("printed", "words"),
+    [
+        ("step 1\n\nTraceback:\n  x\nValueError: old names:\n  a is now b\n", "ValueError: old names:\n  a is now b"),
+        ("KeyError: 1\n\nThe above …\n[rank1]: a.b.PeerError: x\n", "[rank1]: a.b.PeerError: x"),
+        ("usage: …\nerror: no such\n\n", "error: no such"),
+        ("", ""),
+    ],
+)
+def test_the_last_words_are_the_last_error(printed: str, words: str) -> None:
+    assert commands.Ended((), 1, printed, 0.0).last_words == words
+
+
 def test_a_command_without_end_is_killed(tmp_path: Path) -> None:
     assert commands.run(["fit", "--help"], tmp_path, cold=True, limit_seconds=0.1).code is None
 

@@ -1,6 +1,7 @@
 """Command lines as a user types them, each in a process of its own: a new one, or a fork with warm imports."""
 
 import os
+import re
 import runpy
 import signal
 import socket
@@ -19,6 +20,8 @@ LIMIT_SECONDS = 300.0
 GRACE_SECONDS = 30.0
 """For the other rank, once one has failed; then it is ended, as torchrun would."""
 REPOSITORY = Path(__file__).parents[2]
+ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]+Error: ")
+"""Begins the message of an exception that nobody caught."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,10 @@ class Ended:
 
     @property
     def last_words(self) -> str:
-        """The last paragraph that was printed, where an error says what it is."""
+        """What was printed last: an error, from its name on, or else a line."""
         lines = [line for line in self.text.splitlines() if line.strip()]
-        return lines[-1].strip() if lines else ""
+        errors = [number for number, line in enumerate(lines) if ERROR.match(line)]
+        return "\n".join(lines[errors[-1] if errors else -1 :]).strip()
 
 
 def preload() -> None:

@@ -6,8 +6,10 @@
     python scripts/run_study.py tables                prints the tables of what is done
 
 A run is one `fit` of configs/study/base.yaml with a reward, an advantage and a seed. Its numbers are a line of
-docs/study/runs.jsonl, with the commit that made them; a line that is there is not run again. Learning rates are chosen
-by `tuning` runs on other seeds and other prompts (docs/study/runs.jsonl holds these too).
+docs/study/runs.jsonl, with the commit and the assets that made them; a line that is there is not run again. Another
+machine rounds otherwise and makes other assets: what is compared, a seed of a table, is of one set of them, and what is
+begun with another set is begun anew. Learning rates are chosen by `tuning` runs on other seeds and other prompts
+(docs/study/runs.jsonl holds these too).
 """
 
 import argparse
@@ -22,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from scripts.study import assets, design, figure, runs, tables
 
 
-def go_on(wanted: Iterable[design.Run], results: Path, deadline: float, workers: int) -> None:
-    """Make those of ``wanted`` that are missing, in order, ``workers`` at a time, each in a process of its own."""
-    done = runs.read(results)
-    queue = [run for run in wanted if run.key not in done]
+def go_on(groups: Iterable[Iterable[design.Run]], results: Path, deadline: float, workers: int) -> None:
+    """Make what is missing, in order, ``workers`` at a time, each in a process of its own."""
+    queue = design.missing(groups, runs.read(results), runs.assets_here())
     from gopo_lightning.commands import lightning_cli  # noqa: F401 - once, before the processes are forked
 
     running: dict[int, tuple[design.Run, float]] = {}
@@ -54,7 +55,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/study/runs.jsonl"))
     options = parser.parse_args()
     results = Path("runs/study/quick.jsonl") if options.quick else options.results
-    assets.main()
+    if options.command == "run":
+        assets.main()
     deadline = time.monotonic() + 60 * options.minutes
     chosen = design.TABLES[:1] if options.quick else design.TABLES
     for table in chosen if options.command == "run" else ():
@@ -66,7 +68,7 @@ def main() -> None:
         print(tables.all_tables(done, quick=options.quick))
     if options.figure is not None:
         figure.draw(done, options.figure)
-    print(tables.forecast(done, options.workers, quick=options.quick))
+    print(tables.forecast(done, runs.assets_here(), options.workers, quick=options.quick))
 
 
 if __name__ == "__main__":

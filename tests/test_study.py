@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +91,16 @@ def test_a_learning_rate_that_ruins_the_policy_is_not_chosen() -> None:
     """The highest has the best outcome at a KL of 4, the one in the middle a better outcome than the lowest."""
     low, middle, high = SMALL.learning_rates
     worth = {low: (1.0, 1.0), middle: (2.0, 3.0), high: (3.0, 4.0)}
-    done = {
+    rows = {
         run.key: result([worth[run.lr][0]] * 11, [worth[run.lr][1]] * 10)
-        for run in design.tuning(design.TABLES[0])
+        for run in every(design.tuning(design.TABLES[0]))
         if run.method == "grpo"
     }
-    assert design.chosen_lr(done, "grpo", 8) == middle
-    assert design.chosen_lr(done, "rloo", 8) is None
-    for found in done.values():
+    assert design.chosen_lr({"here": rows}, "grpo", 8) == middle
+    assert design.chosen_lr({"here": rows}, "rloo", 8) is None
+    for found in rows.values():
         found["curves"]["val/truncated_fraction"] = [0.5] * 11
-    assert design.chosen_lr(done, "grpo", 8) == low
+    assert design.chosen_lr({"here": rows}, "grpo", 8) == low
 
 
 def test_the_outcome_is_the_mean_of_the_last_five() -> None:
@@ -109,17 +110,22 @@ def test_the_outcome_is_the_mean_of_the_last_five() -> None:
 # ------------------------------------------------------------------------------ bookkeeping
 
 
-def all_done(difference: float) -> dict[str, Any]:
+def every(groups: Iterable[Iterable[Run]]) -> list[Run]:
+    """All of them."""
+    return [run for runs in groups for run in runs]
+
+
+def all_done(difference: float) -> dict[str, dict[str, Any]]:
     """Tuning favours the middle learning rate; in table 1 GOPO is ahead by ``difference`` in every seed."""
     table = design.TABLES[0]
-    done = {
+    rows = {
         run.key: result([0.0] * 5 + [1.0 if run.lr == SMALL.learning_rates[1] else 0.5] * 6, [1.0] * 10)
-        for run in design.tuning(table)
+        for run in every(design.tuning(table))
     }
-    for run in design.runs_of(table, done):
+    for run in every(design.runs_of(table, {"here": rows})):
         score = run.seed / 10 + difference * (run.method == "gopo") + 0.01 * (run.seed % 2)
-        done[run.key] = result([0.0] + [score] * 10, [0.1 * k for k in range(1, 11)])
-    return done
+        rows[run.key] = result([0.0] + [score] * 10, [0.1 * k for k in range(1, 11)])
+    return {"here": rows}
 
 
 def test_a_table_says_how_far_gopo_is_ahead() -> None:
@@ -140,31 +146,50 @@ def test_the_curves_are_drawn(tmp_path: Path) -> None:
 
 def test_cells_that_were_not_reached_are_missing() -> None:
     done = all_done(0.5)
-    gone = [key for key in done if "heavy_tailed" in key and "rloo" in key]
+    gone = [key for key in done["here"] if "heavy_tailed" in key and "rloo" in key]
     assert len(gone) == 10
     for key in gone:
-        del done[key]
+        del done["here"][key]
     text = tables.table_of(design.TABLES[0], done)
     assert "| heavy_tailed | 8 | rloo | 0.0012 | 0 | missing" in text and "10 of 60 runs are missing." in text
-    assert "table 1: 50 of 60 runs, 18 of 18 that choose" in tables.forecast(done, 2)
-    assert "0 of 60 runs, 0 of 18" in tables.forecast({}, 2)
+    assert "table 1: 50 of 60 runs, 18 of 18 to choose" in tables.forecast(done, "here", 2)
+    assert "0 of 60 runs, 0 of 18" in tables.forecast({}, "here", 2)
 
 
 def test_gopo_under_a_warp_is_gopo_without_it() -> None:
     done = all_done(0.5)
     for seed in SMALL.seeds:
         run = Run("2a", "exp", "grpo", seed, SMALL.learning_rates[1])
-        done[run.key] = result([0.0] + [seed / 10] * 10, [0.1] * 10)
+        done["here"][run.key] = result([0.0] + [seed / 10] * 10, [0.1] * 10)
     text = tables.table_of(design.TABLES[1], done)
     assert "| exp | 8 | grpo | 10 | +0.505 [" in text
 
 
-def test_runs_of_another_design_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "_surroundings", lambda: "assets")
+def test_what_is_compared_was_made_with_the_same_assets() -> None:
+    """Seed 3 lacks a run here, and was begun there with all but one: there it has more, and its last is missing."""
+    table, done = design.TABLES[0], all_done(0.5)
+    groups = design.runs_of(table, done)
+    third = groups[2]
+    there = {run.key: result([0.0] + [9.0] * 10, [0.1] * 10) for run in third[:-1]}
+    for run in third[:2]:
+        del done["here"][run.key]
+    done["there"] = there
+    assert design.of_same_assets(third, done) == there
+    assert design.missing(groups, done, "there") == third[-1:]
+    assert design.missing(groups, done, "here") == third[:2]
+    assert design.missing(groups, done, "elsewhere") == third
+    assert "1 of 60 runs are missing." in tables.table_of(table, done)
+    assert "| clean | 8 | grpo | 10 | +0.450 [" in tables.table_of(table, done)
+
+
+def test_runs_of_another_design_are_left_out(tmp_path: Path) -> None:
     path, run = tmp_path / "runs.jsonl", Run("1", "stars", "gopo_rescued", 1, 1e-3)
-    rows = [{"key": key, "made_of": made, **run.record()} for key, made in (("a", runs.made_of(run)), ("b", "then"))]
+    rows = [
+        {"key": key, "made_of": made, "assets": "here", **run.record()}
+        for key, made in (("a", runs.made_of(run)), ("b", "then"))
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert list(runs.read(path)) == ["a"]
+    assert [(assets, list(rows)) for assets, rows in runs.read(path).items()] == [("here", ["a"])]
     assert runs.read(tmp_path / "none.jsonl") == {}
 
 

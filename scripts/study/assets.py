@@ -1,6 +1,6 @@
 """What the study is made of: a small policy, and reward models that different people's ratings have made.
 
-    python -m scripts.study.assets          what is not there yet (about 20 minutes, 2 cores)
+    python -m scripts.study.assets          what is not there yet (about 20 minutes, 2 cores), two at a time
 
 They lie in the user's cache beside the packaged models, and runs/study/assets is a link to them.
 
@@ -11,9 +11,12 @@ mistakes are not independent. `facts.json` says how well each orders the held-ou
 """
 
 import json
+import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from gopo_lightning.data import assets, ratings
 from gopo_lightning.data.json_lines import write_jsonl
 from gopo_lightning.rewards import SequenceClassifierReward
 from gopo_lightning.types import Prompt
-from scripts.study import language_model, rewards
+from scripts.study import rewards
 
 ROOT = Path("runs/study/assets")
 NUM_PROMPT_WORDS = 3
@@ -58,6 +61,11 @@ def write_lists(path: Path, sentences: list[ratings.RatedSentence], which: int, 
     write_jsonl(path, rows)
 
 
+def run(arguments: Sequence[str]) -> None:
+    """Python with ``arguments``, on one thread and in float32: the same bits on few machines, about the same on all."""
+    subprocess.run([sys.executable, *arguments], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
 def train_reward_model(name: str, which: int, num_sentences: int | None) -> None:
     """By our own command; the folder appears when it is whole."""
     parts = {part: ratings.split(ratings.load("movie"), part) for part in ("train", "validation")}
@@ -66,14 +74,14 @@ def train_reward_model(name: str, which: int, num_sentences: int | None) -> None
     write_lists(files["validation"], parts["validation"], which, 1)
     steps = 300 if num_sentences is None else 60
     arguments = [
-        *("fit", "--config", "configs/quickstart/reward_model.yaml"),
+        *("-m", "gopo_lightning", "fit", "--config", "configs/quickstart/reward_model.yaml"),
         *(f"--data.init_args.source={files['train']}", f"--data.init_args.validation_source={files['validation']}"),
         *("--data.init_args.batch_size=2", "--data.init_args.eval_batch_size=4"),
-        *(f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"),
+        *(f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}", "--trainer.precision=32-true"),
         *(f"--trainer.logger.init_args.save_dir={ROOT}", f"--trainer.logger.init_args.name=runs/{name}"),
         *("--model.init_args.max_length=128", f"--model.init_args.export_dir={ROOT / name}"),
     ]
-    subprocess.run([sys.executable, "-m", "gopo_lightning", *arguments], check=True)
+    run(arguments)
 
 
 def write_prompts() -> None:
@@ -141,18 +149,23 @@ def main() -> None:
         cache = assets.cache_dir() / "study-1"
         cache.mkdir(parents=True, exist_ok=True)
         ROOT.parent.mkdir(parents=True, exist_ok=True)
+        ROOT.unlink(missing_ok=True)  # a link to a cache that was emptied
         ROOT.symlink_to(cache.resolve(), target_is_directory=True)
-    if not (ROOT / "policy" / "training.json").exists():
-        language_model.train(ROOT / "policy")
+    with ThreadPoolExecutor(2) as pool:
+        training = [
+            pool.submit(train_reward_model, name, *of) for name, of in MODELS.items() if not (ROOT / name).exists()
+        ]
+        if not (ROOT / "policy" / "training.json").exists():
+            training.append(pool.submit(run, ("-m", "scripts.study.language_model", str(ROOT / "policy"))))
+        for done in training:
+            done.result()
     if not (ROOT / "train_prompts.jsonl").exists():
         write_prompts()
     if not (ROOT / "smollm2_train.jsonl").exists():
         write_chat_prompts()
-    for name, (which, num_sentences) in MODELS.items():
-        if not (ROOT / name).exists():
-            train_reward_model(name, which, num_sentences)
     if (ROOT / "facts.json").exists():
         return
+    print("measuring them", flush=True)
     held_out = ratings.split(ratings.load("movie"), "validation")
     facts: dict[str, Any] = {name: agreement(name, held_out) for name in MODELS}
     halves = [[half(sentence, which) for sentence in held_out] for which in (0, 1)]

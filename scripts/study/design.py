@@ -71,6 +71,8 @@ class Table:
     methods: tuple[str, ...]
     group_sizes: tuple[int, ...] = (8,)
     policy: str = "small"
+    warps: bool = False
+    """The rewards are warps of the clean one, on which GOPO is therefore run."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -83,7 +85,7 @@ OF_GOPO = {"gopo_arbitrary_ties": "gopo_arbitrary_ties", "gopo_rescued": "gopo"}
 
 TABLES = (
     Table("1", "The score as it is, and with heavy-tailed noise", ("clean", "heavy_tailed"), ("gopo", "grpo", "rloo")),
-    Table("2a", "The same order, other magnitudes", ("exp", "sigmoid", "cubed"), ("grpo", "rloo")),
+    Table("2a", "The same order, other magnitudes", ("exp", "sigmoid", "cubed"), ("grpo", "rloo"), warps=True),
     Table("2b", "Ties", ("stars", "binary"), ("gopo", *OF_GOPO, "grpo", "rloo")),
     Table("3", "Calibrated ranks and Dr. GRPO", ("clean", "heavy_tailed"), ("calibrated", "dr_grpo")),
     Table("4", "Group size, equally many completions", ("clean",), ("gopo", "grpo"), (2, 4, 16)),
@@ -92,33 +94,44 @@ TABLES = (
 )
 
 
-def tuning(table: Table) -> list[Run]:
-    """All learning rates for every method and group size of a table, on the clean reward."""
+Done = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Assets → key of a run → its result."""
+
+
+def tuning(table: Table) -> list[list[Run]]:
+    """All learning rates for every method and group size of a table, on the clean reward; a list for each of these."""
     return [
-        Run("tuning", "clean", method, seed, lr, size, POLICIES[table.policy].steps, table.policy)
+        _tuning(method, size, table.policy)
         for size in table.group_sizes
         for method in table.methods
         if method not in OF_GOPO
-        for lr in POLICIES[table.policy].learning_rates
+    ]
+
+
+def _tuning(method: str, size: int, policy: str) -> list[Run]:
+    of = POLICIES[policy]
+    return [
+        Run("tuning", "clean", method, seed, lr, size, of.steps, policy)
+        for lr in of.learning_rates
         for seed in TUNING_SEEDS
     ]
 
 
-def chosen_lr(done: Mapping[str, Any], method: str, group_size: int, policy: str = "small") -> float | None:
+def chosen_lr(done: Done, method: str, group_size: int, policy: str = "small") -> float | None:
     """The learning rate with the best mean outcome of the tuning runs, of those that keep within MAX_KL and MAX_CUT_OFF
     (the lowest if none does); None until all are done.
     """
-    method = "gopo" if method in OF_GOPO else method
-    outcomes, steps = {}, POLICIES[policy].steps
+    runs = _tuning("gopo" if method in OF_GOPO else method, group_size, policy)
+    results = of_same_assets(runs, done)
+    if any(run.key not in results for run in runs):
+        return None
+    outcomes = {}
     for lr in POLICIES[policy].learning_rates:
-        runs = [Run("tuning", "clean", method, seed, lr, group_size, steps, policy) for seed in TUNING_SEEDS]
-        if any(run.key not in done for run in runs):
-            return None
-        curves = [done[run.key]["curves"] for run in runs]
-        kl = fmean(curve["train/kl"][-1] for curve in curves)
-        cut_off = fmean(fmean(curve["val/truncated_fraction"][-5:]) for curve in curves)
+        found = [results[run.key] for run in runs if run.lr == lr]
+        kl = fmean(result["curves"]["train/kl"][-1] for result in found)
+        cut_off = fmean(fmean(result["curves"]["val/truncated_fraction"][-5:]) for result in found)
         if kl <= MAX_KL and cut_off <= MAX_CUT_OFF:
-            outcomes[lr] = fmean(outcome(done[run.key]) for run in runs)
+            outcomes[lr] = fmean(map(outcome, found))
     return max(outcomes, key=lambda lr: outcomes[lr], default=POLICIES[policy].learning_rates[0])
 
 
@@ -127,14 +140,34 @@ def outcome(result: Mapping[str, Any]) -> float:
     return fmean(result["curves"]["val/judge/reward"][-5:])
 
 
-def runs_of(table: Table, done: Mapping[str, Any], *, quick: bool = False) -> Iterable[Run]:
-    """The runs of a table whose learning rates are chosen, seed by seed, so that pairs are whole."""
+def runs_of(table: Table, done: Done, *, quick: bool = False) -> list[list[Run]]:
+    """The runs of a table whose learning rates are chosen, a list for each seed."""
     of = POLICIES[table.policy]
-    steps = QUICK_STEPS if quick else of.steps
+    cells = [(reward, method) for reward in table.rewards for method in table.methods]
+    cells += [("clean", "gopo")] if table.warps else []
+    found = []
     for seed in of.seeds[:3] if quick else of.seeds:
+        runs = []
         for size in table.group_sizes:
-            for reward in table.rewards:
-                for method in table.methods:
-                    lr = of.learning_rates[1] if quick else chosen_lr(done, method, size, table.policy)
-                    if lr is not None:
-                        yield Run(table.name, reward, method, seed, lr, size, steps, table.policy)
+            for reward, method in cells:
+                lr = of.learning_rates[1] if quick else chosen_lr(done, method, size, table.policy)
+                if lr is not None:
+                    steps = QUICK_STEPS if quick else of.steps
+                    runs.append(Run(table.name, reward, method, seed, lr, size, steps, table.policy))
+        found.append(runs)
+    return found
+
+
+def of_same_assets(runs: Iterable[Run], done: Done) -> dict[str, Mapping[str, Any]]:
+    """The results of ``runs``, from those assets with which most of them were made: what is compared has one proxy."""
+    found = [{run.key: rows[run.key] for run in runs if run.key in rows} for rows in done.values()]
+    return max(found, key=len, default={})
+
+
+def missing(groups: Iterable[Iterable[Run]], done: Done, assets: str) -> list[Run]:
+    """What has yet to be made with ``assets``, so that every group is whole with these or with others."""
+    found = []
+    for runs in groups:
+        whole = {run.key for run in runs} <= of_same_assets(runs, done).keys()
+        found += [] if whole else [run for run in runs if run.key not in done.get(assets, {})]
+    return found

@@ -7,18 +7,20 @@ from typing import Any
 import matplotlib
 
 from gopo_lightning.evaluation.seed_curves import band, resampled_band
-from scripts.study.design import TABLES, Table, runs_of
+from scripts.study.design import TABLES, Done, Table, of_same_assets, runs_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
-def draw(done: Mapping[str, Any], path: Path, table: Table = TABLES[0]) -> None:
+def draw(done: Done, path: Path, table: Table = TABLES[0]) -> None:
     """A row for each reward, a colour for each method; bands are 95 % intervals over seeds."""
     cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for run in runs_of(table, done):
-        if run.key in done:
-            cells.setdefault((run.reward, run.method), []).append(done[run.key])
+    for runs in runs_of(table, done):
+        results_of = of_same_assets(runs, done)
+        for run in runs:
+            if run.key in results_of:
+                cells.setdefault((run.reward, run.method), []).append(results_of[run.key])
     figure, axes = pyplot.subplots(
         len(table.rewards), 3, figsize=(12, 3.4 * len(table.rewards)), squeeze=False, layout="constrained"
     )

@@ -105,8 +105,7 @@ def train(output: Path, seed: int = 0) -> None:
     for epoch in range(MAX_EPOCHS):
         model.train()
         for batch in batches(rows, order):
-            with torch.autocast("cpu", torch.bfloat16):
-                loss, count = batch_loss(model, batch, pad, unknown)
+            loss, count = batch_loss(model, batch, pad, unknown)
             (loss / count).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

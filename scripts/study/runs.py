@@ -61,16 +61,20 @@ def layers(run: Run) -> list[Path]:
 
 
 def made_of(run: Run) -> str:
-    """A digest of what decides the numbers beside the package: configs and rewards (comments aside), and assets."""
+    """A digest of what decides the numbers beside the package and the assets: configs and rewards, comments aside."""
     configs = [(file.name, yaml.safe_load(file.read_text())) for file in layers(run)]
-    return hashlib.sha256(repr((configs, _surroundings())).encode()).hexdigest()[:12]
+    return _digest(repr((configs, _code(Path("scripts/study/rewards.py")))).encode())
 
 
 @cache
-def _surroundings() -> str:
-    assets = Path("runs/study/assets")
-    files = [*sorted(assets.glob("*_prompts.jsonl")), *sorted(assets.glob("*/model.safetensors"))]
-    return repr([_code(Path("scripts/study/rewards.py")), *(hashlib.sha256(f.read_bytes()).hexdigest() for f in files)])
+def assets_here() -> str:
+    """Which assets these are: a digest of what was measured of them. Other machines round otherwise and make others."""
+    facts = Path("runs/study/assets/facts.json")
+    return _digest(facts.read_bytes()) if facts.exists() else "not made here"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def _code(path: Path) -> str:
@@ -133,7 +137,12 @@ def start(run: Run, results: Path) -> int:
             files = [argument for file in configs for argument in ("--config", str(file))]
             sys.argv = ["gopo_lightning", "fit", *files, f"--export_dir={folder(run) / 'policy'}"]
             lightning_cli.run()
-            facts = {"commit": commit, "made_of": digest, "seconds": round(time.time() - began, 1)}
+            facts = {
+                "commit": commit,
+                "made_of": digest,
+                "assets": assets_here(),
+                "seconds": round(time.time() - began, 1),
+            }
             _append(results, {"key": run.key, **run.record(), **facts, **measured(run)})
             if run.seed != 1:
                 shutil.rmtree(folder(run) / "policy")  # it would be gigabytes
@@ -166,20 +175,19 @@ def measured(run: Run) -> dict[str, Any]:
     }
 
 
-def read(results: Path) -> dict[str, dict[str, Any]]:
-    """Key → result, of the runs that were made of what is here now."""
-    if not results.exists():
-        return {}
-    kept, others = {}, 0
-    for row in read_jsonl(results):
+def read(results: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Assets → key → result, of the runs whose configs and rewards are those that are here now."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    others = 0
+    for row in read_jsonl(results) if results.exists() else ():
         run = Run(**{field.name: row[field.name] for field in fields(Run) if field.name in row})
         if row["made_of"] == made_of(run):
-            kept[row["key"]] = row
+            found.setdefault(row["assets"], {})[row["key"]] = row
         else:
             others += 1
     if others:
-        print(f"{others} runs in {results} were made of other configs, rewards or assets, and are left out")
-    return kept
+        print(f"{others} runs in {results} were made of other configs or rewards, and are left out")
+    return found
 
 
 def _append(results: Path, row: dict[str, Any]) -> None:

@@ -8,23 +8,23 @@ from typing import Any
 from gopo_lightning.evaluation.contrasts import holm, paired_p
 from gopo_lightning.evaluation.intervals import paired, student
 from gopo_lightning.evaluation.seed_curves import StepsRatio, interpolate, steps_ratio
-from scripts.study.design import TABLES, Run, Table, chosen_lr, outcome, runs_of, tuning
-
-Results = Mapping[str, Mapping[str, Any]]
+from scripts.study.design import TABLES, Done, Table, chosen_lr, missing, of_same_assets, outcome, runs_of, tuning
 
 
-def all_tables(done: Results, *, quick: bool = False) -> str:
+def all_tables(done: Done, *, quick: bool = False) -> str:
     """In markdown."""
     return "\n\n".join(table_of(table, done, quick=quick) for table in (TABLES[:1] if quick else TABLES))
 
 
-def table_of(table: Table, done: Results, *, quick: bool = False) -> str:
+def table_of(table: Table, done: Done, *, quick: bool = False) -> str:
     """Means of each cell, and GOPO's differences from the others on the same reward and seeds."""
-    runs = list(runs_of(table, done, quick=quick))
+    groups = runs_of(table, done, quick=quick)
     cell_of: dict[tuple[str, int, str], dict[int, Mapping[str, Any]]] = {}
-    for run in runs:
-        if run.key in done:
-            cell_of.setdefault((run.reward, run.group_size, run.method), {})[run.seed] = done[run.key]
+    for runs in groups:
+        results = of_same_assets(runs, done)
+        for run in runs:
+            if run.key in results:
+                cell_of.setdefault((run.reward, run.group_size, run.method), {})[run.seed] = results[run.key]
     lines = [
         f"**Table {table.name}. {table.title}**\n",
         "| reward | G | method | lr | seeds | judge, last 5 | proxy | at the start | won against step 0 | KL "
@@ -36,8 +36,18 @@ def table_of(table: Table, done: Results, *, quick: bool = False) -> str:
             for method in table.methods:
                 cell = cell_of.get((reward, size, method), {})
                 lines.append(_row(reward, size, method, cell, chosen_lr(done, method, size, table.policy)))
+    if table.warps:
+        lines.append(_row("clean", 8, "gopo", cell_of.get(("clean", 8, "gopo"), {}), chosen_lr(done, "gopo", 8)))
     contrasts = [
-        (reward, size, method, _difference(*_pairs(table, reward, size, method, cell_of, done)))
+        (
+            reward,
+            size,
+            method,
+            _difference(
+                cell_of.get(("clean" if table.warps else reward, size, "gopo"), {}),
+                cell_of.get((reward, size, method), {}),
+            ),
+        )
         for reward in table.rewards
         for size in table.group_sizes
         for method in table.methods
@@ -54,8 +64,8 @@ def table_of(table: Table, done: Results, *, quick: bool = False) -> str:
             f"| {reward} | {size} | {method} | {found['n']} | {found['outcome']} | {p:.3f} | {found['kl']} | "
             f"{_ratio(found['steps'])} | {found['ahead']} |"
         )
-    missing = sum(run.key not in done for run in runs)
-    return "\n".join(lines) + (f"\n\n{missing} of {len(runs)} runs are missing." if missing else "")
+    gaps = sum(len(runs) - len(of_same_assets(runs, done)) for runs in groups)
+    return "\n".join(lines) + (f"\n\n{gaps} of {sum(map(len, groups))} runs are missing." if gaps else "")
 
 
 def _row(reward: str, size: int, method: str, cell: Mapping[int, Mapping[str, Any]], lr: float | None) -> str:
@@ -75,19 +85,6 @@ def _row(reward: str, size: int, method: str, cell: Mapping[int, Mapping[str, An
         f"{mean('train/kl', -1):.2f} | {mean('val/truncated_fraction'):.0%} | {mean('val/length_mean'):.1f} | "
         f"{clipped:.0%} |"
     )
-
-
-def _pairs(
-    table: Table, reward: str, size: int, method: str, cell_of: Mapping[tuple[str, int, str], Any], done: Results
-) -> tuple[Any, Any]:
-    """GOPO's cell on the same reward and that of ``method``; GOPO under a warp is GOPO on the clean reward."""
-    gopo = cell_of.get((reward, size, "gopo"))
-    if gopo is None:
-        source = reward if reward not in ("exp", "sigmoid", "cubed") else "clean"
-        lr = chosen_lr(done, "gopo", size)
-        keys = {seed: Run("1", source, "gopo", seed, lr or 0, size).key for seed in table.seeds}
-        gopo = {seed: done[key] for seed, key in keys.items() if key in done}
-    return gopo, cell_of.get((reward, size, method), {})
 
 
 def _difference(gopo: Mapping[int, Any], other: Mapping[int, Any]) -> dict[str, Any] | None:
@@ -149,20 +146,22 @@ def _against_kl(result: Mapping[str, Any]) -> list[tuple[float, float]]:
     return points
 
 
-def forecast(done: Results, workers: int, *, quick: bool = False) -> str:
-    """How many runs are missing, and how long they take at the speed of those that are done."""
-    seconds = median([result["seconds"] for result in done.values()]) if done else 120.0
+def forecast(done: Done, assets: str, workers: int, *, quick: bool = False) -> str:
+    """How many runs are missing, and how long they take at the speed of those that are done with ``assets``."""
+    seconds = median([row["seconds"] for row in done.get(assets, {}).values()] or [120.0])
     lines, total = [], 0
     counted: set[str] = set()
     for table in TABLES[:1] if quick else TABLES:
-        choosing = [] if quick else [run for run in tuning(table) if run.key not in counted]
-        counted |= {run.key for run in choosing}
-        wanted = len(table.rewards) * len(table.methods) * len(table.group_sizes) * (3 if quick else len(table.seeds))
-        finished = sum(run.key in done for run in runs_of(table, done, quick=quick))
-        chosen = sum(run.key in done for run in choosing)
-        total += wanted - finished + len(choosing) - chosen
+        groups = [] if quick else [runs for runs in tuning(table) if runs[0].key not in counted]
+        counted |= {runs[0].key for runs in groups}
+        cells = len(table.rewards) * len(table.methods) * len(table.group_sizes) + table.warps
+        wanted = cells * (3 if quick else len(table.seeds))
+        finished = sum(len(of_same_assets(runs, done)) for runs in runs_of(table, done, quick=quick))
+        choosing = sum(map(len, groups))
+        gaps = len(missing(groups, done, assets))
+        total += wanted - finished + gaps
         lines.append(
-            f"table {table.name}: {finished} of {wanted} runs, {chosen} of {len(choosing)} that choose learning rates"
+            f"table {table.name}: {finished} of {wanted} runs, {choosing - gaps} of {choosing} to choose learning rates"
         )
     minutes = total * seconds / workers / 60
     return "\n".join([*lines, f"{total} runs are missing: about {minutes:.0f} minutes at {seconds:.0f} s a run"])

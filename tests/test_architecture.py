@@ -21,6 +21,7 @@ PARTS = [
     "data",
     "distributed",
     "policy",
+    "human",
     "rewards",
     "rollout",
     "training",

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gopo_lightning.evaluation.sample_tables import Sample, parse, plain, visible
+from gopo_lightning.data.visible import visible
+from gopo_lightning.evaluation.sample_tables import Sample, parse, plain
 from gopo_lightning.training.callbacks.samples import escape
 
 TABLE = """**Prompt, row 7:** say &#60;b&#62;

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,25 +46,15 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"--num_prompts={options.num_prompts}: an interval needs at least 2. Use 64.")
     if not any(argument.startswith("--config") for argument in config):
         raise ValueError("inspect needs the configuration of the run: --config FILE, as for fit")
-    from lightning.pytorch.cli import SaveConfigCallback
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     from gopo_lightning.commands.judges import judge_of_file
-    from gopo_lightning.commands.lightning_cli import run
-    from gopo_lightning.data.prompts import PromptDataModule
+    from gopo_lightning.commands.untrained import untrained
     from gopo_lightning.data.sources import PromptSource
     from gopo_lightning.evaluation import inspection
     from gopo_lightning.evaluation.verdict import verdict
-    from gopo_lightning.training.gopo_module import GOPOModule
 
-    quiet = ["--trainer.logger=false", "--trainer.callbacks=null", "--trainer.enable_checkpointing=false"]
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
-    cli = run([*config, *quiet], instantiate_only=True)
-    module, data, trainer = cli.model, cli.datamodule, cli.trainer
-    if not isinstance(module, GOPOModule) or not isinstance(data, PromptDataModule):
-        raise ValueError(f"inspect looks at policy training, and this is {type(module).__name__}. Name its config.")
-    kept = [callback for callback in trainer.callbacks if not isinstance(callback, SaveConfigCallback)]  # type: ignore[attr-defined]
-    trainer.callbacks = kept  # type: ignore[attr-defined]
+    trainer, module, data = untrained("inspect", config)
     judge = None if options.judge is None else judge_of_file(options.judge, options.judge_name)
     sampled = inspection.sample(trainer, module, data, options.num_prompts)
     found = inspection.describe(sampled, module)

@@ -17,6 +17,9 @@ does ranking help on my task? (each has its own --help)
   report     finished runs as one page: curves over seeds, paired differences, samples
   compare    train two configs with the same seeds, and report
 
+rewards by hand
+  rank       order completions on a page of this machine; the verdicts train a reward model or a policy
+
 """
 
 OWN = {
@@ -24,6 +27,7 @@ OWN = {
     "duel": "gopo_lightning.commands.duel",
     "report": "gopo_lightning.commands.report",
     "compare": "gopo_lightning.commands.compare",
+    "rank": "gopo_lightning.commands.rank",
 }
 """Command → the module whose ``main(arguments)`` it is; the others are Lightning's."""
 

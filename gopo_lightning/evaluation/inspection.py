@@ -66,12 +66,25 @@ class FirstRollouts(Validation):
 
     def __init__(self, module: GOPOModule) -> None:
         super().__init__(module.collector, module.rollout_config.num_completions, module.reference)
-        self.step = 0
+        self.step, self.num_sources = 0, len(module.reward_names)
 
     def rollout(self, actor: Actor, prompts: PromptBatch, *, compare: bool = True) -> Rollout:
         """Of the next step; an untrained policy samples it as training would, were nothing learned before."""
         self.step += 1
         return self.collector.collect(actor, prompts, self.num_completions, step=self.step - 1, compare=compare)
+
+
+class UnscoredRollouts(FirstRollouts):
+    """The same without rewards."""
+
+    def rollout(self, actor: Actor, prompts: PromptBatch, *, compare: bool = True) -> Rollout:
+        """Every reward is NaN, and no source is asked."""
+        self.step += 1
+        completions = self.collector.sample(actor, prompts, self.num_completions, self.step - 1)
+        rewards_PG = torch.full((len(prompts), self.num_completions), torch.nan, dtype=torch.float64)
+        max_new_tokens = self.collector.sampling.max_new_tokens
+        rewards_PGK = rewards_PG[..., None].repeat(1, 1, self.num_sources)
+        return Rollout(prompts, completions, rewards_PGK, rewards_PG, max_new_tokens)
 
 
 class Keep(Callback):
@@ -90,12 +103,19 @@ class Keep(Callback):
         self.rollouts.append(batch["rollout"].to("cpu"))
 
 
-def sample(trainer: Trainer, module: GOPOModule, data: PromptDataModule, num_prompts: int) -> Sample:
-    """At least ``num_prompts`` groups (whole steps, one epoch at most) by the untrained policy. A collective."""
+def sample(
+    trainer: Trainer, module: GOPOModule, data: PromptDataModule, num_prompts: int, *, scored: bool = True
+) -> Sample:
+    """At least ``num_prompts`` groups (whole steps, one epoch at most) by the untrained policy. A collective.
+
+    Unless ``scored``, the reward sources are neither set up nor asked, and all rewards are NaN.
+    """
     keep = Keep()
     trainer.callbacks.append(keep)  # type: ignore[attr-defined]
     trainer.limit_predict_batches = -(-num_prompts // data.prompts_per_step)
-    module.validation = FirstRollouts(module)
+    module.validation = FirstRollouts(module) if scored else UnscoredRollouts(module)
+    if not scored:
+        module.collector.sources = ()
     trainer.predict(module, datamodule=FirstSteps(data), return_predictions=False)
     parts = [part for rank in gather_objects([_part(rollout) for rollout in keep.rollouts]) for part in rank]
     prompts, groups, lengths, truncated, by_source, rewards = zip(*parts, strict=True)

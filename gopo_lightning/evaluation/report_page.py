@@ -16,11 +16,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import gopo_lightning
+from gopo_lightning.data.visible import visible
 from gopo_lightning.evaluation.contrasts import Contrast, curves_of, number
 from gopo_lightning.evaluation.figures import colour, png, svg
 from gopo_lightning.evaluation.intervals import Interval
 from gopo_lightning.evaluation.report import Report
-from gopo_lightning.evaluation.sample_tables import visible
 from gopo_lightning.evaluation.seed_curves import band, sampled_tokens
 
 PAGE, NUMBERS, FIGURES = "index.html", "report.json", "figures"

@@ -8,7 +8,6 @@ _PROMPT = re.compile(r"\*\*Prompt, row (-?\d+):\*\* (.*)", re.DOTALL)
 _CHARACTER = re.compile(r"&#(\d+);")
 _EMPTY = "*(empty)*"
 _REST = re.compile(r" \*\((\d+) more characters\)\*\Z")
-_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,6 @@ def plain(cell: str) -> str:
     lines = text.split("<br>")
     shown = "\n".join(_CHARACTER.sub(lambda match: chr(int(match[1])), line) for line in lines)
     return f"{shown} … ({rest[1]} more characters)" if rest else shown
-
-
-def visible(text: str) -> str:
-    r"""Characters that are not seen, or turn the text around them, by their names.
-
-    >>> visible("a\u202eb")
-    'a[U+202E]b'
-    """
-    return _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
 def parse(table: str) -> SampledGroup | None:

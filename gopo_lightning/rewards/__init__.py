@@ -5,6 +5,7 @@ from gopo_lightning.rewards.base import HoldsModels, RewardSource, SourceConfigE
 from gopo_lightning.rewards.classifier import SequenceClassifierReward
 from gopo_lightning.rewards.comparators import FunctionComparator, RankingOracle, RewardModelComparator
 from gopo_lightning.rewards.function import FunctionReward
+from gopo_lightning.rewards.human import HumanRanking
 from gopo_lightning.rewards.llm_judge import LLMJudge
 from gopo_lightning.rewards.local_judge import LocalJudge
 from gopo_lightning.rewards.pairwise import PairComparator, PairwiseSource
@@ -23,6 +24,7 @@ __all__ = [
     "FunctionReward",
     "GroupScores",
     "HoldsModels",
+    "HumanRanking",
     "LLMJudge",
     "LocalJudge",
     "PairComparator",

@@ -34,6 +34,8 @@ class PairwiseSource(ABC):
     """Whether an answer may depend on how a completion ended, not only on its text."""
     tolerance: float | None = 1e-3
     """Where both orders are answered, |W_ij + W_ji − 1| must not exceed this. None: answers may depend on the order."""
+    waits_for_people: bool = False
+    """Whether it takes as long as somebody needs: `rewards.timeout_seconds` does not hold."""
 
     def setup(self, device: torch.device) -> None:  # noqa: B027 - most sources need none
         """Load what is needed and place it on ``device``. Called once, before the first completion."""

@@ -157,7 +157,8 @@ def _as_copies(
 def _asking(source: Source, timeout_seconds: float | None) -> Iterator[None]:
     """All calls of ``source`` for a batch: they do not hang, and an error on one rank is one on all. A collective."""
     what = f"reward source '{source.name}'"
-    with all_or_none(what), time_limit(timeout_seconds, what):
+    waits = isinstance(source, PairwiseSource) and source.waits_for_people
+    with all_or_none(what), time_limit(None if waits else timeout_seconds, what):
         yield
 
 

@@ -59,7 +59,7 @@ class RewardConfig:
     """What changes the rewards before the advantages, or the weights after them, in this order; in training only."""
     timeout_seconds: float | None = 1200.0
     """Longest time of one source for one batch; beyond it the run ends with an error on all ranks. Null waits for
-    ever."""
+    ever, and so does a source that asks people (`HumanRanking`), which has a limit of its own."""
     max_invalid_steps: int | None = None
     """So many steps in a row without any valid score of a source end the run; null warns."""
 

@@ -119,6 +119,28 @@ def test_recorded_groups_train_a_policy(tiny_policy: Path, tmp_path: Path) -> No
     assert float(trainer.callback_metrics["train/grad_norm"]) > 0
 
 
+def test_the_config_of_the_docs_trains(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
+    """On top of the quickstart's, and in validation, where nobody is asked, the second source decides."""
+    write(tmp_path / "verdicts", "ann")
+    write(tmp_path / "verdicts", "bob")
+    (code,) = re.findall(r"```yaml\n# by_hand.yaml.*?\n(.*?)```", Path("docs/rank.md").read_text("utf-8"), re.DOTALL)
+    overlay = tmp_path / "by_hand.yaml"
+    overlay.write_text(code.replace("runs/rank/verdicts", str(tmp_path / "verdicts")))
+    flags = {
+        "trainer.precision": "32-true",
+        "trainer.max_steps": 1,
+        "trainer.val_check_interval": 1,
+        "trainer.logger.init_args.save_dir": tmp_path,
+        "model.init_args.policy.name": tiny_policy,
+        "data.init_args.validation": json.dumps({"path": str(prompts_file), "split": None, "limit": 4}),
+    }
+    given = [f"--{name}={value}" for name, value in flags.items()]
+    module = run(["fit", "--config=configs/quickstart/gopo.yaml", f"--config={overlay}", *given]).model
+    metrics = module.trainer.callback_metrics
+    assert metrics["reward/human/compared_fraction"] == 1 and metrics["train/grad_norm"] > 0
+    assert math.isnan(metrics["val/human/win_rate"]) and 0 <= metrics["val/win_rate"] <= 1
+
+
 def test_the_same_file_trains_a_reward_model(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """As ranked lists, with no conversion; by both raters, one of whom found some groups wholly bad."""
     write(tmp_path / "verdicts", "ann")

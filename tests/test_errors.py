@@ -188,7 +188,7 @@ CASES = [
     ),
     Case(
         "a class of another kind",
-        r"PromptDataModule is no RewardSource or PairwiseSource\. \(config.yaml, line 15",
+        r"PromptDataModule is no RewardSource or PairwiseSource \(config.yaml, line 15",
         edit=("rewards.FunctionReward", "PromptDataModule"),
     ),
     Case(
@@ -203,6 +203,7 @@ CASES = [
     Case("no such loss", r"ClippedSurogate.*ClippedSurrogate", (MODEL + "objective.loss=ClippedSurogate",)),
     Case("no such engine", r"VLLMEngin\b.*VLLMEngine", (MODEL + "rollout.engine=VLLMEngin",)),
     Case("no such advantage", r"ordinl.*ordinal", edit=("advantage: ordinal", "advantage: ordinl")),
+    Case("a class of the user's that is not there", "No module named 'yours'", (MODEL + "objective.loss=yours.Loss",)),
     # files
     Case("no such model folder", r"nomodel", edit=("{name: policy}", "{name: ./nomodel}")),
     Case("no such model", r"nomodel", edit=("{name: policy}", "{name: nomodel}")),
@@ -213,12 +214,12 @@ CASES = [
     Case("no such checkpoint", r"absent\.ckpt", ("--ckpt_path", "absent.ckpt")),
     Case("no checkpoint", r"torn\.jsonl", ("--ckpt_path", "torn.jsonl")),
     # values
-    Case("negative learning rate", r"lr.*-1", edit=("lr: 1.0e-3", "lr: -1.0")),
+    Case("negative learning rate", r"learning rate: -1", edit=("lr: 1.0e-3", "lr: -1.0")),
     Case("unknown option of the optimiser", r"lrr", edit=("{lr: 1.0e-3}", "{lrr: 1.0e-3}")),
-    Case("prompts do not divide", r"num_minibatches=3", (MODEL + "update.num_minibatches=3",)),
+    Case("prompts do not divide", r"num_minibatches=3", (MODEL + "update.num_minibatches=3", TRAINER + "max_steps=3")),
     Case("more prompts than rows", "prompts_per_step", (DATA + "prompts_per_step=100",)),
     Case("one completion", "at least 2", (MODEL + "rollout.num_completions=1",)),
-    Case("too many devices", "devices", (TRAINER + "accelerator=gpu", TRAINER + "devices=8")),
+    Case("too many devices", "gpu", (TRAINER + "accelerator=gpu", TRAINER + "devices=8")),
     # functions
     Case("no such function", r"mine.*vowel", edit=("mine.vowels", "mine.vowel")),
     Case("no such module of functions", r"yours", edit=("mine.vowels", "yours.vowels")),

@@ -69,23 +69,26 @@ def explain(message: str, arguments: Sequence[str], written: Sequence[Field], ro
     if (match := _CLASS.search(leaf)) and (name := next(filter(None, match.groups()), "")):
         named = [f for f in written if f.value == name and f.path == path]
         wanted = " or ".join(dict.fromkeys(_SUBCLASS.findall(message)))
-        return f"{shown}: {no_class(name, wanted)}{_at(named[-1]) if named else place}"
+        said = no_class(name, wanted, leaf.partition(":\n")[2].strip())
+        return f"{shown}: {said}{_at(named[-1]) if named else place}"
     return f"{shown}: {_plain(leaf)}{place}".removeprefix(": ")
 
 
-def no_class(name: str, wanted: str = "") -> str:
+def no_class(name: str, wanted: str = "", reason: str = "") -> str:
     """What is wrong with the class path ``name`` where a ``wanted`` stands, and which was meant."""
+    if reason and name.partition(".")[0] not in {package.partition(".")[0] for package in PACKAGES}:
+        return f"{name} cannot be imported: {reason}"
     known = _known_classes()
     last = name.rpartition(".")[2]
     if name in known or (exact := [path for path in known if path.rpartition(".")[2] == last]) == [name]:
-        return f"{name} is no {wanted or 'class of the kind that is wanted here'}."
+        return f"{name} is no {wanted or 'class of the kind that is wanted here'}"
     if exact:
         return f"there is no {name}; did you mean {exact[0]}?"
     near = get_close_matches(last, [path.rpartition(".")[2] for path in known], 3)
     paths = [next(path for path in known if path.rpartition(".")[2] == name) for name in dict.fromkeys(near)]
     if paths:
         return f"there is no {name}; did you mean {' or '.join(paths)}?"
-    return f"{name} cannot be imported. Give the dotted path of a class, such as gopo_lightning.rewards.FunctionReward."
+    return f"{name} cannot be imported. Give the dotted path of a class, such as gopo_lightning.rewards.FunctionReward"
 
 
 def _known_classes() -> list[str]:
@@ -147,7 +150,7 @@ def _unknown(path: Sequence[str], flag: str | None, written: Sequence[Field], ro
         near = [path for path in _all(root, written) if path.rpartition(".")[2] == keys[-1]][:1]
     if near:
         return f"{said}; did you mean {near[0]!r}?{place}"
-    return f"{said}; it has {', '.join(known) or 'none'}.{place}" if done else f"{said}.{place}"
+    return f"{said}; it has {', '.join(known) or 'none'}{place}" if done else f"{said}{place}"
 
 
 def _all(root: Fields, written: Sequence[Field]) -> Iterator[str]:
@@ -170,8 +173,11 @@ def _fields(kind: Any) -> Fields:
     """Arguments of a class, or fields of a dataclass, with the class that each takes."""
     if kind is None:
         return {}
-    hints = get_type_hints(kind if is_dataclass(kind) else kind.__init__)
-    names = [name for name in signature(kind).parameters if name not in ("self", "args", "kwargs")]
+    try:
+        hints = get_type_hints(kind if is_dataclass(kind) else kind.__init__)
+        names = [name for name in signature(kind).parameters if name not in ("self", "args", "kwargs")]
+    except (TypeError, ValueError, NameError):  # of C code, or with a type that cannot be looked up
+        return {}
     return {name: _class_in(hints.get(name)) for name in names}
 
 

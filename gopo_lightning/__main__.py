@@ -3,14 +3,25 @@
 import sys
 from importlib import import_module
 
-from gopo_lightning.commands.usage import COMMANDS, FIELDS, OWN
+from gopo_lightning import __version__
+from gopo_lightning.commands.errors import reported
+from gopo_lightning.commands.usage import COMMANDS, FIELDS, OWN, check_command
 
 
 def main() -> None:
     """Entry point of ``python -m gopo_lightning`` and of the ``gopo-lightning`` script."""
+    with reported(sys.argv):
+        _run()
+
+
+def _run() -> None:
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
         print(COMMANDS + FIELDS, end="")
         return
+    if sys.argv[1] == "--version":
+        print(f"gopo-lightning {__version__}")
+        return
+    check_command(sys.argv[1])
     if sys.argv[1] in OWN:
         import_module(OWN[sys.argv[1]]).main(sys.argv[2:])
         return

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -54,14 +55,25 @@ def test_the_words_are_those_of_the_last_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("printed", "words"),
     [
-        ("step 1\n\nTraceback:\n  x\nValueError: old names:\n  a is now b\n", "ValueError: old names:\n  a is now b"),
-        ("KeyError: 1\n\nThe above …\n[rank1]: a.b.PeerError: x\n", "[rank1]: a.b.PeerError: x"),
-        ("usage: …\nerror: no such\n\n", "error: no such"),
+        ("step 1\n\nerror: old names:\n  a is now b\n", "error: old names:\n  a is now b"),
+        ("error: one\nrank 1: error: other\n", "rank 1: error: other"),
+        ("Traceback …\nKeyError: 1\n\nreport it\n\n", "report it"),
         ("", ""),
     ],
 )
 def test_the_last_words_are_the_last_error(printed: str, words: str) -> None:
-    assert commands.Ended((), 1, printed, 0.0).last_words == words
+    ended = commands.Ended((), 2, printed, 0.0)
+    assert ended.last_words == words and ended.is_refused == ("error" in words)
+
+
+def test_what_is_no_refusal() -> None:
+    good = commands.Ended((), 2, "error: a", 0.0)
+    bad = [
+        replace(good, code=1),
+        replace(good, text="error: a" + "\n b" * 10),
+        replace(good, text="Traceback\nerror: a"),
+    ]
+    assert good.is_refused and not any(ended.is_refused for ended in bad)
 
 
 def test_a_command_without_end_is_killed(tmp_path: Path) -> None:

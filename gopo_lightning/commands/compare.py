@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import gopo_lightning
+from gopo_lightning.commands.errors import RaisesUsageErrors
 
 if TYPE_CHECKING:
     from gopo_lightning.evaluation.event_files import Run
@@ -68,7 +69,8 @@ def resolved(config: str, flags: tuple[str, ...]) -> Mapping[str, Any]:
     command = [sys.executable, "-m", "gopo_lightning", *fit_arguments(config), *flags, "--print_config"]
     printed = subprocess.run(command, capture_output=True, text=True, check=False)
     if printed.returncode:
-        raise ValueError(f"{config} is no config that fit can run:\n{printed.stderr.strip()}")
+        said = printed.stderr.strip().removeprefix("error: ")
+        raise ValueError(f"{config} is no config that fit can run: {said}")
     whole: dict[str, Any] = yaml.safe_load(printed.stdout)
     whole.pop("seed_everything", None)  # both are set for each run
     whole.get("trainer", {}).pop("logger", None)
@@ -101,7 +103,12 @@ def train(config: str, seed: int, flags: Sequence[str]) -> Path:
     logger = [f"--trainer.logger.init_args.{key}" for key in ("save_dir", "name", "version")]
     names = [f"{key}={value}" for key, value in zip(logger, (ROOT.parent, ROOT.name, run.name), strict=True)]
     command = [*fit_arguments(config), f"--seed_everything={seed}", *names, "--ckpt_path=last", *flags]
-    subprocess.run([sys.executable, "-m", "gopo_lightning", *command], check=True)
+    try:
+        subprocess.run([sys.executable, "-m", "gopo_lightning", *command], check=True)
+    except subprocess.CalledProcessError as error:  # it has said why
+        raise ValueError(
+            f"{run} failed with exit code {error.returncode}. Mend what it says; the same command goes on from there."
+        ) from error
     run.mkdir(parents=True, exist_ok=True)
     (run / FINISHED).write_text(json.dumps(made_of(config, seed, flags), indent=1, default=str), encoding="utf-8")
     return run
@@ -142,12 +149,7 @@ def main(arguments: Sequence[str]) -> None:
         own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
     options = _parser().parse_args(own)
     command = f"python -m gopo_lightning compare {shlex.join(arguments)}"
-    try:
-        _compare(options, flags, command)
-    except ValueError as error:
-        sys.exit(f"compare: {error}")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"compare: a run failed (exit status {error.returncode}); the same command goes on from there")
+    _compare(options, flags, command)
 
 
 def _compare(options: argparse.Namespace, flags: Sequence[str], command: str) -> None:
@@ -172,8 +174,12 @@ def _compare(options: argparse.Namespace, flags: Sequence[str], command: str) ->
     print(make([*folders[0], *folders[1]], output, tags, None, command))
 
 
+class _Parser(RaisesUsageErrors, argparse.ArgumentParser):
+    pass
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m gopo_lightning compare",
         usage="%(prog)s [-h] [--seeds SEED ...] [--tags TAG ...] [--output DIR] CONFIG CONFIG [-- FLAGS OF FIT]",
         description=DESCRIPTION,

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gopo_lightning.commands.errors import RaisesUsageErrors
+
 DESCRIPTION = """\
 Before training: samples what the first steps would sample, scores it, and says whether ranks can matter here.
 What follows these options goes to the configuration, as in fit: --config FILE (several are layers), --FIELD=VALUE.
@@ -17,9 +19,13 @@ example:
 """
 
 
+class _Parser(RaisesUsageErrors, argparse.ArgumentParser):
+    pass
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the options that are not the configuration's."""
-    options = argparse.ArgumentParser(
+    options = _Parser(
         prog="python -m gopo_lightning inspect",
         description=DESCRIPTION,
         epilog=EXAMPLE,

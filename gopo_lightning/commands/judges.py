@@ -9,27 +9,19 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
+from gopo_lightning.commands.duel import RECORDED
+from gopo_lightning.commands.errors import RaisesUsageErrors, UsageError
+from gopo_lightning.commands.explained import explain
 from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.evaluation.duels.policies import read_yaml
 from gopo_lightning.rewards import PairwiseSource, RewardSource, Source
 
-RECORDED = "rewards:"
-"""Before the name of a source whose rewards the predictions hold."""
+JUDGES = (RewardSource, PairwiseSource)
+"""Whatever ranks may judge."""
 
 
-def add_judge(parser: ArgumentParser) -> None:
-    """``--judge``, a class of reward sources with its arguments, and ``--judge_name``."""
-    parser.add_subclass_arguments(
-        (RewardSource, PairwiseSource),
-        "judge",
-        required=False,
-        help="who compares: a YAML file (class_path and init_args of a reward source, or a whole training config); a "
-        "class of reward sources, whose arguments follow as --judge.NAME=VALUE (--judge.help CLASS shows them); or "
-        f"{RECORDED}NAME, the rewards of that name that the predictions hold",
-    )
-    parser.add_argument(
-        "--judge_name", type=str | None, default=None, help="which source of the config, where it has several"
-    )
+class _Parser(RaisesUsageErrors, ArgumentParser):
+    pass
 
 
 def prepared(arguments: Sequence[str]) -> tuple[list[str], str | None, list[Any] | None]:
@@ -116,9 +108,12 @@ def _named(
 
 def _instance(source: Mapping[str, Any]) -> tuple[Source, Mapping[str, Any]]:
     """A source from its class_path and init_args, and these with the defaults filled in."""
-    parser = ArgumentParser()
-    parser.add_subclass_arguments((RewardSource, PairwiseSource), "judge")
-    parsed = parser.parse_object({"judge": source})
+    parser = _Parser()
+    parser.add_subclass_arguments(JUDGES, "judge")
+    try:
+        parsed = parser.parse_object({"judge": source})
+    except UsageError as error:
+        raise UsageError(explain(str(error), (), (), {})) from error
     config = yaml.safe_load(parser.dump(parsed, skip_none=False))["judge"]
     refuse_secrets({"judge": config})
     return parser.instantiate_classes(parsed).judge, config

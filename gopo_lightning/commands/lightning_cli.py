@@ -7,23 +7,29 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
-from jsonargparse import set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gopo_lightning._compat import CommandLine
+from gopo_lightning.commands.errors import UsageError
+from gopo_lightning.commands.explained import class_named, explain, no_class
 from gopo_lightning.commands.fsdp import as_fsdp2
+from gopo_lightning.commands.layers import check_yaml, fields, options
 from gopo_lightning.commands.renamed import refuse_old_names
 from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.commands.usage import FIELDS
+from gopo_lightning.data import preferences  # noqa: F401
+from gopo_lightning.data.prompts import PromptDataModule
 from gopo_lightning.distributed.checkpoints import last_checkpoint_of, load_checkpoint, searched_folder, step_of
 from gopo_lightning.distributed.run_folder import run_folder
-from gopo_lightning.training import gopo_module as module  # noqa: F401  (registers the short class names)
+from gopo_lightning.training import reward_model  # noqa: F401  (registers the short class names)
 from gopo_lightning.training.callbacks import ExportHF
 from gopo_lightning.training.gopo_module import GOPOModule
 from gopo_lightning.training.trainer_defaults import trainer_defaults
@@ -32,17 +38,44 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class _Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raised, not printed: a class within the config has a parser of this kind too."""
+        raise UsageError(message) from ex
+
     def parse_args(  # type: ignore[override]  # of two overloads
         self, args: Sequence[str] | None = None, *more: Any, **options: Any
     ) -> Any:
         """Null is null at any depth: jsonargparse hands it from a class to its fields as the text None."""
         given = sys.argv[1:] if args is None else args
-        refuse_old_names(given)
         return super().parse_args([re.sub(r"\A(--[\w.]+)=None\Z", r"\1=null", arg) for arg in given], *more, **options)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Ends with the commands that show every field, which subclass mode would leave unsaid."""
         return f"{super().format_help(*args, **kwargs)}\n{FIELDS}"
+
+
+def _help_of_a_nested_class(arguments: Sequence[str]) -> None:
+    """Print the fields of the class that ``--model.init_args.….help CLASS`` names, and exit.
+
+    jsonargparse does so where a class is chosen already.
+    """
+    for option, value in options(arguments):
+        if re.fullmatch(r"--(model|data)\.init_args\.[\w.]+\.help", option):
+            if (found := class_named(value)) is None:
+                raise ValueError(f"{option}: {no_class(value)}")
+            parser = ArgumentParser(prog=value, usage="class_path and init_args", add_help=False)
+            parser.add_class_arguments(found, "init_args")
+            parser.print_help()
+            sys.exit(0)
+
+
+def _root(arguments: Sequence[str]) -> dict[str, Any]:
+    """Fields at the top of a config of this command, with the classes whose fields are below them."""
+    method = getattr(Trainer, arguments[0], Trainer.fit) if arguments else Trainer.fit
+    own = dict.fromkeys(("config", "seed_everything", "export_dir", "export_every_n_steps"))
+    return {"trainer": Trainer, "model": GOPOModule, "data": PromptDataModule, **own} | dict.fromkeys(
+        name for name in signature(method).parameters if name in ("ckpt_path", "weights_only", "return_predictions")
+    )
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -60,6 +93,26 @@ class _SaveConfig(SaveConfigCallback):
 
 class GOPOCommandLine(CommandLine):
     """The command line of ``python -m gopo_lightning``."""
+
+    def __init__(self, *classes: Any, args: Sequence[str] | None = None, **options: Any) -> None:
+        self._given = list(sys.argv[1:] if args is None else args)
+        super().__init__(*classes, args=args, **options)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # of the class itself
+        """The one that is called: each has a parser with all fields, which takes its time."""
+        found = super().subcommands()
+        return {name: skipped for name, skipped in found.items() if name in self._given[:1]} or found
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """What cannot be parsed is one sentence."""
+        _help_of_a_nested_class(self._given)
+        check_yaml(self._given)
+        refuse_old_names(self._given)
+        try:
+            super().parse_arguments(parser, args)
+        except UsageError as error:
+            said = explain(str(error), self._given, fields(self._given), _root(self._given))
+            raise UsageError(said) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from gopo_lightning.commands.layers import files, options
+
 ARGUMENTS = {
     "sampling": "rollout.sampling",
     "num_completions": "rollout.num_completions",
@@ -45,7 +47,7 @@ def refuse_old_names(arguments: Sequence[str]) -> None:
     """
     configs = list(_configs(arguments))
     named = [model.get("class_path") for _, model in configs]
-    named += [value for option, value in _options(arguments) if option in ("--model", "--model.class_path")]
+    named += [value for option, value in options(arguments) if option in ("--model", "--model.class_path")]
     if not any(str(name).endswith("GOPOModule") for name in named):
         return
     found = [line for argument in arguments for line in _in_flag(argument)]
@@ -75,22 +77,8 @@ def _in_config(path: Path, model: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _configs(arguments: Sequence[str]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Files given as configs, with what they say of the model; what cannot be read is the parser's to refuse."""
-    for option, value in _options(arguments):
-        if option not in ("--config", "-c"):
-            continue
-        path = Path(value)
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            continue
-        model = content.get("model") if isinstance(content, Mapping) else None
+    """Files given as configs, with what they say of the model."""
+    for path in files(arguments):
+        model = yaml.safe_load(path.read_text(encoding="utf-8")).get("model")
         if isinstance(model, Mapping):
             yield path, model
-
-
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every argument with its value, which stands behind an equals sign or is the next argument."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, equals, value = argument.partition("=")
-        yield option, value if equals else following

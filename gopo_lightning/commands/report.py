@@ -2,9 +2,10 @@
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from gopo_lightning.commands.errors import RaisesUsageErrors
 
 DESCRIPTION = """\
 Finished runs as one page that needs no network: who is ahead and by how much, curves with a band over seeds (by step,
@@ -25,10 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     """Read, compare, write; say where the page is, and what it says first."""
     options = _parser().parse_args(arguments)
     command = f"python -m gopo_lightning report {shlex.join(arguments)}"
-    try:
-        print(make(options.runs, options.output, options.tags, options.baseline, command))
-    except ValueError as error:
-        sys.exit(f"report: {error}")
+    print(make(options.runs, options.output, options.tags, options.baseline, command))
 
 
 def make(runs: Sequence[Path], output: Path, tags: Sequence[str], baseline: str | None, command: str) -> str:
@@ -49,8 +47,12 @@ def make(runs: Sequence[Path], output: Path, tags: Sequence[str], baseline: str 
     return "\n".join([*groups, *report.answers, *(f"note: {note}" for note in report.notes), str(page)])
 
 
+class _Parser(RaisesUsageErrors, argparse.ArgumentParser):
+    pass
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m gopo_lightning report",
         description=DESCRIPTION,
         epilog=EXAMPLES,

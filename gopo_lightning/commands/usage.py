@@ -1,5 +1,7 @@
 """What ``--help`` says; text alone, so that it needs no import of torch."""
 
+from difflib import get_close_matches
+
 COMMANDS = """\
 usage: python -m gopo_lightning COMMAND --config CONFIG.yaml [--config OVERLAY.yaml] [--FIELD=VALUE]
 
@@ -20,6 +22,8 @@ does ranking help on my task? (each has its own --help)
 rewards by hand
   rank       order completions on a page of this machine; the verdicts train a reward model or a policy
 
+An error of yours is one sentence and exit code 2; --debug, or GOPO_DEBUG=1, shows its traceback. --version.
+
 """
 
 OWN = {
@@ -29,7 +33,9 @@ OWN = {
     "compare": "gopo_lightning.commands.compare",
     "rank": "gopo_lightning.commands.rank",
 }
-"""Command → the module whose ``main(arguments)`` it is; the others are Lightning's."""
+"""Command → the module whose ``main(arguments)`` it is."""
+OF_LIGHTNING = ("fit", "validate", "test", "predict")
+"""Methods of its Trainer."""
 
 FIELDS = """\
 every field is documented:
@@ -42,3 +48,12 @@ every field is documented:
   python -m gopo_lightning fit --model.init_args.rollout.engine.help gopo_lightning.rollout.TransformersEngine
   python -m gopo_lightning fit --config CONFIG.yaml --print_config  the whole configuration, defaults filled in
 """
+
+
+def check_command(name: str) -> None:
+    """ValueError unless there is a command of that ``name``."""
+    commands = [*OF_LIGHTNING, *OWN]
+    if name not in commands:
+        near = get_close_matches(name, commands, 1)
+        advice = f"did you mean {near[0]!r}?" if near else f"The first word is one of {', '.join(commands)}."
+        raise ValueError(f"{name!r} is no command. {advice}")

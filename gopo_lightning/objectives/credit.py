@@ -79,5 +79,8 @@ def get_credit(name: str, /, **options: Any) -> Credit:
     try:
         inspect.signature(function).bind(None, **options)
     except TypeError as error:
-        raise ValueError(f"credit '{name}' with init_args {options}: {error}. Correct them.") from error
+        raise ValueError(
+            f"credit '{name}' with init_args {options}: {error}. Its signature is {name.rpartition('.')[2]}("
+            "experience: Experience, **options) -> Tensor [N, T]; options without a default stand in its init_args."
+        ) from error
     return functools.partial(function, **options)

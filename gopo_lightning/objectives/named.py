@@ -68,18 +68,24 @@ class Kind:
             ValueError: an unknown name, an unknown option, a missing one, or a value that its Literal does not list.
         """
         function, missing = self.find(name), self.missing(name, options)
+        if not _takes_one(function):
+            raise ValueError(f"{self.noun} '{name}' takes no {self.argument}. {self._signature(name)}")
         parameters = _keywords(function)
         taken = {key: value for key, value in (offered or {}).items() if key in parameters}
         awaited = {key: get for key, get in (late or {}).items() if key in missing}
         self._check(name, {key: p for key, p in parameters.items() if key not in (offered or {})}, options)
         if lacking := sorted(missing - set(taken) - set(awaited)):
-            raise ValueError(f"{self.noun} '{name}' needs the options {lacking}, which are not given. Add them.")
+            raise ValueError(
+                f"{self.noun} '{name}' needs the options {lacking}, which are not given. Add them to its init_args. "
+                f"{self._signature(name)}"
+            )
         return partial(self._call, name, partial(function, **options, **taken), awaited)
 
     def missing(self, name: str, options: Mapping[str, Any]) -> set[str]:
         """The options without which the function ``name`` cannot be called, and which are not among ``options``."""
         keywords = _keywords(self.find(name)).values()
-        return {p.name for p in keywords if p.default is p.empty and p.kind is p.KEYWORD_ONLY} - set(options)
+        named = [p for p in keywords if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        return {p.name for p in named if p.default is p.empty} - set(options)
 
     def _check(self, name: str, settable: Mapping[str, inspect.Parameter], options: Mapping[str, Any]) -> None:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in settable.values())
@@ -101,9 +107,12 @@ class Kind:
             raise ValueError(
                 f"{self.noun} '{name}' returned {described(result)} for rewards of shape {tuple(argument.shape)} "
                 f"[{self.axes}]; it must return a tensor of real numbers of shape {tuple(argument.shape[:2])}. "
-                f"Its signature is {name.rpartition('.')[2]}({self.argument}: Tensor, **options) -> Tensor."
+                f"{self._signature(name)}"
             )
         return result
+
+    def _signature(self, name: str) -> str:
+        return f"Its signature is {name.rpartition('.')[2]}({self.argument}: Tensor, **options) -> Tensor."
 
 
 def described(value: Any) -> str:
@@ -119,7 +128,21 @@ def check_choice(option: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """What ``function`` takes beside its first argument."""
-    return dict(list(inspect.signature(function).parameters.items())[1:])
+    return dict(list(_parameters(function).items())[1:])
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    """Whether the first argument of ``function`` may be given by its place."""
+    first = next(iter(_parameters(function).values()), None)
+    return first is not None and first.kind not in (first.KEYWORD_ONLY, first.VAR_KEYWORD)
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """ValueError for a function of C code that does not tell its arguments, such as torch.sigmoid."""
+    try:
+        return inspect.signature(function).parameters
+    except ValueError as error:
+        raise ValueError(f"{error}. Wrap it in a function of your own: def NAME(rewards_PG): …") from error
 
 
 def _import(path: str, failure: str, what: str, kind: str, remedy: str) -> Callable[..., Any]:

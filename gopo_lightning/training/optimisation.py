@@ -78,7 +78,10 @@ class OptimisedModule(LightningModule):
         restart_schedule(scheduler, self.schedule, num_updates(self.trainer, self.updates_per_batch))
 
     def _optimizer(self) -> Optimizer:
-        return self.optimizer_callable([p for p in self.parameters() if p.requires_grad])
+        try:
+            return self.optimizer_callable([p for p in self.parameters() if p.requires_grad])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the optimiser refuses its init_args: {error}. Correct them.") from error
 
     @cached_property
     def _as_configured(self) -> tuple[str, list[dict[str, Any]]]:

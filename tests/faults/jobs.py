@@ -78,7 +78,7 @@ def rank_error(function: str, fault: str, reason: str) -> Callable[[Lab], Row]:
         seconds = time.time() - marker.stat().st_mtime
         row.notes.append(f"ended {seconds:.0f} s after it with {codes[0]}, at step {lab.step(function)}")
         said = lab.said(function)
-        both = reason in said and "PeerError: rank 1 failed in reward source" in said
+        both = reason in said and "error: rank 1 failed in reward source" in said
         row.notes.append("both ranks say why" if both else "a rank says nothing")
         row.survived = int(codes == [1] and job.returncode == 1 and both and seconds < MAX_SECONDS)
         return row

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 
+from gopo_lightning.commands.errors import MAX_LINES, USERS
+
 LIMIT_SECONDS = 300.0
 """Of a command; it takes 3 where nothing else runs, and 30 with the pretrained policy."""
 GRACE_SECONDS = 30.0
 """For the other rank, once one has failed; then it is ended, as torchrun would."""
 REPOSITORY = Path(__file__).parents[2]
-ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]+Error: ")
-"""Begins the message of an exception that nobody caught."""
+ERROR = re.compile(r"(rank \d+: )?error: ")
+"""Begins what is said of an error of the user's."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,16 @@ class Ended:
 
     @property
     def last_words(self) -> str:
-        """What was printed last: an error, from its name on, or else a line."""
+        """What was printed last: an error of the user's from its beginning, or else a line."""
         lines = [line for line in self.text.splitlines() if line.strip()]
         errors = [number for number, line in enumerate(lines) if ERROR.match(line)]
         return "\n".join(lines[errors[-1] if errors else -1 :]).strip()
+
+    @property
+    def is_refused(self) -> bool:
+        """As what is the user's to mend: by a sentence on a few lines, and exit code 2."""
+        few = len(self.last_words.splitlines()) <= MAX_LINES
+        return self.code == USERS and few and bool(ERROR.match(self.last_words)) and "Traceback" not in self.text
 
 
 def preload() -> None:

@@ -68,10 +68,7 @@ def try_all(seed: int, folder: Path, shared: Path) -> tuple[list[str], list[str]
 
 
 def _problems(ended: commands.Ended, pattern: str) -> list[str]:
-    if ended.code not in (1, 2):
-        return [f"ended with {ended.code}, not as refused"]
     said = ended.last_words
-    found = [] if re.search(pattern, said) else [f"does not name what is wrong ({pattern}): {said[:300]}"]
-    if ended.code == 1 and not re.match(r"(ValueError|FileNotFoundError): ", said):
-        found.append(f"is no error of a user: {said[:300]}")
-    return found + ([f"says {len(said)} characters"] if len(said) > 600 else [])
+    if not ended.is_refused:
+        return [f"is not refused by a sentence and exit code 2, but ended with {ended.code}: {said[:300]}"]
+    return [] if re.search(pattern, said) else [f"does not name what is wrong ({pattern}): {said[:300]}"]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def try_row(row: Row, folder: Path, shared: Path) -> Trial:
     options.write_config(row, folder, shared)
     trial, planted = Trial(row, folder), invariants.plant(folder)
     first = trial.run("fit", "first", "--export_dir", "exports/first")
-    if first.code != 0 and _may_be_refused(row) and _is_sentence(first, CANNOT_SHARE):
+    if first.code != 0 and _may_be_refused(row) and first.is_refused and CANNOT_SHARE in first.last_words:
         trial.refused = True
     elif trial.must(first):
         found = curves(trial.log_of("first"))
@@ -75,12 +74,6 @@ def try_row(row: Row, folder: Path, shared: Path) -> Trial:
 
 def _may_be_refused(row: Row) -> bool:
     return row["prefix_sharing"] == "always" and row["policy"] not in MUST_SHARE
-
-
-def _is_sentence(ended: commands.Ended, word: str) -> bool:
-    """The last words are a user's error that names ``word``."""
-    said = re.sub(r"^\[rank\d+\]: ", "", ended.last_words)
-    return said.startswith("ValueError: ") and word in said and len(said) < 600
 
 
 def _of_first(trial: Trial, found: Curves) -> list[str]:

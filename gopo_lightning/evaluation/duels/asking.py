@@ -10,17 +10,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from gopo_lightning.evaluation.duels import Orders
 from gopo_lightning.rewards import PairComparator, PairwiseSource, RewardSource, Source, SourceConfigError, score
 from gopo_lightning.rewards.base import as_tensor
 from gopo_lightning.rewards.pairwise import check_wins, content
 from gopo_lightning.rewards.verdict_cache import VerdictCache
 from gopo_lightning.types import Prompt
 
-Orders = Literal["both", "one"]
 Pair = tuple[str, str]
 """Two different contents as text, the lower one first."""
 

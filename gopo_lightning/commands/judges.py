@@ -9,8 +9,10 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
+from gopo_lightning.commands.class_files import in_arguments, in_value
 from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.evaluation.duels.policies import read_yaml
+from gopo_lightning.objectives.python_files import as_given
 from gopo_lightning.rewards import PairwiseSource, RewardSource, Source
 
 RECORDED = "rewards:"
@@ -38,7 +40,7 @@ def prepared(arguments: Sequence[str]) -> tuple[list[str], str | None, list[Any]
     Raises:
         ValueError: a file that names no judge.
     """
-    given = list(arguments)
+    given = in_arguments(arguments)
     for place, argument in enumerate(given):
         if argument == "--judge" or argument.startswith("--judge="):
             words = [argument.partition("=")[2]] if "=" in argument else given[place + 1 : place + 2]
@@ -118,8 +120,8 @@ def _instance(source: Mapping[str, Any]) -> tuple[Source, Mapping[str, Any]]:
     """A source from its class_path and init_args, and these with the defaults filled in."""
     parser = ArgumentParser()
     parser.add_subclass_arguments((RewardSource, PairwiseSource), "judge")
-    parsed = parser.parse_object({"judge": source})
-    config = yaml.safe_load(parser.dump(parsed, skip_none=False))["judge"]
+    parsed = parser.parse_object({"judge": in_value(source)})
+    config = yaml.safe_load(as_given(parser.dump(parsed, skip_none=False)))["judge"]
     refuse_secrets({"judge": config})
     return parser.instantiate_classes(parsed).judge, config
 

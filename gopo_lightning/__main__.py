@@ -1,8 +1,10 @@
 """``python -m gopo_lightning``. The top-level help answers without importing torch."""
 
+import os
 import sys
 from importlib import import_module
 
+from gopo_lightning.commands.named_configs import resolve
 from gopo_lightning.commands.usage import COMMANDS, FIELDS, OWN
 
 
@@ -11,6 +13,12 @@ def main() -> None:
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
         print(COMMANDS + FIELDS, end="")
         return
+    if os.getcwd() not in sys.path and not sys.flags.safe_path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, so that functions of one's own are found
+    try:
+        sys.argv[1:] = resolve(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"gopo-lightning: {error}")
     if sys.argv[1] in OWN:
         import_module(OWN[sys.argv[1]]).main(sys.argv[2:])
         return

@@ -1,7 +1,9 @@
 """What ``--help`` says; text alone, so that it needs no import of torch."""
 
 COMMANDS = """\
-usage: python -m gopo_lightning COMMAND --config CONFIG.yaml [--config OVERLAY.yaml] [--FIELD=VALUE]
+usage: gopo-lightning COMMAND --config CONFIG [--config OVERLAY] [--FIELD=VALUE]
+
+CONFIG is a file, or the name of a config of ours: `gopo-lightning config list`.
 
 Train a language model on ranked rewards (GOPO, arXiv 2602.03876) with PyTorch Lightning.
 
@@ -10,6 +12,10 @@ commands:
   validate   mean reward and win rate on the held-out prompts
   test       the same on the test prompts
   predict    write completions and rewards of the predict prompts to predictions.jsonl
+
+to begin with:
+  quickstart a reward model and a policy, trained in minutes on this machine; needs the extra `quickstart`
+  config     list, show or copy the configs that come with the package
 
 does ranking help on my task? (each has its own --help)
   inspect    before training: can ranks matter under these rewards?
@@ -24,6 +30,8 @@ OWN = {
     "duel": "gopo_lightning.commands.duel",
     "report": "gopo_lightning.commands.report",
     "compare": "gopo_lightning.commands.compare",
+    "config": "gopo_lightning.commands.config",
+    "quickstart": "gopo_lightning.commands.quickstart",
 }
 """Command → the module whose ``main(arguments)`` it is; the others are Lightning's."""
 

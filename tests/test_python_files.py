@@ -166,7 +166,7 @@ def test_a_run_of_classes_and_functions_in_a_file_saves_what_can_be_run_again(
     text = saved.read_text()
     assert "class_path: ./my-code.py:Engine" in text and "_at_" not in text
     assert yaml.safe_load(text)["model"]["init_args"]["objective"]["advantage"]["function"] == "./my-code.py:twice"
-    again = run(["--config", str(saved)], instantiate_only=True).model
+    again = run(["fit", "--config", str(saved)]).model
     assert again.reward_names == module.reward_names and type(again.loss) is type(module.loss)
 
 

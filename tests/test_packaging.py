@@ -90,6 +90,7 @@ def test_the_lock_is_within_the_ranges(built: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # pip asks the index for every package
 def test_the_commands_of_the_dockerfile_run(tmp_path: Path) -> None:
     """In a fresh environment that sees the packages of this one, so that pip checks them against the lock."""
     environment = tmp_path / "venv"

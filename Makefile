@@ -14,7 +14,7 @@ SOURCES := gopo_lightning tests scripts
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install install-vllm quickstart quickstart-smoke test test-fast test-faults test-use test-use-sample test-vllm lint format format-check types clean
+.PHONY: help install install-vllm quickstart quickstart-smoke try-wheel test test-fast test-faults test-use test-use-sample test-vllm lint format format-check types clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets and variables.
@@ -48,10 +48,13 @@ $(INSTALLED_VLLM): requirements-vllm.lock $(INSTALLED)
 quickstart quickstart-smoke test test-fast test-faults test-use test-use-sample test-vllm: export HF_HUB_OFFLINE := 1
 
 quickstart: $(INSTALLED) ## Train a reward model on human ratings, then a policy on its ranks (8 to 12 minutes, 2 cores).
-	@$(BIN)/python scripts/quickstart.py
+	@$(BIN)/python -m gopo_lightning quickstart
 
 quickstart-smoke: $(INSTALLED) ## The quickstart cut to 3 steps.
-	@$(BIN)/python scripts/quickstart.py --smoke
+	@$(BIN)/python -m gopo_lightning quickstart --smoke
+
+try-wheel: ## Build the wheel, install it into a fresh environment, and try it in an empty folder (5 minutes).
+	@PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" scripts/try_wheel.sh
 
 # One thread a process: the models are tiny, and tests start processes of their own.
 test test-fast test-faults test-use test-use-sample test-vllm: export OMP_NUM_THREADS := 1

@@ -7,7 +7,7 @@ The names below are for Python code and the ``class_path`` of YAML files; they a
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "GOPOModule": "gopo_lightning.training.gopo_module",

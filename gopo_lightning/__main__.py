@@ -1,10 +1,12 @@
 """``python -m gopo_lightning``. The top-level help answers without importing torch."""
 
+import os
 import sys
 from importlib import import_module
 
 from gopo_lightning import __version__
 from gopo_lightning.commands.errors import reported
+from gopo_lightning.commands.named_configs import resolve
 from gopo_lightning.commands.usage import COMMANDS, FIELDS, OWN, check_command
 
 
@@ -22,6 +24,9 @@ def _run() -> None:
         print(f"gopo-lightning {__version__}")
         return
     check_command(sys.argv[1])
+    if os.getcwd() not in sys.path and not sys.flags.safe_path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, so that functions of one's own are found
+    sys.argv[1:] = resolve(sys.argv[1:])
     if sys.argv[1] in OWN:
         import_module(OWN[sys.argv[1]]).main(sys.argv[2:])
         return

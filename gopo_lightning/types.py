@@ -16,11 +16,10 @@ All structs are frozen: a stage reads its input and makes a new output.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 
 def _index(value: Any, index: Tensor) -> Any:

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Start one training job on several machines with torchrun: run this same line on each of them.
-#   NODES=2 RENDEZVOUS=first-machine:29500 scripts/torchrun.sh --config A.yaml --config configs/strategy/fsdp2.yaml
+#   NODES=2 RENDEZVOUS=first-machine:29500 scripts/torchrun.sh --config A.yaml --config strategy/fsdp2
 # A rank that dies ends the job on every machine within a minute; the same line then goes on from the last checkpoint.
 set -eu
 NODES=${NODES:-1}

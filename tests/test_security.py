@@ -403,7 +403,7 @@ def test_the_quickstart_shows_no_characters_that_a_terminal_obeys(monkeypatch: p
 
 def printed_samples(text: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the quickstart prints of a prompt and a completion that are both ``text``."""
-    quickstart = importlib.import_module("scripts.quickstart")
+    quickstart = importlib.import_module("gopo_lightning.commands.quickstart")
     console = Console(file=io.StringIO(), width=300, color_system=None)
     monkeypatch.setattr(quickstart, "console", console)
     row = {"index": 0, "prompt": text, "completions": [text], "rewards": {"sentiment": [0.5]}}

@@ -17,6 +17,7 @@ import yaml
 
 import gopo_lightning
 from gopo_lightning.commands.errors import RaisesUsageErrors
+from gopo_lightning.commands.named_configs import find
 
 if TYPE_CHECKING:
     from gopo_lightning.evaluation.event_files import Run
@@ -25,7 +26,8 @@ DESCRIPTION = """\
 Does one config beat another? Trains both with the same seeds, prints the paired difference at every validation with its
 95 % interval (Student's, over seeds), and writes the report of these runs.
 
-Files joined by + are layers of one config: a later one overrides those before it. What follows -- goes to fit.
+A config is a file or a name of `gopo-lightning config list`. Joined by + they are layers of one: a later one overrides
+those before it. What follows -- goes to fit.
 
 A run that is finished is read, not trained again, if nothing that makes it has changed: the whole config with its
 defaults, the seed, this package's code and the versions of the libraries. It is in
@@ -34,8 +36,8 @@ Data, models and reward functions outside of the package are not looked at: dele
 """
 EXAMPLES = """\
 examples:
-  python -m gopo_lightning compare configs/quickstart/gopo.yaml configs/quickstart/grpo.yaml --seeds 1 2 3 4 5
-  python -m gopo_lightning compare configs/paper/tldr.yaml configs/paper/tldr.yaml+configs/advantage/grpo.yaml
+  python -m gopo_lightning compare quickstart/gopo quickstart/grpo --seeds 1 2 3 4 5
+  python -m gopo_lightning compare paper/tldr paper/tldr+advantage/grpo
   python -m gopo_lightning compare a.yaml b.yaml --tags val/sentiment/reward -- --trainer.max_steps=50
 """
 ROOT = Path("runs/compare")
@@ -45,8 +47,12 @@ LIBRARIES = ("lightning", "torch", "transformers")
 
 
 def layers(config: str) -> list[Path]:
-    """The files of a config, in the order in which one overrides another."""
-    return [Path(file) for file in config.split("+")]
+    """The files of a config, in the order in which one overrides another.
+
+    Raises:
+        ValueError: neither a file nor the name of a packaged config.
+    """
+    return [Path(find(file)) for file in config.split("+")]
 
 
 def name_of(config: str) -> str:
@@ -186,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("configs", nargs=2, metavar="CONFIG", help="a file, or several joined by +")
+    parser.add_argument("configs", nargs=2, metavar="CONFIG", help="a file or a name, or several joined by +")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="SEED", help="[1 2 3 4 5]")
     parser.add_argument(
         "--tags", nargs="+", default=[], metavar="TAG",

@@ -15,7 +15,7 @@ What follows these options goes to the configuration, as in fit: --config FILE (
 """
 EXAMPLE = """\
 example:
-  python -m gopo_lightning inspect --config configs/quickstart/gopo.yaml --num_prompts 32
+  python -m gopo_lightning inspect --config quickstart/gopo --num_prompts 32
 """
 
 

@@ -9,11 +9,13 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
+from gopo_lightning.commands.class_files import in_arguments, in_value
 from gopo_lightning.commands.duel import RECORDED
 from gopo_lightning.commands.errors import RaisesUsageErrors, UsageError
 from gopo_lightning.commands.explained import explain
 from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.evaluation.duels.policies import read_yaml
+from gopo_lightning.objectives.python_files import as_given
 from gopo_lightning.rewards import PairwiseSource, RewardSource, Source
 
 JUDGES = (RewardSource, PairwiseSource)
@@ -30,7 +32,7 @@ def prepared(arguments: Sequence[str]) -> tuple[list[str], str | None, list[Any]
     Raises:
         ValueError: a file that names no judge.
     """
-    given = list(arguments)
+    given = in_arguments(arguments)
     for place, argument in enumerate(given):
         if argument == "--judge" or argument.startswith("--judge="):
             words = [argument.partition("=")[2]] if "=" in argument else given[place + 1 : place + 2]
@@ -111,10 +113,10 @@ def _instance(source: Mapping[str, Any]) -> tuple[Source, Mapping[str, Any]]:
     parser = _Parser()
     parser.add_subclass_arguments(JUDGES, "judge")
     try:
-        parsed = parser.parse_object({"judge": source})
+        parsed = parser.parse_object({"judge": in_value(source)})
     except UsageError as error:
         raise UsageError(explain(str(error), (), (), {})) from error
-    config = yaml.safe_load(parser.dump(parsed, skip_none=False))["judge"]
+    config = yaml.safe_load(as_given(parser.dump(parsed, skip_none=False)))["judge"]
     refuse_secrets({"judge": config})
     return parser.instantiate_classes(parsed).judge, config
 

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gopo_lightning._compat import CommandLine
+from gopo_lightning.commands.class_files import from_here, in_arguments
 from gopo_lightning.commands.errors import UsageError
 from gopo_lightning.commands.explained import class_named, explain, no_class
 from gopo_lightning.commands.fsdp import as_fsdp2
@@ -29,6 +30,7 @@ from gopo_lightning.data import preferences  # noqa: F401
 from gopo_lightning.data.prompts import PromptDataModule
 from gopo_lightning.distributed.checkpoints import last_checkpoint_of, load_checkpoint, searched_folder, step_of
 from gopo_lightning.distributed.run_folder import run_folder
+from gopo_lightning.objectives.python_files import as_given
 from gopo_lightning.training import reward_model  # noqa: F401  (registers the short class names)
 from gopo_lightning.training.callbacks import ExportHF
 from gopo_lightning.training.gopo_module import GOPOModule
@@ -46,8 +48,15 @@ class _Parser(LightningArgumentParser):
         self, args: Sequence[str] | None = None, *more: Any, **options: Any
     ) -> Any:
         """Null is null at any depth: jsonargparse hands it from a class to its fields as the text None."""
-        given = sys.argv[1:] if args is None else args
-        return super().parse_args([re.sub(r"\A(--[\w.]+)=None\Z", r"\1=null", arg) for arg in given], *more, **options)
+        given = in_arguments(sys.argv[1:] if args is None else args)
+        with from_here():
+            return super().parse_args(
+                [re.sub(r"\A(--[\w.]+)=None\Z", r"\1=null", arg) for arg in given], *more, **options
+            )
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Classes in files are named by their files."""
+        return as_given(super().dump(*args, **kwargs))
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Ends with the commands that show every field, which subclass mode would leave unsaid."""

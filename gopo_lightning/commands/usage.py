@@ -3,7 +3,9 @@
 from difflib import get_close_matches
 
 COMMANDS = """\
-usage: python -m gopo_lightning COMMAND --config CONFIG.yaml [--config OVERLAY.yaml] [--FIELD=VALUE]
+usage: gopo-lightning COMMAND --config CONFIG [--config OVERLAY] [--FIELD=VALUE]
+
+CONFIG is a file, or the name of a config of ours: `gopo-lightning config list`.
 
 Train a language model on ranked rewards (GOPO, arXiv 2602.03876) with PyTorch Lightning.
 
@@ -12,6 +14,10 @@ commands:
   validate   mean reward and win rate on the held-out prompts
   test       the same on the test prompts
   predict    write completions and rewards of the predict prompts to predictions.jsonl
+
+to begin with:
+  quickstart a reward model and a policy, trained in minutes on this machine; needs the extra `quickstart`
+  config     list, show or copy the configs that come with the package
 
 does ranking help on my task? (each has its own --help)
   inspect    before training: can ranks matter under these rewards?
@@ -32,6 +38,8 @@ OWN = {
     "report": "gopo_lightning.commands.report",
     "compare": "gopo_lightning.commands.compare",
     "rank": "gopo_lightning.commands.rank",
+    "config": "gopo_lightning.commands.config",
+    "quickstart": "gopo_lightning.commands.quickstart",
 }
 """Command → the module whose ``main(arguments)`` it is."""
 OF_LIGHTNING = ("fit", "validate", "test", "predict")

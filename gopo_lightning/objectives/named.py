@@ -1,4 +1,4 @@
-"""Functions that a config names: by a name of ours, or by the dotted path of the user's own."""
+"""Functions that a config names: by a name of ours, or by the dotted path or the file of the user's own."""
 
 import importlib
 import inspect
@@ -10,12 +10,20 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin
 import torch
 from torch import Tensor
 
+from gopo_lightning.objectives.python_files import dotted
+
 Named: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def load_callable(path: str) -> Callable[..., Any]:
-    """The callable at a dotted path, such as `my_package.rewards.brevity`; ValueError when there is none."""
-    remedy = "Give the dotted path of a callable that can be imported, such as my_package.rewards.brevity."
+    """The callable at a dotted path, `my_package.rewards.brevity`, or in a file, `./rewards.py:brevity`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    remedy = (
+        "Give a callable by its dotted path, such as my_package.rewards.brevity, or its file, ./rewards.py:brevity."
+    )
     if "." not in path:
         raise ValueError(f"'{path}' is no dotted path. {remedy}")
     return _import(path, f"cannot load '{path}'", f"'{path}'", "callable", remedy)
@@ -38,10 +46,13 @@ class Kind:
     """Ours, by name."""
 
     def find(self, name: str) -> Callable[..., Tensor]:
-        """The function of that name or at that dotted path; ValueError when there is none."""
+        """The function of that name, at that dotted path or in that file; ValueError when there is none."""
         if name in self.known:
             return self.known[name]
-        remedy = f"Use one of {sorted(self.known)} or the dotted path of a function of {self.argument}."
+        remedy = (
+            f"Use one of {sorted(self.known)} or a function of {self.argument}, by its dotted path or its file "
+            "(./advantages.py:mine)."
+        )
         what = f"{self.noun} '{name}'"
         if "." not in name:
             raise ValueError(f"unknown {what}. {remedy}")
@@ -58,7 +69,7 @@ class Kind:
         """The function ``name`` with its ``options``; what it returns is checked at every call.
 
         Args:
-            name: one of ours, or a dotted path.
+            name: one of ours, a dotted path, or `FILE.py:NAME`.
             options: keyword arguments of the function, checked by its signature.
             offered: more of them, for functions that name them in their signature. Users cannot set these.
             late: what gives others that the function cannot do without, unless they are in ``options``; called at
@@ -146,7 +157,7 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 
 
 def _import(path: str, failure: str, what: str, kind: str, remedy: str) -> Callable[..., Any]:
-    module_name, _, attribute = path.rpartition(".")
+    module_name, _, attribute = dotted(path).rpartition(".")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

@@ -77,7 +77,7 @@ class ChatServer:
             self.run(lambda client: asyncio.wait_for(list_models(client), self.timeout_seconds))
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise SourceConfigError(self._refused(error)) from None
-        except (openai.APIConnectionError, asyncio.TimeoutError) as error:
+        except (TimeoutError, openai.APIConnectionError) as error:
             raise SourceConfigError(
                 f"{self.source}: nothing answers at {self.base_url} ({error or 'no answer in time'}). Start the "
                 "server, or correct base_url."
@@ -131,7 +131,7 @@ class ChatServer:
         openai = self._import()
         try:
             return await asyncio.wait_for(_send(client, request), self.timeout_seconds)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             said = f"no whole reply within timeout_seconds={self.timeout_seconds:g}"
             raise _TryAgainError(said) from None
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +51,9 @@ def _named(config: Any) -> Iterator[list[str]]:
     for key, text in _texts(config):
         if key.endswith("_dir"):
             continue
-        if key == "function" and "." in text:
+        ours = key == "class_path" and text.startswith("gopo_lightning.")
+        if key in ("function", "class_path") and "." in text and not ours:
             yield [text, _source_file(load_callable(text))]
-        elif key == "class_path" and "." in text and not text.startswith("gopo_lightning."):
-            module, _, name = text.rpartition(".")
-            yield [text, _source_file(getattr(import_module(module), name))]
         elif _is_file(text) or (key in ("model", "tokenizer") and Path(text).is_dir()):
             yield [text, content_of(Path(text))]
 

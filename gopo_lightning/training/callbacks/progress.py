@@ -4,13 +4,12 @@ import re
 import sys
 import threading
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
-from typing_extensions import Self
 
 from gopo_lightning._compat import StepBar
 from gopo_lightning.training.callbacks.schedule import Every

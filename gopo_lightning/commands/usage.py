@@ -10,6 +10,7 @@ commands:
   validate   mean reward and win rate on the held-out prompts
   test       the same on the test prompts
   predict    write completions and rewards of the predict prompts to predictions.jsonl
+  export     a checkpoint as a Hugging Face folder, of LoRA also merged
 
 does ranking help on my task? (each has its own --help)
   inspect    before training: can ranks matter under these rewards?
@@ -20,6 +21,7 @@ does ranking help on my task? (each has its own --help)
 """
 
 OWN = {
+    "export": "gopo_lightning.commands.export",
     "inspect": "gopo_lightning.commands.inspect",
     "duel": "gopo_lightning.commands.duel",
     "report": "gopo_lightning.commands.report",

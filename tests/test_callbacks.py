@@ -228,7 +228,7 @@ def test_sample_table_refuses_a_run_without_rollouts(tmp_path: Path) -> None:
         trainer(tmp_path, [SampleTable()]).fit(NoRollout(), loader())
 
 
-def test_sample_table_says_when_no_logger_takes_text(tmp_path: Path) -> None:
+def test_sample_table_says_when_there_is_no_logger(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="SampleTable writes nothing"):
         trainer(tmp_path, [SampleTable()], max_steps=1, logger=False).fit(Module(), loader())
 

@@ -32,7 +32,7 @@ from gopo_lightning.distributed.checkpoints import last_checkpoint_of, load_chec
 from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.objectives.python_files import as_given
 from gopo_lightning.training import reward_model  # noqa: F401  (registers the short class names)
-from gopo_lightning.training.callbacks import ExportHF
+from gopo_lightning.training.callbacks.export import Chosen, ExportHF
 from gopo_lightning.training.gopo_module import GOPOModule
 from gopo_lightning.training.trainer_defaults import trainer_defaults
 
@@ -81,7 +81,8 @@ def _help_of_a_nested_class(arguments: Sequence[str]) -> None:
 def _root(arguments: Sequence[str]) -> dict[str, Any]:
     """Fields at the top of a config of this command, with the classes whose fields are below them."""
     method = getattr(Trainer, arguments[0], Trainer.fit) if arguments else Trainer.fit
-    own = dict.fromkeys(("config", "seed_everything", "export_dir", "export_every_n_steps"))
+    exports = ("export_dir", "export_every_n_steps", "export_weights", "push_to_hub", "push_private")
+    own = dict.fromkeys(("config", "seed_everything", *exports))
     return {"trainer": Trainer, "model": GOPOModule, "data": PromptDataModule, **own} | dict.fromkeys(
         name for name in signature(method).parameters if name in ("ckpt_path", "weights_only", "return_predictions")
     )
@@ -134,6 +135,23 @@ class GOPOCommandLine(CommandLine):
         parser.add_argument(
             "--export_every_n_steps", type=int | None, default=None, help="also export every n optimiser steps"
         )
+        parser.add_argument(
+            "--export_weights",
+            type=Chosen,
+            default="last",
+            help="which weights fit exports at its end: the last, or those of the best checkpoint by the metric that "
+            "a ModelCheckpoint monitors",
+        )
+        parser.add_argument(
+            "--push_to_hub",
+            type=str | None,
+            default=None,
+            help="OWNER/NAME on the hub to which fit also uploads what it exports at its end; the token is HF_TOKEN, "
+            "or that of `hf auth login`",
+        )
+        parser.add_argument(
+            "--push_private", type=bool, default=True, help="whether that model is private if it has to be made"
+        )
 
     def before_instantiate_classes(self) -> None:
         """A secret in the config would be saved with the run; `fsdp` is FSDP2."""
@@ -154,9 +172,27 @@ class GOPOCommandLine(CommandLine):
     def before_fit(self) -> None:
         if isinstance(self.model, GOPOModule):
             options = self.config["fit"]
-            export = ExportHF(options["export_dir"], options["export_every_n_steps"])
+            export = ExportHF(
+                options["export_dir"],
+                options["export_every_n_steps"],
+                options["export_weights"],
+                options["push_to_hub"],
+                options["push_private"],
+            )
             self.trainer.callbacks.append(export)  # type: ignore[attr-defined]
+        else:
+            self._refuse_export_options()
         self._find_checkpoint("fit")
+
+    def _refuse_export_options(self) -> None:
+        """They are the policy's; other modules would not know of them."""
+        names = ("export_dir", "export_every_n_steps", "export_weights", "push_to_hub", "push_private")
+        given = [name for name in names if self.config["fit"][name] not in (None, "last", True)]
+        if given:
+            raise ValueError(
+                f"--{given[0]} belongs to a GOPOModule, and this is a {type(self.model).__name__}. A RewardModelModule "
+                "takes export_dir, export_weights, push_to_hub and push_private as model.init_args."
+            )
 
     def before_validate(self) -> None:
         self._find_checkpoint("validate")

@@ -14,6 +14,7 @@ commands:
   validate   mean reward and win rate on the held-out prompts
   test       the same on the test prompts
   predict    write completions and rewards of the predict prompts to predictions.jsonl
+  export     a checkpoint as a Hugging Face folder, of LoRA also merged
 
 to begin with:
   quickstart a reward model and a policy, trained in minutes on this machine; needs the extra `quickstart`
@@ -33,6 +34,7 @@ An error of yours is one sentence and exit code 2; --debug, or GOPO_DEBUG=1, sho
 """
 
 OWN = {
+    "export": "gopo_lightning.commands.export",
     "inspect": "gopo_lightning.commands.inspect",
     "duel": "gopo_lightning.commands.duel",
     "report": "gopo_lightning.commands.report",

@@ -135,6 +135,10 @@ class PreferenceDataModule(FingerprintedDataModule):
             self.training_source = PromptSource(source, name=name, split=split, limit=limit)
             if validation_source or validation_split:
                 self.validation_source = PromptSource(validation_source or source, name=name, split=validation_split)
+        self.sources = {
+            "train": self.training_source or PromptSource(PACKAGED, split="train"),
+            "validation": self.validation_source,
+        }
         self.validation_fraction, self.prompt_column = validation_fraction, prompt_column
         self.train: Sequence[Row] = ()
         self.validation: Sequence[Row] = ()

@@ -12,11 +12,19 @@ Flat = Mapping[str, str]
 """Dotted key → value as text."""
 ABSENT = "(not there)"
 _NO_MATTER = re.compile(
-    r"export_dir|export_every_n_steps|ckpt_path|weights_only|trainer\.(logger|default_root_dir|enable_progress_bar"
+    r"export_\w+|push_\w+|ckpt_path|weights_only|trainer\.(logger|default_root_dir|enable_progress_bar"
     r"|enable_model_summary|profiler|log_every_n_steps)(\..*)?"
 )
 """Where and how often a run writes, not what it learns."""
-_WATCHERS = ("SampleTable", "ProgressBar", "Throughput", "ModelCheckpoint", "LearningRateMonitor", "DeviceStatsMonitor")
+_WATCHERS = (
+    "SampleTable",
+    "PairTable",
+    "ProgressBar",
+    "Throughput",
+    "ModelCheckpoint",
+    "LearningRateMonitor",
+    "DeviceStatsMonitor",
+)
 """Callbacks that only look on."""
 _FIRST = ("objective.advantage", "objective.", "rewards.", "update.")
 """What a group is named by, if that tells the groups apart."""

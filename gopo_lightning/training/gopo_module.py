@@ -43,6 +43,7 @@ from gopo_lightning.training.config import (
 )
 from gopo_lightning.training.curves import rollout_metrics
 from gopo_lightning.training.forward import PolicyForward
+from gopo_lightning.training.loggers import log_histogram
 from gopo_lightning.training.micro_batches import minibatches
 from gopo_lightning.training.optimisation import OptimisedModule
 from gopo_lightning.training.placement import PlacementConfig, Reference, load_placed_policy, set_up_source
@@ -83,6 +84,7 @@ class GOPOModule(TrainableState, OptimisedModule):
             class or policy: `refuse`, or `warn` and go on. Any other setting may change, and acts from the resume on.
     """
 
+    kind = "policy"
     fixed_settings = ("seed", "rollout.num_completions", "objective.advantage", "optimizer.class", "policy")
 
     def __init__(
@@ -99,6 +101,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         super().__init__()
         self.automatic_optimization = False
         self.policy_config = as_config(PolicyConfig, policy, "policy")
+        self.base_model = self.policy_config.name, self.policy_config.revision
         self.reward_config = as_config(RewardConfig, rewards, "rewards")
         self.rollout_config = as_config(RolloutConfig, rollout, "rollout")
         self.objective_config = as_config(ObjectiveConfig, objective, "objective")
@@ -332,9 +335,7 @@ class GOPOModule(TrainableState, OptimisedModule):
 
     def _log_training(self, experience: Experience, metrics: dict[str, Tensor], seconds: dict[str, float]) -> None:
         self._log(metrics | rollout_metrics(experience, self.collector.sources, seconds))
-        writer = getattr(self.logger, "experiment", None)
-        if hasattr(writer, "add_histogram"):
-            writer.add_histogram("advantage/histogram", experience.advantages_PG, self.trainer.global_step)  # type: ignore[union-attr]
+        log_histogram(self.trainer, "advantage/histogram", experience.advantages_PG)
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         """All curves are drawn over optimiser steps, not batches."""

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gopo_lightning.distributed.run_folder import keep_csv_metrics
+from gopo_lightning.training.callbacks.run_record import RunRecord
 from gopo_lightning.training.resume import KEY, OnSettingChange, check_checkpoint, plain
 from gopo_lightning.training.schedules import Schedule, num_updates, restart_schedule
 
@@ -31,6 +32,10 @@ class OptimisedModule(LightningModule):
     on_setting_change: OnSettingChange
     fixed_settings: ClassVar[tuple[str, ...]] = ("optimizer.class",)
     """Dotted names of the settings that make a run what it is, each with all below it."""
+    kind: ClassVar[str]
+    """What is trained: `policy` or `reward model`."""
+    base_model: tuple[str, str | None]
+    """Name and revision of what the training starts from, as configured."""
 
     @property
     def updates_per_batch(self) -> int:
@@ -42,9 +47,9 @@ class OptimisedModule(LightningModule):
         return plain({"optimizer": self._optimizer_settings(), "schedule": self.schedule.settings})
 
     def configure_callbacks(self) -> list[Callback]:
-        """None of its own; before loggers begin, what they would delete is kept."""
+        """Before loggers begin, what they would delete is kept."""
         keep_csv_metrics(self.trainer)
-        return []
+        return [RunRecord()]
 
     def configure_optimizers(self) -> Any:
         """The configured optimiser, and a schedule that is stepped with it."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from lightning.pytorch import Callback
@@ -37,11 +37,14 @@ from gopo_lightning.rewards.loading import (
     set_pad_token,
 )
 from gopo_lightning.rewards.shared_scoring import Scorer
+from gopo_lightning.training.callbacks.export import Chosen, check_chosen, push_or_warn, weights_to_export
 from gopo_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from gopo_lightning.training.checks import check_finite, check_outputs
-from gopo_lightning.training.export_folder import check_export_folder, write_export
+from gopo_lightning.training.export_folder import check_export_folder
+from gopo_lightning.training.model_card import model_card
 from gopo_lightning.training.optimisation import OptimisedModule
 from gopo_lightning.training.resume import OnSettingChange, plain
+from gopo_lightning.training.reward_model.export import check_push, export_reward_model
 from gopo_lightning.training.reward_model.metrics import ComparisonMetrics
 from gopo_lightning.training.schedules import Schedule, WarmupStart
 
@@ -85,8 +88,13 @@ class RewardModelModule(OptimisedModule):
             and go on. Any other setting may change, and acts from the resume on.
         prefix_sharing: forward the tokens with which the texts of a pair or list begin once: `auto` where the model can
             (a causal one; it checks itself on the first pairs) and it saves tokens, `always` or an error, `never`.
+        export_weights: which weights are exported: the `last`, or those of the `best` checkpoint by the metric that a
+            ModelCheckpoint monitors.
+        push_to_hub: OWNER/NAME of the model on the hub to which the export is also uploaded; null leaves it here.
+        push_private: whether that model is private if it has to be made.
     """
 
+    kind = "reward model"
     fixed_settings = ("optimizer.class", "model", "objective")
 
     def __init__(
@@ -110,6 +118,9 @@ class RewardModelModule(OptimisedModule):
         warmup_start: WarmupStart = "first_step",
         lr_schedule_options: dict[str, Any] | None = None,
         on_setting_change: OnSettingChange = "refuse",
+        export_weights: Chosen = "last",
+        push_to_hub: str | None = None,
+        push_private: bool = True,
     ) -> None:
         super().__init__()
         if objective not in get_args(Objective):
@@ -123,6 +134,9 @@ class RewardModelModule(OptimisedModule):
             lora_config(lora, task_type="SEQ_CLS", option="model.lora")  # before anything is loaded
         self.objective, self.margin_scale, self.centring_coef = objective, margin_scale, centring_coef
         self.export_dir = None if export_dir is None else Path(export_dir)
+        self.export_weights, self.push_to_hub, self.push_private = export_weights, push_to_hub, push_private
+        self.base_model = model, revision
+        check_push(push_to_hub, export_dir, export_weights)
         self.truncation, self.optimizer_callable = truncation, optimizer
         self.schedule = Schedule(lr_schedule, warmup_steps, warmup_start, lr_schedule_options or {})
         self.on_setting_change: OnSettingChange = on_setting_change
@@ -156,6 +170,8 @@ class RewardModelModule(OptimisedModule):
         refused.
         """
         install_atomic_saving(self.trainer)
+        if stage == "fit":
+            check_chosen(self.trainer, self.export_weights)
         with all_or_none("the check of the export folder"):
             if stage == "fit" and self.export_dir is not None and self.trainer.is_global_zero:
                 check_export_folder(self.export_dir, "model.init_args.export_dir")
@@ -211,13 +227,14 @@ class RewardModelModule(OptimisedModule):
             )
         return bradley_terry(scores_N, batch.wins_NN, self.margin_scale * batch.margins_NN, num_pairs)
 
-    def validation_step(self, batch: Comparisons, batch_idx: int) -> None:
-        """Collect float32 scores: bfloat16 ones would tie."""
+    def validation_step(self, batch: Comparisons, batch_idx: int) -> Tensor:
+        """Collect float32 scores_N: bfloat16 ones would tie."""
         encoded = self._encode(batch.texts)
         lengths_N = torch.tensor([len(ids) for ids in encoded["input_ids"]], device=self.device)
         with torch.autocast(self.device.type, enabled=False):
             scores_N = self.scorer(self.model, encoded, batch.group_sizes)
         self.metrics.update(scores_N.float(), lengths_N, batch)
+        return scores_N
 
     def on_validation_epoch_end(self) -> None:
         """Over all ranks; a collective."""
@@ -236,18 +253,16 @@ class RewardModelModule(OptimisedModule):
         """Export, by rank 0. A `fast_dev_run` writes nothing, as everywhere in Lightning."""
         if self.export_dir is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._check_weights()
+        weights = weights_to_export(self.trainer, self.export_weights)
+        if weights.state:
+            self.load_state_dict(weights.state)
         calibration = self._calibrate()
         if self.trainer.is_global_zero:
-            merged = self.model.merge_and_unload() if isinstance(self.model, PeftModel) else self.model
-
-            def fill(empty: Path) -> None:
-                cast(PreTrainedModel, merged).save_pretrained(empty)
-                self.tokenizer.save_pretrained(empty)
-                if calibration is not None:
-                    calibration.write(empty)
-
-            print(f"reward model saved in {write_export(self.export_dir, fill)}", flush=True)
+            card = model_card(weights.record, step=weights.step, is_adapter=False, chosen=weights.how)
+            written = export_reward_model(self.model, self.tokenizer, self.export_dir, card, calibration)
+            print(f"reward model of {weights} saved in {written}", flush=True)
+            if self.push_to_hub is not None:
+                push_or_warn(written, self.push_to_hub, private=self.push_private)
 
     @torch.no_grad()
     def _calibrate(self) -> Calibration | None:
@@ -274,13 +289,6 @@ class RewardModelModule(OptimisedModule):
         loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
         for loader, number in zip(loaders, self.trainer.num_val_batches, strict=False):
             yield from islice(loader, None if number == math.inf else int(number))
-
-    def _check_weights(self) -> None:
-        if unsound := [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]:
-            raise ValueError(
-                f"{len(unsound)} weights are not finite, {unsound[0]} among them; nothing is exported. Lower the "
-                "learning rate."
-            )
 
 
 def _with_lora(model: PreTrainedModel, lora: dict[str, Any] | None) -> PreTrainedModel | PeftModel:

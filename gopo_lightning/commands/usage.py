@@ -13,6 +13,9 @@ commands:
   test       the same on the test prompts
   predict    write completions and rewards of the predict prompts to predictions.jsonl
 
+before a run:
+  estimate   memory of each phase and time of a step: does it fit, and what helps most?
+
 does ranking help on my task? (each has its own --help)
   inspect    before training: can ranks matter under these rewards?
   duel       which of two policies wins, by a judge, with an interval
@@ -27,6 +30,7 @@ An error of yours is one sentence and exit code 2; --debug, or GOPO_DEBUG=1, sho
 """
 
 OWN = {
+    "estimate": "gopo_lightning.commands.estimate",
     "inspect": "gopo_lightning.commands.inspect",
     "duel": "gopo_lightning.commands.duel",
     "report": "gopo_lightning.commands.report",

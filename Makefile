@@ -9,12 +9,13 @@ USE_FLAGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_VLLM := $(VENV)/.installed-vllm
+VERL := $(VENV)/verl
 SOURCES := gopo_lightning tests scripts
 
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install install-vllm quickstart quickstart-smoke try-wheel test test-fast test-faults test-use test-use-sample test-vllm lint format format-check types clean
+.PHONY: help install install-vllm quickstart quickstart-smoke try-wheel test test-fast test-faults test-use test-use-sample test-vllm test-verl lint format format-check types clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets and variables.
@@ -45,7 +46,7 @@ $(INSTALLED_VLLM): requirements-vllm.lock $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-vllm.lock
 	@touch $@
 
-quickstart quickstart-smoke test test-fast test-faults test-use test-use-sample test-vllm: export HF_HUB_OFFLINE := 1
+quickstart quickstart-smoke test test-fast test-faults test-use test-use-sample test-vllm test-verl: export HF_HUB_OFFLINE := 1
 
 quickstart: $(INSTALLED) ## Train a reward model on human ratings, then a policy on its ranks (8 to 12 minutes, 2 cores).
 	@$(BIN)/python -m gopo_lightning quickstart
@@ -57,7 +58,7 @@ try-wheel: ## Build the wheel, install it into a fresh environment, and try it i
 	@PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" scripts/try_wheel.sh
 
 # One thread a process: the models are tiny, and tests start processes of their own.
-test test-fast test-faults test-use test-use-sample test-vllm: export OMP_NUM_THREADS := 1
+test test-fast test-faults test-use test-use-sample test-vllm test-verl: export OMP_NUM_THREADS := 1
 
 test: $(INSTALLED) ## Run every test.
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -76,6 +77,14 @@ test-use-sample: $(INSTALLED) ## As many of them as fit into 3 minutes; another 
 
 test-vllm: $(INSTALLED_VLLM) ## Run the tests of the vLLM engine, which `test` skips where vLLM is missing.
 	@$(BIN)/python -m pytest tests/test_vllm_engine.py $(PYTEST_FLAGS)
+
+$(VERL): requirements-verl.lock $(INSTALLED)
+	@echo "Installing requirements-verl.lock into $(VERL)"
+	@rm -rf $(VERL)
+	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --target $(VERL) -r requirements-verl.lock
+
+test-verl: $(VERL) ## Run the tests of the advantage estimator for verl, which `test` skips.
+	@PYTHONPATH=$(VERL) $(BIN)/python -m pytest tests/test_verl.py $(PYTEST_FLAGS)
 
 lint: $(INSTALLED) ## Lint with ruff.
 	@$(BIN)/ruff check $(SOURCES)

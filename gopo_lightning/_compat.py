@@ -258,3 +258,43 @@ class CommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing is read."""
+
+
+# ------------------------------------------------------------------------------------------------------------------ trl
+
+
+def trl_trainer() -> Any:
+    """TRL's `GRPOTrainer` with a method `advantages`: all processes' rewards_NK, None as NaN → float32 advantages_N.
+
+    `GRPOTrainer._calculate_rewards` gathers rewards, `_generate_and_score_completions` makes advantages of them, and
+    `_logs` shows them. Can go when TRL takes an advantage function. Without them, or where they do otherwise: an error.
+    """
+    from trl import GRPOTrainer
+
+    score = _get("trl", GRPOTrainer, "_calculate_rewards")
+    generate = _get("trl", GRPOTrainer, "_generate_and_score_completions")
+
+    class OtherAdvantages(GRPOTrainer):
+        advantages: Callable[[Tensor], Tensor]
+
+        def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.rewards_NK = score(self, *args, **kwargs)
+            return self.rewards_NK
+
+        def _generate_and_score_completions(self, inputs: list[Any]) -> dict[str, Any]:
+            self.rewards_NK, n, rank = None, len(inputs), self.accelerator.process_index
+            output = generate(self, inputs)
+            logged = _get("trl", self, "_logs").get("advantages")
+            shapes = [getattr(x, "shape", None) for x in (output.get("advantages"), self.rewards_NK)]
+            if shapes != [(n,), (n * self.accelerator.num_processes, len(self.reward_funcs))] or logged is None:
+                raise RuntimeError(
+                    f"trl {version('trl')} computes advantages otherwise than the version that gopo-lightning was "
+                    "tested with: install that one (requirements.lock)"
+                )
+            advantages_N = self.advantages(self.rewards_NK)
+            for _ in range(min(len(logged), len(advantages_N))):
+                logged.pop()
+            logged.extend(advantages_N.tolist())
+            return output | {"advantages": advantages_N[rank * n : rank * n + n].to(output["advantages"])}
+
+    return OtherAdvantages

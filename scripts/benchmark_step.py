@@ -1,6 +1,5 @@
 """One optimiser step here and in TRL's GRPOTrainer: the same model, prompts, group size, lengths and dtype.
 
-    pip install --no-deps trl==1.16.0        # the peer; nothing else of this project needs it
     python scripts/benchmark_step.py --output benchmark.json
 
 Each measurement is a fresh process that makes two steps and reports the second, so that neither side is charged for

@@ -319,3 +319,21 @@ def test_get_resolves_names_paths_and_options() -> None:
 def test_get_refuses_with_a_remedy(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         advantages.get_advantage(name, **options)
+
+
+@given(st.lists(st.tuples(REWARDS, st.sampled_from("abc")), min_size=1, max_size=12))
+def test_by_label(completions: list[tuple[float, str]]) -> None:
+    """Each label's own rewards, wherever they stand and however many they are."""
+    rewards, labels = zip(*completions, strict=True)
+    found = advantages.ordinal_by_label(torch.tensor(rewards), labels).tolist()
+    for label in set(labels):
+        rows = [n for n, other in enumerate(labels) if other == label]
+        group = [rewards[n] for n in rows]
+        expected = [0.0] if len(rows) == 1 else advantages.ordinal(torch.tensor([group]))[0].tolist()
+        assert [found[n] for n in rows] == expected
+
+
+def test_labels_are_as_many_as_rewards() -> None:
+    with pytest.raises(ValueError, match="2 rewards have 1 labels"):
+        advantages.ordinal_by_label(torch.tensor([1.0, 2.0]), ["a"])
+    assert advantages.ordinal_by_label(torch.tensor([]), []).shape == (0,)

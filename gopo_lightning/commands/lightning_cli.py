@@ -227,13 +227,18 @@ def _raised_by(error: BaseException) -> str:
     return str(frame.f_globals.get("__name__")).partition(".")[0]
 
 
-def run(args: list[str] | None = None, *, instantiate_only: bool = False) -> GOPOCommandLine:
+def run(
+    args: list[str] | None = None,
+    *,
+    instantiate_only: bool = False,
+    command_line: type[GOPOCommandLine] = GOPOCommandLine,
+) -> GOPOCommandLine:
     """Parse ``args`` (the command line's if None), build trainer, model and data, and run the subcommand.
 
     With ``instantiate_only`` there is no subcommand in ``args`` and nothing runs.
     """
     _quieten()
-    return GOPOCommandLine(
+    return command_line(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,

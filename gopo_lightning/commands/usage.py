@@ -20,6 +20,9 @@ to begin with:
   quickstart a reward model and a policy, trained in minutes on this machine; needs the extra `quickstart`
   config     list, show or copy the configs that come with the package
 
+before a run:
+  estimate   memory of each phase and time of a step: does it fit, and what helps most?
+
 does ranking help on my task? (each has its own --help)
   inspect    before training: can ranks matter under these rewards?
   duel       which of two policies wins, by a judge, with an interval
@@ -35,6 +38,7 @@ An error of yours is one sentence and exit code 2; --debug, or GOPO_DEBUG=1, sho
 
 OWN = {
     "export": "gopo_lightning.commands.export",
+    "estimate": "gopo_lightning.commands.estimate",
     "inspect": "gopo_lightning.commands.inspect",
     "duel": "gopo_lightning.commands.duel",
     "report": "gopo_lightning.commands.report",

@@ -6,6 +6,7 @@ without a score has a reward of 0), comparison matrices and the calibrated advan
 """
 
 import typing
+from collections.abc import Hashable, Iterable
 from typing import Literal
 
 import torch
@@ -56,6 +57,30 @@ def ordinal(rewards_PG: Tensor, *, ties: Ties = "average") -> Tensor:
         best_first_PG = torch.argsort(-key_PG, dim=-1, stable=True)  # NaN sorts last
         margin_PG = num_valid_P1 - 1 - 2 * torch.argsort(best_first_PG, dim=-1)
     return scaled(2 * margin_PG, num_valid_P1 - 1, valid_PG)
+
+
+def ordinal_by_label(rewards_N: Tensor, labels_N: Iterable[Hashable]) -> Tensor:
+    """float32 advantages_N: ``ordinal`` among the completions with the same label.
+
+    Groups may stand in any order and have any sizes; a completion that is alone gets 0.
+
+    >>> ordinal_by_label(torch.tensor([3.0, 1.0, 2.0, 7.0]), ["a", "a", "a", "b"])
+    tensor([ 2., -2.,  0.,  0.])
+    """
+    columns: dict[Hashable, int] = {}
+    sizes: list[int] = []
+    places = []
+    for label in labels_N:
+        p = columns.setdefault(label, len(columns))
+        sizes += [0] if p == len(sizes) else []
+        places.append((p, sizes[p]))
+        sizes[p] += 1
+    if len(places) != len(rewards_N):
+        raise ValueError(f"{len(rewards_N)} rewards have {len(places)} labels; each completion has one.")
+    rewards_PG = torch.full((len(sizes), max(sizes, default=0)), torch.nan, dtype=torch.float64)
+    p_N, g_N = torch.tensor(places, dtype=torch.int64).view(-1, 2).unbind(-1)
+    rewards_PG[p_N, g_N] = rewards_N.detach().cpu().double()
+    return (2 * net_wins(rewards_PG))[p_N, g_N].float().to(rewards_N.device)
 
 
 def calibrated(rewards_PG: Tensor, *, tau: float) -> Tensor:

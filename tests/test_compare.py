@@ -128,6 +128,9 @@ def test_nothing_stale_is_read(
 
 
 def test_files_called_alike_are_told_apart(compare: Any) -> None:
+    for name in ("a/gopo", "a/grpo", "a/tldr", "b/gopo", "b/grpo", "gopo"):
+        Path(f"{name}.yaml").parent.mkdir(exist_ok=True)
+        Path(f"{name}.yaml").touch()
     assert compare.labels(["a/gopo.yaml", "a/grpo.yaml"]) == ["gopo", "grpo"]
     assert compare.labels(["a/gopo.yaml", "b/gopo.yaml"]) == ["a/gopo.yaml", "b/gopo.yaml"]
     assert compare.labels(["a/tldr.yaml", "a/tldr.yaml+b/grpo.yaml"]) == ["tldr", "tldr+grpo"]

@@ -51,6 +51,7 @@ END
 mine=(--config quickstart/gopo --config my.yaml --config debug/smoke)
 run gopo-lightning fit "${mine[@]}"
 run gopo-lightning inspect "${mine[@]}" --num_prompts 2
-test -s runs/mine/first/policy/model.safetensors
+run gopo-lightning export runs/mine/first exported
+test -s exported/model.safetensors
 test -s runs/inspect/inspect.json
 printf '\nthe wheel works: %s\n' "$(basename "$wheel")"

@@ -84,9 +84,14 @@ def test_onednn_linear(biased: bool) -> None:
     x, weight = torch.randn(4, 33).bfloat16(), torch.randn(17, 33).bfloat16()
     bias = torch.randn(17).bfloat16() if biased else None
     product = _compat.onednn_linear(weight, bias)
-    assert product is not None or not torch.backends.mkldnn.is_available()
+    assert (product is None) == (not torch.backends.mkldnn.is_available() or not _compat.cpu_computes_bfloat16())
     if product is not None:
         torch.testing.assert_close(product(x), linear(x, weight, bias), rtol=2**-7, atol=2**-7)
+
+
+def test_a_cpu_without_bfloat16_gets_no_layout_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_compat, "cpu_computes_bfloat16", lambda: False)
+    assert _compat.onednn_linear(torch.randn(17, 33).bfloat16(), None) is None
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------

@@ -133,11 +133,11 @@ def _precision() -> list[str]:
     """The configs compute in bfloat16, which some CPUs emulate."""
     import torch
 
-    from gopo_lightning.training.checks import emulates_bfloat16
+    from gopo_lightning._compat import cpu_computes_bfloat16
 
-    if torch.cuda.is_available() or not emulates_bfloat16():
+    if torch.cuda.is_available() or cpu_computes_bfloat16():
         return []
-    console.print("This CPU has no AVX-512 and emulates bfloat16: the quickstart computes in float32.")
+    console.print("This CPU emulates bfloat16: the quickstart computes in float32.")
     return ["--trainer.precision=32-true"]
 
 

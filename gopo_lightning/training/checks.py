@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from gopo_lightning._compat import save_interval
+from gopo_lightning._compat import cpu_computes_bfloat16, save_interval
 from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.objectives.base import Needed, Objective
 from gopo_lightning.rewards import Source
@@ -110,17 +110,15 @@ def check_trainer(trainer: Trainer, *, updates_per_rollout: int, policy_dtype: s
 
 def check_precision(trainer: Trainer) -> None:
     """Warn where bfloat16 makes a run slower."""
-    if trainer.strategy.root_device.type == "cpu" and str(trainer.precision).startswith("bf16") and emulates_bfloat16():
+    if (
+        trainer.strategy.root_device.type == "cpu"
+        and str(trainer.precision).startswith("bf16")
+        and not cpu_computes_bfloat16()
+    ):
         rank_zero_warn(
-            f"trainer.precision={trainer.precision}: this CPU has no AVX-512, so bfloat16 is emulated, and matrix "
+            f"trainer.precision={trainer.precision}: this CPU emulates bfloat16 (x86 needs AVX-512 for it), and matrix "
             "products take several times as long as in float32. Use trainer.precision: 32-true here."
         )
-
-
-def emulates_bfloat16() -> bool:
-    """Whether this is an x86 CPU on which PyTorch has no fast matrix product in bfloat16 (it needs AVX-512)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return capabilities.get("architecture") == "x86_64" and not capabilities.get("avx512_bw", True)
 
 
 def _check_defaults(trainer: Trainer) -> None:

@@ -176,7 +176,7 @@ CASES = [
     ),
     Case(
         "a field that must be there",
-        r"sources.*lacks function.*line 15",
+        r"sources lacks function.*line 14",
         edit=("{function: mine.vowels}", "{name: mine}"),
     ),
     # names of classes

@@ -1,5 +1,6 @@
 """How a command ends with an error: the user's own are one sentence and exit code 2, a bug is a traceback and 1."""
 
+import argparse
 import dis
 import os
 import re
@@ -45,6 +46,10 @@ class RaisesUsageErrors:
                 f"; did you mean {near[0]!r}?" if near else ", --help lists the options."
             )
         raise UsageError(message) from ex
+
+
+class Parser(RaisesUsageErrors, argparse.ArgumentParser):
+    """Of our own commands."""
 
 
 @contextmanager

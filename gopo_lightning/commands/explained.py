@@ -116,8 +116,9 @@ def _innermost(message: str, path: tuple[str, ...]) -> tuple[tuple[str, ...], st
         return _innermost(message[match.end() :], path if list(path) == keys else (*path, *keys))
     if not re.match(r"(- Expected a path .*\n *- )?Does not validate against any of the Union subtypes", message):
         return path, re.split(r"\n *Given value type:", message)[0]
-    body = re.split(r"\n *Given value type:", message.partition("Errors:\n")[2])
-    text = "\n".join(body[:-1]) or body[0]
+    text = message.partition("Errors:\n")[2]
+    ends = [match.start() for match in re.finditer(r"\n *Given value type:", text)]
+    text = text[: ends[-1]] if ends else text
     indent = len(text) - len(text.lstrip())
     errors = re.split(rf"^ {{{indent}}}- ", text, flags=re.MULTILINE)[1:]
     found = [_innermost(error, path) for error in errors if not error.startswith("Expected a <class 'NoneType'>")]
@@ -212,7 +213,7 @@ def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name, None) if module else import_module(path)
-    except ImportError:
+    except (ImportError, TypeError, ValueError):  # the latter two for what is no dotted path
         return None
 
 

@@ -115,7 +115,7 @@ class GOPOCommandLine(CommandLine):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """What cannot be parsed is one sentence."""
-        _help_of_a_nested_class(self._given)
+        _help_of_a_nested_class(in_arguments(self._given))
         check_yaml(self._given)
         refuse_old_names(self._given)
         try:

@@ -145,8 +145,8 @@ def run(arguments: Sequence[str]) -> None:
     try:
         options = parser.parse_args(given)
     except UsageError as error:
-        judge = next((value for option, value in options_of(given) if option == "--judge"), "")
-        raise UsageError(explain(str(error), given, (), {"judge": class_named(judge)})) from error
+        named = next((value for option, value in options_of(given) if option == "--judge"), "")
+        raise UsageError(explain(str(error), given, (), {"judge": class_named(named)})) from error
     _check(options)
     judge: Any = recorded
     config: Any = {"rewards": recorded}

@@ -339,9 +339,9 @@ def test_the_command_prints_the_agreement(tmp_path: Path, capsys: pytest.Capture
         file.close()
     rank.main(["--agreement", str(tmp_path)])
     assert "ann and bob: Kendall’s τ-b +0.67, pairs ordered alike 0.83, on 1 prompt\n" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no group in common"):
+    with pytest.raises((ValueError, OSError), match="no group in common"):
         rank.main(["--agreement", str(tmp_path / "ann.jsonl")])
-    with pytest.raises(SystemExit, match="--config=x is for sampling"):
+    with pytest.raises((ValueError, OSError), match="--config=x is for sampling"):
         rank.main(["--agreement", str(tmp_path), "--config=x"])
 
 
@@ -386,7 +386,7 @@ def never(completions: list[str]) -> list[float]:
     ],
 )
 def test_what_cannot_be_ranked(arguments: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=f"^rank: .*{message}"):
+    with pytest.raises((ValueError, OSError), match=message):
         rank.main([f"--output={tmp_path}", *arguments])
 
 

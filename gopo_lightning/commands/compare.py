@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import gopo_lightning
-from gopo_lightning.commands.errors import RaisesUsageErrors
+from gopo_lightning.commands.errors import Parser
 from gopo_lightning.commands.named_configs import find
 
 if TYPE_CHECKING:
@@ -180,12 +180,8 @@ def _compare(options: argparse.Namespace, flags: Sequence[str], command: str) ->
     print(make([*folders[0], *folders[1]], output, tags, None, command))
 
 
-class _Parser(RaisesUsageErrors, argparse.ArgumentParser):
-    pass
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m gopo_lightning compare",
         usage="%(prog)s [-h] [--seeds SEED ...] [--tags TAG ...] [--output DIR] CONFIG CONFIG [-- FLAGS OF FIT]",
         description=DESCRIPTION,

@@ -1,10 +1,10 @@
 """``gopo-lightning config``: the configs that come with the package."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gopo_lightning.commands.errors import Parser
 from gopo_lightning.commands.named_configs import LIST, find, names, purpose
 
 DESCRIPTION = """\
@@ -16,10 +16,7 @@ A file of that path wins over the name.
 def main(arguments: Sequence[str]) -> None:
     """List, show or copy."""
     options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except ValueError as error:
-        sys.exit(f"config: {error}")
+    options.run(options)
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -56,7 +53,7 @@ def _text(name: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gopo-lightning config", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

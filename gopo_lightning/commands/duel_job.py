@@ -14,8 +14,9 @@ from rich.console import Console
 
 from gopo_lightning.commands.duel import RECORDED, make_parser
 from gopo_lightning.commands.errors import UsageError
-from gopo_lightning.commands.explained import explain
+from gopo_lightning.commands.explained import class_named, explain
 from gopo_lightning.commands.judges import JUDGES, chosen_judge, device_of, prepared
+from gopo_lightning.commands.layers import options as options_of
 from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.data.sources import PromptSource, load_rows
 from gopo_lightning.evaluation.bradley_terry import ladder
@@ -144,7 +145,8 @@ def run(arguments: Sequence[str]) -> None:
     try:
         options = parser.parse_args(given)
     except UsageError as error:
-        raise UsageError(explain(str(error), given, (), {})) from error
+        named = next((value for option, value in options_of(given) if option == "--judge"), "")
+        raise UsageError(explain(str(error), given, (), {"judge": class_named(named)})) from error
     _check(options)
     judge: Any = recorded
     config: Any = {"rewards": recorded}

@@ -1,12 +1,13 @@
 """How a command ends with an error: the user's own are one sentence and exit code 2, a bug is a traceback and 1."""
 
+import argparse
 import dis
 import os
 import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,16 +36,18 @@ class UsageError(ValueError):
 class RaisesUsageErrors:
     """A parser, argparse's or jsonargparse's, that raises `UsageError` instead of printing its usage."""
 
-    format_help: Callable[[], str]
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """As the parser calls it; of an unknown option, says which is meant."""
         if match := re.match(r"unrecognized arguments: (--?[\w.]+)", message):
-            near = get_close_matches(match[1], re.findall(r"(?<!\S)--\w+", self.format_help()), 1)
-            message = f"{match[1]} is unknown" + (
-                f"; did you mean {near[0]!r}?" if near else ", --help lists the options."
-            )
+            known = re.findall(r"(?<!\S)--\w+", self.format_help())  # type: ignore[attr-defined]  # of the parser
+            near = get_close_matches(match[1], known, 1)
+            advice = f"did you mean {near[0]!r}?" if near else "--help lists the options."
+            message = f"{match[1]} is unknown; {advice}"
         raise UsageError(message) from ex
+
+
+class Parser(RaisesUsageErrors, argparse.ArgumentParser):
+    """Of our own commands."""
 
 
 @contextmanager

@@ -60,12 +60,14 @@ def explain(message: str, arguments: Sequence[str], written: Sequence[Field], ro
             return f"{stray[0].shown}: did you mean 'init_args'?{_at(stray[0])}"
         return f"{stray[0].shown} stands beside class_path; arguments of a class stand in its init_args{_at(stray[0])}"
     if match := _UNKNOWN.search(leaf):
-        group = match[2].split(".") if match[1] == "Group" else []
-        return _unknown((*path, *group, *match[3].split(".")), None, written, root)
-    if match := _REQUIRED.search(leaf):
-        return _missing([name.removeprefix(f"{command}.") for name in match[1].split(", ")], command, arguments)
+        keys = [*path, *(match[2].split(".") if match[1] == "Group" else []), *match[3].split(".")]
+        flag = next((option for option, _ in options(arguments) if option.endswith(f".{keys[-1]}")), None)
+        return _unknown(keys, None if _field(keys, written) else flag, written, root)
     field = _field(path, written) if path else None
     shown, place = (field.shown, _at(field)) if field else (".".join(path), "")
+    if match := _REQUIRED.search(leaf):
+        names = [name.removeprefix(f"{command}.") for name in match[1].split(", ")]
+        return f"{shown} lacks {', '.join(names)}{place}" if path else _missing(names, command, arguments)
     if (match := _CLASS.search(leaf)) and (name := next(filter(None, match.groups()), "")):
         named = [f for f in written if f.value == name and f.path == path]
         wanted = " or ".join(dict.fromkeys(_SUBCLASS.findall(message)))
@@ -112,13 +114,15 @@ def _innermost(message: str, path: tuple[str, ...]) -> tuple[tuple[str, ...], st
     if match := _KEY.match(message):
         keys = [key for key in match[1].split(".") if key != "init_args"]
         return _innermost(message[match.end() :], path if list(path) == keys else (*path, *keys))
-    if not message.startswith("Does not validate against any of the Union subtypes"):
+    if not re.match(r"(- Expected a path .*\n *- )?Does not validate against any of the Union subtypes", message):
         return path, re.split(r"\n *Given value type:", message)[0]
-    body = re.split(r"\n *Given value type:", message.partition("Errors:\n")[2])
-    text = "\n".join(body[:-1]) or body[0]
+    text = message.partition("Errors:\n")[2]
+    ends = [match.start() for match in re.finditer(r"\n *Given value type:", text)]
+    text = text[: ends[-1]] if ends else text
     indent = len(text) - len(text.lstrip())
     errors = re.split(rf"^ {{{indent}}}- ", text, flags=re.MULTILINE)[1:]
     found = [_innermost(error, path) for error in errors if not error.startswith("Expected a <class 'NoneType'>")]
+    found = [item for item in found if not _SUBCLASS.search(item[1])] or found
     named = [item for item in found if _UNKNOWN.search(item[1]) or _FLAG.search(item[1])]
     return max(named or found or [(path, message)], key=lambda item: len(item[0]))
 
@@ -209,7 +213,7 @@ def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name, None) if module else import_module(path)
-    except ImportError:
+    except (ImportError, TypeError, ValueError):  # the latter two for what is no dotted path
         return None
 
 

@@ -2,10 +2,11 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from gopo_lightning.commands.errors import Parser
 
 DESCRIPTION = """\
 What a checkpoint has trained, as a Hugging Face folder with tokenizer and model card: a policy, the adapter of one,
@@ -25,12 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     """Export, and say where."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    from gopo_lightning.training.hub import PushError
-
-    try:
-        print(make(options))
-    except (ValueError, FileNotFoundError, PushError) as error:
-        sys.exit(f"export: {error}")
+    print(make(options))
 
 
 def make(options: argparse.Namespace) -> str:
@@ -87,7 +83,7 @@ def _model_of(config: Path) -> Mapping[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m gopo_lightning export",
         description=DESCRIPTION,
         epilog=EXAMPLES,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gopo_lightning.commands.errors import RaisesUsageErrors
+from gopo_lightning.commands.errors import Parser
 
 DESCRIPTION = """\
 Before training: samples what the first steps would sample, scores it, and says whether ranks can matter here.
@@ -19,13 +19,9 @@ example:
 """
 
 
-class _Parser(RaisesUsageErrors, argparse.ArgumentParser):
-    pass
-
-
 def parser() -> argparse.ArgumentParser:
     """Of the options that are not the configuration's."""
-    options = _Parser(
+    options = Parser(
         prog="python -m gopo_lightning inspect",
         description=DESCRIPTION,
         epilog=EXAMPLE,

@@ -115,14 +115,13 @@ class GOPOCommandLine(CommandLine):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """What cannot be parsed is one sentence."""
-        _help_of_a_nested_class(self._given)
+        _help_of_a_nested_class(in_arguments(self._given))
         check_yaml(self._given)
         refuse_old_names(self._given)
         try:
             super().parse_arguments(parser, args)
         except UsageError as error:
-            said = explain(str(error), self._given, fields(self._given), _root(self._given))
-            raise UsageError(said) from error
+            raise UsageError(self._explained(error)) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -167,7 +166,14 @@ class GOPOCommandLine(CommandLine):
             own: BaseException = error
             while own.__cause__ is not None and _raised_by(own) == "jsonargparse":
                 own = own.__cause__
+            if _raised_by(own) == "jsonargparse":  # one of several kinds was meant, whose error is in the text
+                raise UsageError(self._explained(error)) from error
+            if _raised_by(own) != __name__.partition(".")[0]:
+                raise ValueError(f"the config names what cannot be made: {own}") from own
             raise own from own.__cause__
+
+    def _explained(self, error: Exception) -> str:
+        return explain(str(error), self._given, fields(self._given), _root(self._given))
 
     def before_fit(self) -> None:
         if isinstance(self.model, GOPOModule):

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gopo_lightning.commands.errors import Parser
 from gopo_lightning.commands.named_configs import find
 from gopo_lightning.data import assets
 from gopo_lightning.data.json_lines import number, read_jsonl
@@ -105,7 +106,7 @@ def rewards_of(configs: Sequence[str], reward_model: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gopo-lightning quickstart",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -123,10 +124,8 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     try:
         _quickstart(options)
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"quickstart: {error}")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"quickstart: the command above failed (exit status {error.returncode})")
+    except subprocess.CalledProcessError as error:  # it has said why
+        raise ValueError(f"the command above failed with exit code {error.returncode}.") from error
 
 
 def _precision() -> list[str]:

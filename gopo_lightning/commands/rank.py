@@ -2,11 +2,12 @@
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from gopo_lightning.commands.errors import Parser
 
 if TYPE_CHECKING:
     from gopo_lightning.human.groups import Group
@@ -32,7 +33,7 @@ GROUPS, SAMPLED, VERDICTS = "groups.jsonl", "sampled.json", "verdicts"
 
 def parser() -> argparse.ArgumentParser:
     """Of the options that are not the configuration's."""
-    options = argparse.ArgumentParser(
+    options = Parser(
         prog="python -m gopo_lightning rank",
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -55,15 +56,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
     """Serve the page until Ctrl+C, or print the agreement."""
     options, config = parser().parse_known_args(list(arguments))
-    try:
-        if options.agreement is not None:
-            print(agreement(options.agreement, config))
-            return
-        groups = find_groups(options, config)
-        if groups is not None:
-            serve(groups, options.output / VERDICTS, options.rater, options.port)
-    except ValueError as error:
-        sys.exit(f"rank: {error}")
+    if options.agreement is not None:
+        print(agreement(options.agreement, config))
+        return
+    groups = find_groups(options, config)
+    if groups is not None:
+        serve(groups, options.output / VERDICTS, options.rater, options.port)
 
 
 def agreement(files: Sequence[Path], others: Sequence[str] = ()) -> str:

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from gopo_lightning.commands.errors import RaisesUsageErrors
+from gopo_lightning.commands.errors import Parser
 
 DESCRIPTION = """\
 Finished runs as one page that needs no network: who is ahead and by how much, curves with a band over seeds (by step,
@@ -47,12 +47,8 @@ def make(runs: Sequence[Path], output: Path, tags: Sequence[str], baseline: str 
     return "\n".join([*groups, *report.answers, *(f"note: {note}" for note in report.notes), str(page)])
 
 
-class _Parser(RaisesUsageErrors, argparse.ArgumentParser):
-    pass
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m gopo_lightning report",
         description=DESCRIPTION,
         epilog=EXAMPLES,

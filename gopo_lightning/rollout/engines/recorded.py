@@ -23,7 +23,7 @@ from gopo_lightning.rollout.engines.transformers import TransformersEngine
 from gopo_lightning.types import Completions, PromptBatch
 
 
-class RecordedEngine:
+class RecordedEngine(RolloutEngine):
     """Tokenises the answers of the rows in training. In validation, test and predict its ``sampler`` asks the policy.
 
     With `rewards.RecordedReward` as the source, groups of rated answers go through the same advantages and objectives

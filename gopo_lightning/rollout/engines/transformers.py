@@ -17,6 +17,7 @@ from gopo_lightning.distributed.gathering import any_rank, compute_device, forwa
 from gopo_lightning.policy.model import evaluating
 from gopo_lightning.policy.positions import check_length
 from gopo_lightning.rollout.engines.base import (
+    RolloutEngine,
     SamplingConfig,
     SamplingDtype,
     check_drawn,
@@ -35,7 +36,7 @@ _COMPACT_BELOW = 0.875
 """Rows are dropped when this share of them or less remains."""
 
 
-class TransformersEngine:
+class TransformersEngine(RolloutEngine):
     """Samples with the policy's own transformers forward, on the device where the policy is.
 
     Args:

@@ -15,6 +15,7 @@ from gopo_lightning.distributed.gathering import compute_device
 from gopo_lightning.distributed.whole_weights import merged_weights
 from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.rollout.engines.base import (
+    RolloutEngine,
     SamplingConfig,
     SamplingDtype,
     check_drawn,
@@ -38,7 +39,7 @@ _TOLERANCE = 0.25
 """Nats: bfloat16 makes 0.02 to 0.05, weights that did not arrive several."""
 
 
-class VLLMEngine:
+class VLLMEngine(RolloutEngine):
     """Samples with vLLM on the device of the policy: one engine on each rank, which gets the weights at each rollout.
 
     A completion draws from a random stream of its own, as with the other engine, but in vLLM's way: another text, and

@@ -53,6 +53,8 @@ def test_one_device() -> None:
         "activations": tokens * (2 * layer + 120),
         "logits": tokens * 7 * (4 + 4),
     }
+    on_cpus = footprint.phases(replace(PLAN, by_blocks=True))
+    assert on_cpus["sampling"]["logits"] == 8 * 7 * 2 and on_cpus["forward and backward"]["logits"] == tokens * 7 * 4
     again = footprint.training(replace(PLAN, gradient_checkpointing=True))
     assert again["activations"] == tokens * (2 * 40 + 120) and again["a layer again"] == tokens * layer
     assert "logits" not in again and "logits" in footprint.training(

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gopo_lightning.commands.errors import RaisesUsageErrors
+
 DESCRIPTION = """\
 Before a run: the memory of each phase on a device, whether it fits and what helps most, and the time of a step. Reads
 the configurations of the models, no weights. What follows these options goes to the configuration, as in fit.
@@ -20,9 +22,13 @@ example:
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
+class _Parser(RaisesUsageErrors, argparse.ArgumentParser):
+    pass
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the options that are not the configuration's."""
-    options = argparse.ArgumentParser(
+    options = _Parser(
         prog="python -m gopo_lightning estimate",
         description=DESCRIPTION,
         epilog=EXAMPLE,

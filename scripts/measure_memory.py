@@ -16,17 +16,14 @@ from pathlib import Path
 from typing import Any
 
 ROWS: dict[str, list[str]] = {
-    "17 M, float32": ["small", "--trainer.precision=32-true"],
-    "17 M, bf16-mixed": ["small"],
-    "54 M, bf16-mixed": ["middle"],
-    "135 M, float32": ["smollm2", "--trainer.precision=32-true"],
-    "135 M, bf16-mixed": ["smollm2"],
-    "135 M, bf16-mixed, a group at a time": ["smollm2", "--model.init_args.update.micro_batch_tokens=1"],
-    "135 M, bf16-mixed, gradient checkpointing": ["smollm2", "--model.init_args.policy.gradient_checkpointing=true"],
-    "135 M, bf16-mixed, LoRA r = 16": [
-        "smollm2",
-        '--model.init_args.policy.lora={"r": 16, "target_modules": "all-linear"}',
-    ],
+    "16 M": ["small"],
+    "57 M": ["middle"],
+    "135 M": ["smollm2"],
+    "135 M, LoRA r = 16": ["smollm2", '--model.init_args.policy.lora={"r": 16, "target_modules": "all-linear"}'],
+    "135 M, gradient checkpointing": ["smollm2", "--model.init_args.policy.gradient_checkpointing=true"],
+    "135 M, a group at a time": ["smollm2", "--model.init_args.update.micro_batch_tokens=1"],
+    "16 M, bf16-mixed": ["small", "--trainer.precision=bf16-mixed"],
+    "135 M, bf16-mixed": ["smollm2", "--trainer.precision=bf16-mixed"],
 }
 """Policy and further flags."""
 SHAPES = {"small": (256, 4), "middle": (512, 8)}
@@ -72,7 +69,7 @@ def flags(policy: str, folder: Path, sizes: argparse.Namespace) -> list[str]:
                 "trainer": {
                     "accelerator": "cpu",
                     "devices": 1,
-                    "precision": "bf16-mixed",
+                    "precision": "32-true",
                     "max_steps": 2,
                     "logger": False,
                     "enable_checkpointing": False,
@@ -131,7 +128,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--completion-tokens", type=int, default=32)
+    parser.add_argument("--completion-tokens", type=int, default=16)
     parser.add_argument("--rows", type=int, nargs="*", help="of the table; all by default")
     parser.add_argument("--worker", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     sizes = parser.parse_args()

@@ -53,6 +53,8 @@ def test_one_device() -> None:
         "activations": tokens * (2 * layer + 120),
         "logits": tokens * 7 * (4 + 4),
     }
+    on_cpus = footprint.phases(replace(PLAN, by_blocks=True))
+    assert on_cpus["sampling"]["logits"] == 8 * 7 * 2 and on_cpus["forward and backward"]["logits"] == tokens * 7 * 4
     again = footprint.training(replace(PLAN, gradient_checkpointing=True))
     assert again["activations"] == tokens * (2 * 40 + 120) and again["a layer again"] == tokens * layer
     assert "logits" not in again and "logits" in footprint.training(
@@ -210,7 +212,7 @@ def test_within_a_third_of_what_is_allocated(groups: dict[str, Any], tmp_path: P
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = [f"--config={write_config(tmp_path)}"]
     speeds = ["--tokens-per-second=384", "--tflops=1e-6", "--utilisation=0.5"]
-    estimate.main([*config, "--cpu", "--gpu-memory=1GB", *speeds, "--trainer.max_steps=7200"])
+    estimate.main([*config, "--cpu", "--gpu-memory=0.6GB", *speeds, "--trainer.max_steps=7200"])
     said = capsys.readouterr().out
     assert "1 device, each with 4 prompts × 4 completions" in said and "at most 64 + 24 tokens" in said
     assert "It is tight" in said and "policy.gradient_checkpointing: true" in said

@@ -10,13 +10,20 @@ from gopo_lightning.commands.lightning_cli import GOPOCommandLine, run
 from gopo_lightning.data.prompts import PromptDataModule
 from gopo_lightning.evaluation.footprint import REFERENCE, Frozen, Plan
 from gopo_lightning.evaluation.sizes import models_of, policy_sizes
-from gopo_lightning.rewards import FunctionComparator, FunctionReward, LLMJudge, RankingOracle, RecordedReward
+from gopo_lightning.rewards import (
+    FunctionComparator,
+    FunctionReward,
+    HumanRanking,
+    LLMJudge,
+    RankingOracle,
+    RecordedReward,
+)
 from gopo_lightning.rollout import TransformersEngine
 from gopo_lightning.training.gopo_module import GOPOModule
 
 _PROCESS = {"gpu": 1.5e9, "cpu": 0.55e9}
 """Bytes of a process beside its tensors: a GPU's context and libraries; Python and its libraries in CPU memory."""
-_WITHOUT_MODELS = (FunctionReward, FunctionComparator, RankingOracle, RecordedReward, LLMJudge)
+_WITHOUT_MODELS = (FunctionReward, FunctionComparator, RankingOracle, RecordedReward, LLMJudge, HumanRanking)
 _ASSUMED_PROMPT = 512
 
 
@@ -113,6 +120,7 @@ def plan_of(
         max_rows=getattr(engine, "max_rows", None),
         shared=update.prefix_sharing != "never",
         frozen_logprobs=len(module.needs - ({"old"} if module.updates_per_batch == 1 else set())),
+        by_blocks=cpu,
         process=_PROCESS["cpu" if cpu else "gpu"],
     )
     return Planned(plan, cli.trainer.max_steps, notes + assumed)

@@ -86,6 +86,8 @@ class Plan:
     """Whether a group's prompt is forwarded once."""
     frozen_logprobs: int = 0
     """Forwards of policy-sized models without gradient in a step: old, reference, iterate."""
+    by_blocks: bool = False
+    """Whether logits become float32 a few rows at a time, as on CPUs."""
     process: float = 0.0
     """Of the process itself: libraries, or a GPU's context."""
 
@@ -138,7 +140,8 @@ def gradients(plan: Plan) -> Bytes:
 def sampling(plan: Plan) -> Bytes:
     """A copy of the linear weights in the precision of sampling where it is another one (under FSDP2 of all weights,
     or with `rollout_gather: layer` of two layers); keys and values, 2 · layers · kv_heads of each token, of prompts
-    once a group; and the logits of all rows decoded together with two copies in float32.
+    once a group; and the logits of all rows decoded together with two copies in float32
+    (on CPUs of a few rows).
     """
     policy, groups = plan.policy, _groups_at_once(plan)
     rows = groups * plan.G
@@ -150,7 +153,7 @@ def sampling(plan: Plan) -> Bytes:
     return {
         "weights for sampling": copied * plan.compute_bytes,
         "keys and values": 2 * policy.layers * policy.kv_heads * tokens * plan.compute_bytes,
-        "logits": rows * policy.vocabulary * (plan.compute_bytes + 2 * _FLOAT32),
+        "logits": rows * policy.vocabulary * (plan.compute_bytes + (0 if plan.by_blocks else 2 * _FLOAT32)),
     }
 
 
@@ -168,10 +171,10 @@ def scoring(plan: Plan) -> Bytes:
 
 
 def training(plan: Plan) -> Bytes:
-    """Of one micro-batch of M tokens: what backward reads of each layer (`activations`), and the logits of a chunk with
-    their gradient and a float32 copy; beside it the casts of the linear weights that autocast keeps for backward, or
-    under FSDP2 two gathered layers. With gradient checkpointing the input of each layer, and then the logits or one
-    layer, whichever is more.
+    """Of one micro-batch of M tokens: what backward reads of each layer (`activations`); the logits of a chunk with
+    their gradient and a float32 copy (on CPUs of a few rows); the casts of the linear weights that autocast keeps for
+    backward, or under FSDP2 two gathered layers. With gradient checkpointing the input of each layer, and then the
+    logits or one layer, whichever is more.
     """
     policy, tokens = plan.policy, micro_batch(plan)
     layer = activations(policy, plan.compute_bytes)
@@ -180,7 +183,8 @@ def training(plan: Plan) -> Bytes:
         copied = 2 * policy.largest_layer
     else:
         copied = _matmul(policy) if plan.compute_bytes != plan.weight_bytes else 0
-    logits = min(_CHUNK, tokens) * policy.vocabulary * (2 * plan.compute_bytes + _FLOAT32)
+    each = 2 * plan.compute_bytes + (0 if plan.by_blocks else _FLOAT32)
+    logits = min(_CHUNK, tokens) * policy.vocabulary * each
     again = tokens * layer if plan.gradient_checkpointing else 0
     return {
         "weights for training": copied * plan.compute_bytes,

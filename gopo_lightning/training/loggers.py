@@ -114,4 +114,4 @@ def _(logger: TensorBoardLogger, tag: str, values: Tensor, step: int) -> None:
 def _(logger: WandbLogger, tag: str, values: Tensor, step: int) -> None:
     import wandb  # the logger that is here has brought it
 
-    logger.log_metrics({tag: wandb.Histogram(values.numpy())}, step)  # type: ignore[dict-item]
+    logger.log_metrics({tag: wandb.Histogram(values.tolist())}, step)  # type: ignore[dict-item]

@@ -13,9 +13,15 @@ from torch import Tensor
 from gopo_lightning._compat import save_interval
 from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.objectives.base import Needed, Objective
-from gopo_lightning.rewards import Source
+from gopo_lightning.rewards import RewardSource, Source
 from gopo_lightning.rollout.engines.base import SamplingConfig
-from gopo_lightning.training.config import RewardConfig, RolloutConfig, UpdateConfig
+from gopo_lightning.training.config import (
+    ObjectiveConfig,
+    RewardConfig,
+    RolloutConfig,
+    UpdateConfig,
+    name_and_options,
+)
 from gopo_lightning.training.trainer_defaults import trainer_defaults
 from gopo_lightning.types import TensorStruct
 
@@ -62,11 +68,29 @@ def check_groups(rollout: RolloutConfig, rewards: RewardConfig, update: UpdateCo
     check_above_zero(timeout_seconds=rewards.timeout_seconds, max_grad_norm=update.max_grad_norm)
 
 
-def check_loss(loss: object) -> None:
-    """ValueError unless it is one: in Python a dict of its options, say, may stand in its place."""
+def check_loss(objective: ObjectiveConfig, sources: Sequence[Source]) -> None:
+    """ValueError unless the loss is one, and reads what is configured and what the sources give.
+
+    (In Python a dict of its options, say, may stand in its place.)
+    """
+    loss: object = objective.loss
     if not isinstance(loss, Objective):
         raise ValueError(
             f"objective.loss={loss!r:.80} is a {type(loss).__name__}; give an Objective, such as ClippedSurrogate(…)"
+        )
+    name = type(loss).__name__
+    for option, default in {"advantage": "ordinal", "credit": "broadcast"}.items():
+        named = getattr(objective, option)
+        if not loss.reads_advantages and name_and_options(named, f"objective.{option}") != (default, {}):
+            raise ValueError(
+                f"objective.{option}={named} has no effect: {name} reads rewards or comparisons, and no advantage. "
+                f"Remove it or set it to {default}, or use a loss that reads advantages, such as ClippedSurrogate."
+            )
+    if loss.needs_rewards and not any(isinstance(source, RewardSource) for source in sources):
+        raise ValueError(
+            f"{name} reads differences of rewards, and {[source.name for source in sources]} only compare completions. "
+            "Add a source that scores them, or use a loss that reads comparisons, such as PairObjective with link: "
+            "logistic."
         )
 
 
@@ -104,23 +128,7 @@ def check_trainer(trainer: Trainer, *, updates_per_rollout: int, policy_dtype: s
             "bfloat16 master weights: at learning rates near 1e-6 almost every update rounds to nothing. "
             "Use policy.dtype: float32 with trainer.precision: bf16-mixed."
         )
-    check_precision(trainer)
     _check_intervals(trainer, updates_per_rollout)
-
-
-def check_precision(trainer: Trainer) -> None:
-    """Warn where bfloat16 makes a run slower."""
-    if trainer.strategy.root_device.type == "cpu" and str(trainer.precision).startswith("bf16") and emulates_bfloat16():
-        rank_zero_warn(
-            f"trainer.precision={trainer.precision}: this CPU has no AVX-512, so bfloat16 is emulated, and matrix "
-            "products take several times as long as in float32. Use trainer.precision: 32-true here."
-        )
-
-
-def emulates_bfloat16() -> bool:
-    """Whether this is an x86 CPU on which PyTorch has no fast matrix product in bfloat16 (it needs AVX-512)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return capabilities.get("architecture") == "x86_64" and not capabilities.get("avx512_bw", True)
 
 
 def _check_defaults(trainer: Trainer) -> None:

@@ -39,7 +39,7 @@ from gopo_lightning.rewards.loading import (
 from gopo_lightning.rewards.shared_scoring import Scorer
 from gopo_lightning.training.callbacks.export import Chosen, check_chosen, push_or_warn, weights_to_export
 from gopo_lightning.training.callbacks.save_on_signal import SaveOnSignal
-from gopo_lightning.training.checks import check_finite, check_outputs, check_precision
+from gopo_lightning.training.checks import check_finite, check_outputs
 from gopo_lightning.training.export_folder import check_export_folder
 from gopo_lightning.training.model_card import model_card
 from gopo_lightning.training.optimisation import OptimisedModule
@@ -170,7 +170,6 @@ class RewardModelModule(OptimisedModule):
         refused.
         """
         install_atomic_saving(self.trainer)
-        check_precision(self.trainer)
         if stage == "fit":
             check_chosen(self.trainer, self.export_weights)
         with all_or_none("the check of the export folder"):

@@ -1,6 +1,5 @@
 """GOPOModule: what one optimiser step does, what it does not depend on, what is saved, and what is refused."""
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.policy.model import PolicyConfig
 from gopo_lightning.rewards import FunctionReward
 from gopo_lightning.rollout import SamplingConfig
-from gopo_lightning.training.checks import check_precision
 from gopo_lightning.training.forward import PolicyForward
 from gopo_lightning.training.gopo_module import GOPOModule
 from gopo_lightning.training.update import GradientUpdate
@@ -286,23 +284,3 @@ def test_replace_keeps_experience_frozen(tiny_policy: Path, prompts_file: Path, 
     with pytest.raises(AttributeError):
         experience.rewards_PG = None
     assert replace(experience).select(torch.tensor([2, 0])).prompts.prompts[0] == experience.prompts.prompts[2]
-
-
-@pytest.mark.parametrize(
-    ("architecture", "avx512", "precision", "warned"),
-    [
-        ("x86_64", False, "bf16-mixed", True),
-        ("x86_64", True, "bf16-mixed", False),
-        ("x86_64", False, "32-true", False),
-        ("aarch64", False, "bf16-mixed", False),
-    ],
-)
-def test_emulated_bfloat16_is_warned_of(
-    architecture: str, avx512: bool, precision: Any, warned: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    found = {"architecture": architecture, "avx512_bw": avx512}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        check_precision(make_trainer(tmp_path, precision=precision))
-    assert any("32-true" in str(warning.message) for warning in caught) == warned

@@ -129,18 +129,6 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"quickstart: the command above failed (exit status {error.returncode})")
 
 
-def _precision() -> list[str]:
-    """The configs compute in bfloat16, which some CPUs emulate."""
-    import torch
-
-    from gopo_lightning.training.checks import emulates_bfloat16
-
-    if torch.cuda.is_available() or not emulates_bfloat16():
-        return []
-    console.print("This CPU has no AVX-512 and emulates bfloat16: the quickstart computes in float32.")
-    return ["--trainer.precision=32-true"]
-
-
 def _quickstart(options: argparse.Namespace) -> None:
     start = perf_counter()
     root = Path("runs/quickstart-smoke" if options.smoke else CONFIG_ROOT)
@@ -149,7 +137,6 @@ def _quickstart(options: argparse.Namespace) -> None:
 
     for asset in ("smollm2-135m-instruct", "minilm-l6-v2", "movie-ratings"):
         assets.path(asset)
-    precision = _precision()
     if reward_model.exists():
         console.print(f"the reward model is there already: {reward_model}", markup=False)
     else:
@@ -157,7 +144,6 @@ def _quickstart(options: argparse.Namespace) -> None:
         gopo(
             *("fit", "--config", "quickstart/reward_model"),
             *("--model.init_args.export_dir", str(reward_model)),
-            *precision,
             *smoke,
         )
     shared = [
@@ -165,7 +151,6 @@ def _quickstart(options: argparse.Namespace) -> None:
         f"--seed_everything={options.seed}",
         "--trainer.logger.init_args.save_dir=runs",
         f"--trainer.logger.init_args.name={root.name}",
-        *precision,
     ]
     steps = []
     if options.smoke:

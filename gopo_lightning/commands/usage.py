@@ -29,7 +29,7 @@ does ranking help on my task? (each has its own --help)
   report     finished runs as one page: curves over seeds, paired differences, samples
   compare    train two configs with the same seeds, and report
 
-rewards by hand:
+rewards by hand
   rank       order completions on a page of this machine; the verdicts train a reward model or a policy
 
 An error of yours is one sentence and exit code 2; --debug, or GOPO_DEBUG=1, shows its traceback. --version.

@@ -15,7 +15,7 @@ SOURCES := gopo_lightning tests scripts
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install install-vllm quickstart quickstart-smoke try-wheel test test-fast test-faults test-use test-use-sample test-vllm test-verl lint format format-check types clean
+.PHONY: help install install-vllm quickstart quickstart-smoke try-wheel test test-fast test-faults test-methods test-use test-use-sample test-vllm test-verl lint format format-check types clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets and variables.
@@ -46,7 +46,7 @@ $(INSTALLED_VLLM): requirements-vllm.lock $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-vllm.lock
 	@touch $@
 
-quickstart quickstart-smoke test test-fast test-faults test-use test-use-sample test-vllm test-verl: export HF_HUB_OFFLINE := 1
+quickstart quickstart-smoke test test-fast test-faults test-methods test-use test-use-sample test-vllm test-verl: export HF_HUB_OFFLINE := 1
 
 quickstart: $(INSTALLED) ## Train a reward model on human ratings, then a policy on its ranks (8 to 12 minutes, 2 cores).
 	@$(BIN)/python -m gopo_lightning quickstart
@@ -58,7 +58,7 @@ try-wheel: ## Build the wheel, install it into a fresh environment, and try it i
 	@PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" scripts/try_wheel.sh
 
 # One thread a process: the models are tiny, and tests start processes of their own.
-test test-fast test-faults test-use test-use-sample test-vllm test-verl: export OMP_NUM_THREADS := 1
+test test-fast test-faults test-methods test-use test-use-sample test-vllm test-verl: export OMP_NUM_THREADS := 1
 
 test: $(INSTALLED) ## Run every test.
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -68,6 +68,9 @@ test-fast: $(INSTALLED) ## Run the tests that are not marked slow.
 
 test-faults: $(INSTALLED) ## Kill, tear and fill: prints what small runs survived (3 minutes).
 	@$(BIN)/python -W ignore -m tests.faults
+
+test-methods: $(INSTALLED) ## Train every config of configs/methods, of which `test` takes a third: two ranks, resume.
+	@METHODS_SEED=all $(BIN)/python -m pytest tests/test_methods.py $(PYTEST_FLAGS)
 
 test-use: $(INSTALLED) ## Runs as users start them, all options pairwise, and what must hold after each (15 minutes, 2 cores).
 	@$(BIN)/python -W ignore -m tests.use $(USE_FLAGS)

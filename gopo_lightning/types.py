@@ -248,6 +248,11 @@ class Experience(Rollout):
     """float32, one a completion."""
     advantages_NT: Tensor | None = None
     """float32, one a token, 0 outside the mask; None where each token has that of its completion."""
+    preferences_PGG: Tensor | None = None
+    """float64 in [0, 1], how surely i is better than j, NaN where nobody knows: the comparisons that the advantages
+    were made of. None where they were made of the rewards."""
+    draws_PGG: Tensor | None = None
+    """float64 in [0, 1), a random number for each (i, j), keyed by seed, step and prompt: for objectives that draw."""
 
     @property
     def advantages(self) -> Tensor:

@@ -107,3 +107,12 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `write_prompts`."""
     return write_prompts(tmp_path_factory.mktemp("prompts"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says which of the configs in configs/methods were trained, where any was; see `test_methods`."""
+    from tests.test_methods import CHOSEN, METHODS, SEED
+
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    if any("test_methods.py::test_a_method" in report.nodeid for report in reports):
+        terminalreporter.write_line(f"METHODS_SEED={SEED} chose {len(CHOSEN)} of {len(METHODS)} methods: {CHOSEN}")

@@ -201,7 +201,8 @@ def test_every_tag_is_defined_in_the_docs(config: Path, tmp_path: Path) -> None:
     names = {re.sub(r"samples/group_\d+\Z", "samples/group_<i>", tag) for tag in names}
     assert names <= defined, sorted(names - defined)
     reward_model = ("val/pair", "val/spearman", "val/kendall", "val/loss", "val/calibration_error", "val/length_bias")
-    elsewhere = ("epoch", "test/", "reward/rank_correlation/", "reward/rescued_groups", *reward_model)
+    groups = ("train/pair_", "train/logprob")  # of objectives that compare completions: test_methods
+    elsewhere = ("epoch", "test/", "reward/rank_correlation/", "reward/rescued_groups", *reward_model, *groups)
     comparisons = {"tie_fraction", "cyclic_triad_fraction", "compared_fraction", "first_bias"}
     counters = {"abstained", "calls", "cached"}
     pairwise = {f"reward/<source>/{name}" for name in comparisons | counters}

@@ -20,6 +20,9 @@ STACKS = [[path for path in stack if path is not None] for stack in AllPairs([TA
 """In which every two files of different layers meet."""
 
 
+METHODS = sorted((CONFIGS / "methods").iterdir())
+
+
 def named(layers: list[Path]) -> str:
     """Of a test."""
     return "+".join(path.stem for path in layers)
@@ -53,6 +56,18 @@ def test_layers_are_instantiated_together(layers: list[Path], tmp_path: Path, mo
             assert type(module.collector.engine).__name__ == "VLLMEngine"
 
 
+@pytest.mark.parametrize("path", METHODS, ids=str)
+def test_a_method_is_laid_on_tasks_and_baselines(path: Path, tmp_path: Path) -> None:
+    """Whatever loss and advantage they have: nothing of them is left that the method would not read."""
+    task = TASKS[METHODS.index(path) % len(TASKS)]
+    for below in ([task], [task, CONFIGS / "advantage" / "dr_grpo.yaml"]):
+        module = instantiate([*below, path], f"--trainer.logger.init_args.save_dir={tmp_path}")
+        loss = init_args(path)["objective"]["loss"]
+        assert type(module.loss).__name__ == loss["class_path"].rpartition(".")[2]
+        assert {name: getattr(module.loss, name) for name in loss["init_args"]} == loss["init_args"]
+        assert module.objective_config.advantage == "ordinal"
+
+
 @pytest.mark.parametrize("path", TASKS, ids=str)
 def test_no_task_validates_on_what_it_trains_on_or_on_the_prompts_of_the_judge(path: Path) -> None:
     data = yaml.safe_load(path.read_text())["data"]["init_args"]
@@ -64,7 +79,7 @@ def test_no_task_validates_on_what_it_trains_on_or_on_the_prompts_of_the_judge(p
 
 
 def test_an_overlay_changes_its_own_part_alone() -> None:
-    parts = {"advantage": {"model"}, "strategy": {"trainer"}, "engine": {"model"}}
+    parts = {"advantage": {"model"}, "methods": {"model"}, "strategy": {"trainer"}, "engine": {"model"}}
     for layer, allowed in parts.items():
         for path in (CONFIGS / layer).iterdir():
             assert yaml.safe_load(path.read_text()).keys() == allowed, path

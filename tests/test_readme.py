@@ -12,7 +12,7 @@ import yaml
 
 from gopo_lightning.commands.lightning_cli import run
 from gopo_lightning.data.json_lines import write_jsonl
-from gopo_lightning.objectives import ClippedSurrogate, advantages
+from gopo_lightning.objectives import ClippedSurrogate, PairObjective, advantages
 from gopo_lightning.policy.model import PolicyConfig
 from gopo_lightning.training.config import ObjectiveConfig, RewardConfig, RolloutConfig, UpdateConfig
 from gopo_lightning.training.gopo_module import GOPOModule
@@ -173,6 +173,14 @@ def test_the_files_that_contributors_are_to_open_are_there() -> None:
 
 
 def test_every_option_of_the_loss_is_in_the_docs() -> None:
-    section = METHODS[METHODS.index("## Loss") : METHODS.index("## Mirror descent")]
+    section = METHODS[METHODS.index("## Loss") : METHODS.index("## Pairs and lists")]
     first_cells = " ".join(line.split("|")[1] for line in section.splitlines() if line.startswith("|"))
     assert set(re.findall(r"`(\w+)`", first_cells)) == {option.name for option in fields(ClippedSurrogate)}
+    pairs = METHODS[METHODS.index("## Pairs and lists") : METHODS.index("## Mirror descent")]
+    assert {option.name for option in fields(PairObjective)} <= set(re.findall(r"`(\w+)`", pairs))
+
+
+def test_every_method_has_a_row_in_the_docs() -> None:
+    shipped = {path.name for path in Path("configs/methods").iterdir()}
+    rows = " ".join(line for line in METHODS.splitlines() if line.startswith("|"))
+    assert shipped <= set(re.findall(r"`(\w+\.yaml)`", rows))

@@ -1,7 +1,7 @@
 """Shaping: what a transform and a credit may give, when they act, through a kill, and together."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def test_needs_add_up() -> None:
         (Gives(lambda rollout: None), "Gives returned NoneType; it must return the Rollout that it got"),
         (Gives(lambda rollout: rollout.rewards_PG), r"returned torch.float64 \(2, 2\)"),
         (Gives(lambda r: r.with_advantages(r.rewards_PG)), "returned Experience; it must return the Rollout"),
-        (Gives(lambda e: Rollout(**{k: v for k, v in vars(e).items() if "advan" not in k}), "advantages"), "Rollout"),
+        (Gives(lambda e: Rollout(**{f.name: getattr(e, f.name) for f in fields(Rollout)}), "advantages"), "Rollout"),
         (Gives(lambda r: r.select(torch.tensor([0, 1]))), "changed prompts or completions.*weight of 0"),
         (given(rewards_PG=torch.zeros(4)), r"gave rewards_PG=torch.float32 \(4,\); it must be a float tensor \(2, 2\)"),
         (given(rewards_PG=None), "gave rewards_PG=NoneType"),

@@ -54,6 +54,11 @@ class Objective(ABC):
 
     reads_sampler: bool = False
     """Whether it reads the sampler's log-probs, which not every engine gives."""
+    reads_advantages: bool = True
+    """Whether it reads advantages. To one that reads rewards or comparisons by itself, an advantage or a credit other
+    than the defaults is an error."""
+    needs_rewards: bool = False
+    """Whether it reads magnitudes of rewards, which a pairwise source does not give."""
 
     def mask(self, experience: Experience) -> Tensor:
         """bool [N, T]: tokens that enter the loss, which are those of completions that have a reward and a weight."""

@@ -5,12 +5,14 @@ from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.engines.recorded import RecordedEngine
 from gopo_lightning.rollout.engines.transformers import TransformersEngine
 from gopo_lightning.rollout.engines.vllm import VLLMEngine
+from gopo_lightning.rollout.rejection import RejectionSample
 from gopo_lightning.rollout.transforms import KLInReward, RankFilter, Transform
 
 __all__ = [
     "KLInReward",
     "RankFilter",
     "RecordedEngine",
+    "RejectionSample",
     "RolloutCallback",
     "RolloutEngine",
     "SamplingConfig",

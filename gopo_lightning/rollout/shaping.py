@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from gopo_lightning.distributed.collectives import all_or_none
+from gopo_lightning.objectives.advantages import preferences
 from gopo_lightning.objectives.base import Needed
 from gopo_lightning.objectives.credit import Credit, broadcast
 from gopo_lightning.objectives.named import described
+from gopo_lightning.rollout.engines.streams import stream_seeds, uniforms
 from gopo_lightning.rollout.transforms import Context, Position, Transform
 from gopo_lightning.types import Experience, Rollout
 
@@ -25,6 +27,7 @@ class Shaping:
         from_wins: the advantage reads the comparison matrices of the only source, a pairwise one.
         transforms: in their order; those of position rewards go before the advantage.
         credit: experience → advantages_NT or None.
+        advantages_are_read: whether the objective reads them; else a transform may not change them.
 
     Raises:
         ValueError: a transform stands at an unknown position.
@@ -37,6 +40,7 @@ class Shaping:
         from_wins: bool = False,
         transforms: Sequence[Transform] = (),
         credit: Credit = broadcast,
+        advantages_are_read: bool = True,
     ) -> None:
         for transform in transforms:
             if transform.position not in get_args(Position):
@@ -46,6 +50,7 @@ class Shaping:
                 )
         self.advantage, self.from_wins = advantage, from_wins
         self.transforms, self.credit = tuple(transforms), credit
+        self.advantages_are_read = advantages_are_read
 
     @property
     def needs(self) -> frozenset[Needed]:
@@ -58,8 +63,9 @@ class Shaping:
         with all_or_none("the advantage"):
             judged = self._judged(shaped, changed=shaped.rewards_PG is not rollout.rewards_PG)
             advantages_PG = self.advantage(judged).float().to(rollout.prompts.tokens_PL.device)
-        experience = self._transformed(shaped.with_advantages(advantages_PG), "advantages", context)
+        experience = self._transformed(self._experience(shaped, judged, advantages_PG, context), "advantages", context)
         with all_or_none("the credit"):
+            self._check_read(experience, advantages_PG)
             advantages_NT = self.credit(experience)
             check_credit(advantages_NT, experience)
         return replace(experience, advantages_NT=None if advantages_NT is None else advantages_NT.float())
@@ -79,6 +85,22 @@ class Shaping:
         for i, transform in enumerate(self.transforms):
             if (key := _key(i, transform)) in state:
                 transform.load_state_dict(state[key])
+
+    def _experience(self, rollout: Rollout, judged: Tensor, advantages_PG: Tensor, context: Context) -> Experience:
+        """With what objectives read beside the advantages."""
+        P, G = rollout.rewards_PG.shape
+        seeds_N = stream_seeds(~context.seed, ~context.step, [p.index for p in rollout.prompts.prompts], G)
+        draws_PGG = uniforms(seeds_N, G).view(P, G, G).to(rollout.rewards_PG.device)
+        preferences_PGG = preferences(judged) if self.from_wins else None
+        return rollout.with_advantages(advantages_PG, preferences_PGG=preferences_PGG, draws_PGG=draws_PGG)
+
+    def _check_read(self, experience: Experience, advantages_PG: Tensor) -> None:
+        """ValueError where a transform changed advantages that nothing reads."""
+        if not self.advantages_are_read and experience.advantages_PG is not advantages_PG:
+            raise ValueError(
+                "a transform changes the advantages, but the objective reads rewards or comparisons and no advantage. "
+                "Remove the transform, or use an objective that reads advantages, such as ClippedSurrogate."
+            )
 
     def _judged(self, rollout: Rollout, *, changed: bool) -> Tensor:
         """What the advantage reads; ValueError where that are comparisons, and a transform has ``changed`` rewards."""

@@ -51,6 +51,7 @@ def build_shaping(rewards: RewardConfig, objective: ObjectiveConfig, advantage: 
         from_wins=advantage.from_wins,
         transforms=rewards.transforms,
         credit=credit.get_credit(name, **options),
+        advantages_are_read=objective.loss.reads_advantages,
     )
 
 

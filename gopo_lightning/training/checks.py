@@ -13,9 +13,15 @@ from torch import Tensor
 from gopo_lightning._compat import cpu_computes_bfloat16, save_interval
 from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.objectives.base import Needed, Objective
-from gopo_lightning.rewards import Source
+from gopo_lightning.rewards import RewardSource, Source
 from gopo_lightning.rollout.engines.base import SamplingConfig
-from gopo_lightning.training.config import RewardConfig, RolloutConfig, UpdateConfig
+from gopo_lightning.training.config import (
+    ObjectiveConfig,
+    RewardConfig,
+    RolloutConfig,
+    UpdateConfig,
+    name_and_options,
+)
 from gopo_lightning.training.trainer_defaults import trainer_defaults
 from gopo_lightning.types import TensorStruct
 
@@ -62,11 +68,29 @@ def check_groups(rollout: RolloutConfig, rewards: RewardConfig, update: UpdateCo
     check_above_zero(timeout_seconds=rewards.timeout_seconds, max_grad_norm=update.max_grad_norm)
 
 
-def check_loss(loss: object) -> None:
-    """ValueError unless it is one: in Python a dict of its options, say, may stand in its place."""
+def check_loss(objective: ObjectiveConfig, sources: Sequence[Source]) -> None:
+    """ValueError unless the loss is one, and reads what is configured and what the sources give.
+
+    (In Python a dict of its options, say, may stand in its place.)
+    """
+    loss: object = objective.loss
     if not isinstance(loss, Objective):
         raise ValueError(
             f"objective.loss={loss!r:.80} is a {type(loss).__name__}; give an Objective, such as ClippedSurrogate(…)"
+        )
+    name = type(loss).__name__
+    for option, default in {"advantage": "ordinal", "credit": "broadcast"}.items():
+        named = getattr(objective, option)
+        if not loss.reads_advantages and name_and_options(named, f"objective.{option}") != (default, {}):
+            raise ValueError(
+                f"objective.{option}={named} has no effect: {name} reads rewards or comparisons, and no advantage. "
+                f"Remove it or set it to {default}, or use a loss that reads advantages, such as ClippedSurrogate."
+            )
+    if loss.needs_rewards and not any(isinstance(source, RewardSource) for source in sources):
+        raise ValueError(
+            f"{name} reads differences of rewards, and {[source.name for source in sources]} only compare completions. "
+            "Add a source that scores them, or use a loss that reads comparisons, such as PairObjective with link: "
+            "logistic."
         )
 
 

@@ -110,7 +110,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.on_setting_change: OnSettingChange = on_setting_change
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         checks.check_groups(self.rollout_config, self.reward_config, self.update_config)
-        checks.check_loss(self.objective_config.loss)
+        checks.check_loss(self.objective_config, self.reward_config.sources)
         self.optimizer_callable = self.update_config.optimizer or default_optimizer
         self.schedule = Schedule(
             self.update_config.lr_schedule,

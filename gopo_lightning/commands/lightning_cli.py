@@ -33,6 +33,7 @@ from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.objectives.python_files import as_given
 from gopo_lightning.training import reward_model  # noqa: F401  (registers the short class names)
 from gopo_lightning.training.callbacks.export import Chosen, ExportHF
+from gopo_lightning.training.callbacks.standard import with_progress_bar
 from gopo_lightning.training.gopo_module import GOPOModule
 from gopo_lightning.training.trainer_defaults import trainer_defaults
 
@@ -169,6 +170,13 @@ class GOPOCommandLine(CommandLine):
                 own = own.__cause__
             raise own from own.__cause__
 
+    def instantiate_trainer(self, **options: Any) -> Trainer:
+        """With our progress bar, unless there is another or none is wanted."""
+        given = self.config_init.get(str(self.subcommand), self.config_init).trainer
+        if given.enable_progress_bar is not False and not given.barebones:
+            options = {"callbacks": with_progress_bar(given.callbacks), **options}
+        return super().instantiate_trainer(**options)
+
     def before_fit(self) -> None:
         if isinstance(self.model, GOPOModule):
             options = self.config["fit"]
@@ -215,7 +223,7 @@ class GOPOCommandLine(CommandLine):
         if path is not None:
             rank_zero_info(f"--ckpt_path last: step {step_of(path)} of this run, {path}")
             return
-        nothing = f"--ckpt_path last: there is no whole checkpoint of this run in {searched_folder(self.trainer)}"
+        nothing = f"--ckpt_path last: there is no complete checkpoint of this run in {searched_folder(self.trainer)}"
         if subcommand != "fit":
             raise ValueError(f"{nothing}. Name a file, or the logger's save_dir, name and version of the run.")
         rank_zero_info(f"{nothing}, so it starts at step 0")

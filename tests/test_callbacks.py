@@ -36,6 +36,7 @@ from gopo_lightning.training.callbacks.export import export_policy
 from gopo_lightning.training.callbacks.progress import PlainLines, RichBar, train_line, validation_line
 from gopo_lightning.training.callbacks.samples import escape, group_table, ranks
 from gopo_lightning.training.callbacks.schedule import Every
+from gopo_lightning.training.callbacks.standard import ValidationLine
 from gopo_lightning.types import Completions, Experience, Prompt, PromptBatch
 
 NAN, INF = float("nan"), float("inf")
@@ -397,7 +398,7 @@ def test_the_bar_suits_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plain_lines_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bar = ProgressBar("plain", every_n_steps=2)
-    run = trainer(tmp_path, [bar], val_check_interval=4, check_val_every_n_epoch=None)
+    run = trainer(tmp_path, [bar, ValidationLine()], val_check_interval=4, check_val_every_n_epoch=None)
     run.fit(Module(METRICS), loader(), loader(1))
     run.test(Module(), loader(20), verbose=False)
     lines = capsys.readouterr().out.splitlines()

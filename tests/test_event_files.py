@@ -59,10 +59,11 @@ def test_a_run_that_was_begun_again_in_its_folder_is_new(tmp_path: Path) -> None
     assert list(run.seconds.values()) == pytest.approx([1, 2], abs=0.2)
 
 
-def test_a_validation_in_the_folder_of_a_run_adds_to_it(tmp_path: Path) -> None:
+def test_a_later_evaluation_in_the_folder_of_a_run_adds_to_it_and_replaces_nothing(tmp_path: Path) -> None:
     write_events(tmp_path, {"train/loss": {1: 1.0, 2: 2.0}, "val/reward": {0: 7.0}})
-    write_events(tmp_path, {"val/reward": {0: 8.0, 1: 9.0}})
-    assert read_run(tmp_path).scalars == {"train/loss": {1: 1.0, 2: 2.0}, "val/reward": {0: 8.0, 1: 9.0}}
+    write_events(tmp_path, {"val/reward": {0: 8.0, 1: 9.0}, "test/reward": {2: 6.0}})
+    scalars = {"train/loss": {1: 1.0, 2: 2.0}, "val/reward": {0: 7.0, 1: 9.0}, "test/reward": {2: 6.0}}
+    assert read_run(tmp_path).scalars == scalars
 
 
 def test_a_resume_in_a_folder_of_its_own_is_the_same_run(tmp_path: Path) -> None:

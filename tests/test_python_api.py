@@ -19,7 +19,6 @@ QUIET: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,
-    "enable_model_summary": False,
 }
 
 

@@ -15,11 +15,13 @@ import transformers
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gopo_lightning._compat import CommandLine
 from gopo_lightning.commands.class_files import from_here, in_arguments
 from gopo_lightning.commands.errors import UsageError
+from gopo_lightning.commands.evaluated_run import in_run_of
 from gopo_lightning.commands.explained import class_named, explain, no_class
 from gopo_lightning.commands.fsdp import as_fsdp2
 from gopo_lightning.commands.layers import check_yaml, fields, options
@@ -33,6 +35,7 @@ from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.objectives.python_files import as_given
 from gopo_lightning.training import reward_model  # noqa: F401  (registers the short class names)
 from gopo_lightning.training.callbacks.export import Chosen, ExportHF
+from gopo_lightning.training.callbacks.standard import with_progress_bar
 from gopo_lightning.training.gopo_module import GOPOModule
 from gopo_lightning.training.trainer_defaults import trainer_defaults
 
@@ -92,11 +95,13 @@ class _SaveConfig(SaveConfigCallback):
     """Puts `config.yaml` into the run's own folder. (Lightning's goes where runs meet: W&B's `save_dir`, the cwd.)"""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save once, by rank 0."""
+        """Save once, by rank 0; that of an evaluation beside the one of the run, not over it."""
         folder = run_folder(trainer)
         if trainer.is_global_zero and not self.already_saved:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / self.config_filename
+            if stage != "fit" and path.exists():
+                path = path.with_stem(f"{path.stem}-{TrainerFn(stage).value}")
             self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
         self.already_saved = True
 
@@ -175,6 +180,13 @@ class GOPOCommandLine(CommandLine):
     def _explained(self, error: Exception) -> str:
         return explain(str(error), self._given, fields(self._given), _root(self._given))
 
+    def instantiate_trainer(self, **options: Any) -> Trainer:
+        """With our progress bar, unless there is another or none is wanted."""
+        given = self.config_init.get(str(self.subcommand), self.config_init).trainer
+        if given.enable_progress_bar is not False and not given.barebones:
+            options = {"callbacks": with_progress_bar(given.callbacks), **options}
+        return super().instantiate_trainer(**options)
+
     def before_fit(self) -> None:
         if isinstance(self.model, GOPOModule):
             options = self.config["fit"]
@@ -216,15 +228,22 @@ class GOPOCommandLine(CommandLine):
         if named != "last":
             if named is not None and Path(named).is_file():
                 load_checkpoint(Path(named), mmap=True)  # some strategies of Lightning read files by themselves
+                self._write_into_run_of(Path(named), subcommand)
             return
         options["ckpt_path"] = path = last_checkpoint_of(self.trainer)
         if path is not None:
             rank_zero_info(f"--ckpt_path last: step {step_of(path)} of this run, {path}")
+            self._write_into_run_of(path, subcommand)
             return
-        nothing = f"--ckpt_path last: there is no whole checkpoint of this run in {searched_folder(self.trainer)}"
+        nothing = f"--ckpt_path last: there is no complete checkpoint of this run in {searched_folder(self.trainer)}"
         if subcommand != "fit":
             raise ValueError(f"{nothing}. Name a file, or the logger's save_dir, name and version of the run.")
         rank_zero_info(f"{nothing}, so it starts at step 0")
+
+    def _write_into_run_of(self, checkpoint: Path, subcommand: str) -> None:
+        """What an evaluation measures belongs to the run that is evaluated. (A resume begins a new version.)"""
+        if subcommand != "fit":
+            self.trainer.loggers = in_run_of(checkpoint, self.trainer.loggers, self.config[subcommand].trainer.logger)
 
 
 def _raised_by(error: BaseException) -> str:

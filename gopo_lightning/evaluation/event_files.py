@@ -125,7 +125,8 @@ def read_run(folder: Path) -> Run:
     """The run in ``folder``.
 
     Of several files the later ones go on with the earlier: from the first step that a later one trained, the earlier
-    values do not count, so that steps which were done again after a resume are there once.
+    values do not count, so that steps which were done again after a resume are there once. A file in which nothing was
+    trained, of `validate` or `test`, adds what is not there yet.
 
     A file that cannot be read to its end counts up to there.
 
@@ -188,10 +189,13 @@ def _joined(parts: Sequence[_Part]) -> _Part:
         if start is not None:
             before = max(whole.seconds.values(), default=0.0)
             whole.seconds |= {step: before + value for step, value in part.seconds.items() if step not in whole.seconds}
+        evaluates = start is None  # later, maybe on other data: what the run itself measured stays
         for tag, curve in part.scalars.items():
-            whole.scalars.setdefault(tag, {}).update(curve)
+            known = whole.scalars.setdefault(tag, {})
+            known |= curve | known if evaluates else curve
         for tag, texts in part.texts.items():
-            whole.texts.setdefault(tag, {}).update(texts)
+            shown = whole.texts.setdefault(tag, {})
+            shown |= texts | shown if evaluates else texts
     return whole
 
 

@@ -28,9 +28,8 @@ from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.transforms import Context
 from gopo_lightning.training import checks
 from gopo_lightning.training.build import build_advantage, build_collector, build_shaping, describe_settings
-from gopo_lightning.training.callbacks.lengths import LengthCheck
 from gopo_lightning.training.callbacks.predictions import PredictionWriter, prediction_records
-from gopo_lightning.training.callbacks.save_on_signal import SaveOnSignal
+from gopo_lightning.training.callbacks.standard import standard_callbacks
 from gopo_lightning.training.callbacks.validate_first import ValidateFirst
 from gopo_lightning.training.companions import Iterate
 from gopo_lightning.training.config import (
@@ -187,8 +186,8 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.placement.check(self.trainer)
         if self.trainer.state.fn == "fit":
             checks.check_sampling(self.sampling, updates_per_rollout=self.updates_per_batch)
-        kept, lengths = super().configure_callbacks(), LengthCheck(self.sampling.max_new_tokens)
-        return [*kept, SaveOnSignal(), lengths, self.rollout_callback, ValidateFirst(), PredictionWriter()]
+        ours = [*super().configure_callbacks(), *standard_callbacks(self.trainer, self.rollout_config)]
+        return [*ours, self.rollout_callback, ValidateFirst(), PredictionWriter()]
 
     def configure_model(self) -> None:
         if cast(Policy | None, self.policy) is None:
@@ -340,7 +339,7 @@ class GOPOModule(TrainableState, OptimisedModule):
     def _log(self, metrics: dict[str, Tensor]) -> None:
         """All curves are drawn over optimiser steps, not batches."""
         metrics = {key: value.float() for key, value in metrics.items()}
-        self.log_dict({**metrics, "step": float(self.trainer.global_step)}, batch_size=1)
+        self.log_dict({**metrics, "step": float(self.logged_step)}, batch_size=1)
 
     # -------------------------------------------------------------- evaluation
 

@@ -33,13 +33,13 @@ class Table:
 def log_table(trainer: Trainer, tag: str, table: Table) -> None:
     """``table`` at the present step, by rank 0."""
     for logger in _loggers(trainer):
-        _write_table(logger, tag, table, trainer.global_step)
+        _write_table(logger, tag, table, _step(trainer))
 
 
 def log_histogram(trainer: Trainer, tag: str, values: Tensor) -> None:
     """The distribution of ``values``, of any shape, at the present step, by rank 0."""
     for logger in _loggers(trainer):
-        _write_histogram(logger, tag, values.detach().float().flatten().cpu(), trainer.global_step)
+        _write_histogram(logger, tag, values.detach().float().flatten().cpu(), _step(trainer))
 
 
 def without_tables(trainer: Trainer) -> list[str]:
@@ -47,6 +47,11 @@ def without_tables(trainer: Trainer) -> list[str]:
     known = (TensorBoardLogger, WandbLogger, MLFlowLogger, CSVLogger)
     loggers = [logger for logger in trainer.loggers if not isinstance(logger, known)]
     return [type(logger).__name__ for logger in loggers if not hasattr(_experiment(logger), "add_text")]
+
+
+def _step(trainer: Trainer) -> int:
+    """The x of the curves of its module."""
+    return int(getattr(trainer.lightning_module, "logged_step", trainer.global_step))
 
 
 def _loggers(trainer: Trainer) -> Sequence[Logger]:

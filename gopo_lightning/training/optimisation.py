@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from gopo_lightning.distributed.best_checkpoints import keep_best
 from gopo_lightning.distributed.run_folder import keep_csv_metrics
 from gopo_lightning.training.callbacks.run_record import RunRecord
 from gopo_lightning.training.resume import KEY, OnSettingChange, check_checkpoint, plain
@@ -36,6 +37,15 @@ class OptimisedModule(LightningModule):
     """What is trained: `policy` or `reward model`."""
     base_model: tuple[str, str | None]
     """Name and revision of what the training starts from, as configured."""
+
+    _checkpoint_step: int | None = None
+
+    @property
+    def logged_step(self) -> int:
+        """The x of curves: optimiser steps of `fit`; of an evaluation, those that its checkpoint holds."""
+        if self.trainer.state.fn == "fit" or self._checkpoint_step is None:
+            return self.trainer.global_step
+        return self._checkpoint_step
 
     @property
     def updates_per_batch(self) -> int:
@@ -64,10 +74,14 @@ class OptimisedModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compares the settings and, if the run is to go on, puts the present ones into the checkpoint's state.
 
+        What it knows of the best checkpoints stays known, in another folder too.
+
         Raises:
             ValueError: a setting has changed that makes it another run, and ``on_setting_change`` is refuse.
         """
         training = self.trainer.state.fn == "fit"
+        self._checkpoint_step = int(checkpoint["global_step"])
+        keep_best(self.trainer, checkpoint)
         if training:
             self._keep_warmup_start(checkpoint)
         check_checkpoint(

@@ -107,10 +107,10 @@ class Schedule:
 
     def of(self, optimizer: Optimizer, num_updates: int | None) -> LambdaLR:
         """A scheduler to be stepped after each update; warns of a run that ends within its warm-up."""
-        if num_updates is not None and num_updates < self.warmup_steps:
+        if num_updates is not None and self.warmup_steps and num_updates <= self.warmup_steps:
             rank_zero_warn(
-                f"warmup_steps={self.warmup_steps} is more than the {num_updates} updates of the run, so the learning "
-                "rate never becomes what is set. Lower warmup_steps."
+                f"warmup_steps={self.warmup_steps}, but the run makes {num_updates} updates: all of it is warm-up, at "
+                "lower learning rates than the one that is set. Lower warmup_steps."
             )
         return LambdaLR(optimizer, self.factor(lr=_base_lr(optimizer), num_updates=num_updates))
 

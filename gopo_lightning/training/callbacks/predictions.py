@@ -1,8 +1,9 @@
 """``predict`` writes JSONL: one line a prompt, in the order of the dataset, on any number of ranks."""
 
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -34,13 +35,17 @@ def prediction_records(rollout: Rollout, is_padding_P: Tensor, names: Sequence[s
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Each rank appends to a shard of its own; rank 0 merges them into ``predictions.jsonl`` in the run folder."""
+    """Each rank appends to a shard of its own; rank 0 merges them into ``predictions.jsonl`` in the run folder.
+
+    Where that is the run of the checkpoint, they go to ``step<n>/predictions.jsonl`` in it (``step<n>-2`` and so on if
+    there are some of that step already).
+    """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._folder = run_folder(trainer)
+        self._folder = Path(trainer.strategy.broadcast(str(_folder(trainer, pl_module))))
         self._folder.mkdir(parents=True, exist_ok=True)
         self._shard(trainer.global_rank).write_text("", encoding="utf-8")
 
@@ -71,3 +76,13 @@ class PredictionWriter(BasePredictionWriter):
 
     def _shard(self, rank: int) -> Path:
         return self._folder / f"predictions.rank{rank}.jsonl"
+
+
+def _folder(trainer: Trainer, module: LightningModule) -> Path:
+    """A collective."""
+    run, checkpoint = run_folder(trainer), trainer.ckpt_path
+    if not checkpoint or not Path(checkpoint).resolve().is_relative_to(run.resolve()):
+        return run
+    name = f"step{cast(Any, module).logged_step}"
+    names = chain([name], (f"{name}-{k}" for k in count(2)))
+    return next(run / name for name in names if not (run / name / "predictions.jsonl").exists())

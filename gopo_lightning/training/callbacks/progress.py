@@ -38,9 +38,7 @@ VALIDATION = (
     Item("val/reward", "reward", "reward {:+.3f}"),
     Item("val/win_rate", "win rate", "win rate {:.3f}"),
     Item("val/length_mean", "tokens", "{:.1f} tokens"),
-    Item("val/pair_accuracy", "pair accuracy", "pair accuracy {:.3f}"),
-    Item("val/spearman", "spearman", "spearman {:.3f}"),
-    Item("val/loss", "loss", "loss {:.4f}"),
+    Item("val/truncated_fraction", "truncated", "truncated {:.0%}"),
 )
 
 
@@ -110,7 +108,7 @@ class ProgressBar(LightningProgressBar):
 
 
 class PlainLines(ProgressBar):
-    """The progress bar of a log file: a line a step, one a validation, ten over a test or prediction."""
+    """The progress bar of a log file: a line a step, ten over a test or prediction."""
 
     _enabled = True
 
@@ -137,11 +135,6 @@ class PlainLines(ProgressBar):
         """Print the step."""
         if self._every.due(trainer.global_step):
             self.print(train_line(trainer.global_step, trainer.max_steps, trainer.callback_metrics))
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the validation's result."""
-        if not trainer.sanity_checking:
-            self.print(validation_line(trainer.global_step, trainer.max_steps, trainer.callback_metrics))
 
     def on_test_batch_end(
         self,

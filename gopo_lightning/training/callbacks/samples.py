@@ -96,41 +96,54 @@ class SampleTable(L.Callback):
 
     Every logger of the run gets them (docs/loggers.md), as ``samples/group_<i>``: the first groups of rank 0's
     rollout; and of each validation, without advantages, as ``val/samples/group_<i>``, whose prompts stay the same.
+    Every policy run has them, whether or not they are listed.
 
     Args:
         every_n_steps: Optimiser steps from one table of the training to the next; the first rollout is always logged.
         num_groups: How many groups to log each time.
         max_chars: A longer prompt or completion is cut, and the table says by how much.
         num_validation_groups: How many groups to log at each validation; 0 for none.
+        enabled: false switches it off.
     """
 
+    is_listed = True
+    """Whether someone asked for it, and has to know where it writes nothing."""
+
     def __init__(
-        self, every_n_steps: int = 10, num_groups: int = 2, max_chars: int = 1000, num_validation_groups: int = 2
+        self,
+        every_n_steps: int = 10,
+        num_groups: int = 2,
+        max_chars: int = 1000,
+        num_validation_groups: int = 2,
+        enabled: bool = True,
     ) -> None:
         if num_groups < 1 or max_chars < 1 or num_validation_groups < 0:
             raise ValueError(
                 f"num_groups is {num_groups}, max_chars is {max_chars} and num_validation_groups is "
                 f"{num_validation_groups}; the first two have to be at least 1, the last 0. "
-                "Remove SampleTable from trainer.callbacks to log no tables."
+                "Set enabled to false to log no tables."
             )
         self.num_groups, self.num_validation_groups = num_groups, num_validation_groups
         self.max_chars = max_chars
+        self.enabled = enabled
         self._every = Every(every_n_steps)
         self._num_validated = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start counting, and warn of loggers that can take no table."""
         self._every.start(trainer.global_step, with_first=True)
-        if trainer.is_global_zero and not trainer.loggers:
+        if not (self.enabled and self.is_listed and trainer.is_global_zero):
+            return
+        if not trainer.loggers:
             rank_zero_warn("SampleTable writes nothing: the run has no logger. Set trainer.logger.")
-        elif trainer.is_global_zero and (names := without_tables(trainer)):
+        elif names := without_tables(trainer):
             rank_zero_warn(f"SampleTable writes nothing to {', '.join(names)}, which take no tables (docs/loggers.md).")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the tables of this step's rollout if it is due."""
-        if not self._every.due(trainer.global_step) or not trainer.is_global_zero:
+        if not self.enabled or not self._every.due(trainer.global_step) or not trainer.is_global_zero:
             return
         experience = batch.get("experience") if hasattr(batch, "get") else None
         if not isinstance(experience, Experience):
@@ -156,7 +169,7 @@ class SampleTable(L.Callback):
     ) -> None:
         """Write the tables of its first prompts."""
         rollout = batch.get("rollout") if hasattr(batch, "get") else None
-        if not isinstance(rollout, Rollout) or not trainer.is_global_zero:
+        if not self.enabled or not isinstance(rollout, Rollout) or not trainer.is_global_zero:
             return
         for p, is_padding in enumerate(batch["is_padding"].tolist()):
             if not is_padding and self._num_validated < self.num_validation_groups:

@@ -28,6 +28,9 @@ class SaveOnSignal(Callback):
     way. The checkpoint goes beside the others, as ``interrupted-step=<n>.ckpt``; ``--ckpt_path last`` finds it. In a
     SLURM job, SIGUSR1 also puts the job back into the queue. A second signal ends the process at once.
 
+    It comes after all other callbacks, `ModelCheckpoint` too: what it saves knows of the best checkpoint so far, and of
+    a validation that has just ended.
+
     (Lightning's own handlers save, or broadcast, from within the signal handler: in the middle of a step. Its Ctrl-C
     saves nothing.)
     """
@@ -36,6 +39,11 @@ class SaveOnSignal(Callback):
         self._received = 0
         self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the last place."""
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over from Lightning, which registers its handlers just before."""
@@ -54,8 +62,8 @@ class SaveOnSignal(Callback):
         self.on_train_end(trainer, pl_module)
         if isinstance(exception, RuntimeError) and trainer.world_size > 1:
             print(
-                f"rank {trainer.global_rank}: the run has ended. If another rank died, start the same command on all "
-                "machines with --ckpt_path last; it goes on from the newest whole checkpoint.",
+                f"rank {trainer.global_rank}: the run has ended. If another rank died, run the same command on all "
+                "machines with --ckpt_path last; it resumes from the newest complete checkpoint.",
                 file=sys.stderr,
             )
 
@@ -78,8 +86,10 @@ class SaveOnSignal(Callback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._received, self._received_at = number, now
-        name = signal.Signals(number).name
-        said = f"\n{name}: the step or validation under way is finished and saved; a second signal ends at once.\n"
+        name, again = signal.Signals(number).name, "A second one"
+        if number == signal.SIGINT:
+            name, again = "Ctrl-C", "A second Ctrl-C"
+        said = f"\n{name}: finishing this step or validation, then saving. {again} stops at once, without saving.\n"
         os.write(2, said.encode())  # to stderr; print may be at work below this handler
 
     def _stop_if_told(self, trainer: Trainer) -> None:
@@ -87,10 +97,10 @@ class SaveOnSignal(Callback):
         if not number:
             return
         self._received = 0
-        name = signal.Signals(number).name
         path = checkpoint_folder(trainer) / f"interrupted-step={trainer.global_step}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)  # whole, optimiser and all
-        rank_zero_info(f"{name}: saved {path}. The same command with --ckpt_path last goes on from there.")
+        reason = f"Stopped by {signal.Signals(number).name} at step {trainer.global_step}"
+        rank_zero_info(f"{reason}, saved as {path}. To resume, run the same command with --ckpt_path last.")
         if number == signal.SIGUSR1 and trainer.is_global_zero:
             _requeue()
         trainer.strategy.barrier("SaveOnSignal")

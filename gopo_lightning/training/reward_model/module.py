@@ -38,6 +38,7 @@ from gopo_lightning.rewards.loading import (
 )
 from gopo_lightning.rewards.shared_scoring import Scorer
 from gopo_lightning.training.callbacks.export import Chosen, check_chosen, push_or_warn, weights_to_export
+from gopo_lightning.training.callbacks.run_start import RunStart
 from gopo_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from gopo_lightning.training.checks import check_finite, check_outputs, check_precision
 from gopo_lightning.training.export_folder import check_export_folder
@@ -163,7 +164,7 @@ class RewardModelModule(OptimisedModule):
     def configure_callbacks(self) -> list[Callback]:
         """Names that lead out of the run's folder are refused here, before anything is written."""
         check_outputs(self.trainer)
-        return [*super().configure_callbacks(), SaveOnSignal()]
+        return [*super().configure_callbacks(), RunStart(), SaveOnSignal()]
 
     def setup(self, stage: str) -> None:
         """Checkpoints are written whole; an export that would overwrite something, and a text that cannot be read, are
@@ -243,8 +244,9 @@ class RewardModelModule(OptimisedModule):
         self.metrics.reset()
         for name, value in values.items():
             self.log(f"val/{name}", value)
+        self.log("step", float(self.logged_step))
         shown = ", ".join(f"{name} {value.item():.3f}" for name, value in values.items() if "gap" not in name)
-        rank_zero_info(f"step {self.trainer.global_step}, held-out data: {shown}")
+        rank_zero_info(f"step {self.logged_step}, held-out data: {shown}")
 
     def run_settings(self) -> dict[str, Any]:
         """Also of the model and its loss."""

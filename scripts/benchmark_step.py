@@ -319,8 +319,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Medians over the rounds as a table of markdown; ratios round by round."""
     lines = [
-        "| P × L × T × G | useful TFLOP | side | step, s (rollout + train) | speed-up over TRL, by round | peak RSS, GiB "
-        "| share of peak |",
+        "| P × L × T × G | useful TFLOP | side | step, s (rollout + train) | speed-up over TRL, by round "
+        "| peak RSS, GiB | share of peak |",
         "|---|---|---|---|---|---|---|",
     ]
     for shape in dict.fromkeys(row["shape"] for row in rows):

@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 
-from gopo_lightning.commands import compare, duel, inspect, report
+from gopo_lightning.commands import compare, duel, inspect, rank, report
 from gopo_lightning.commands.judges import prepared
 from gopo_lightning.commands.lightning_cli import run
-from gopo_lightning.commands.usage import OWN
+from gopo_lightning.commands.usage import OF_LIGHTNING, OWN
 from scripts.docs.configuration import options, sections, texts
 from scripts.docs.pages import Block, blocks, commands, pages
 
@@ -81,6 +81,14 @@ def test_what_needs_more_than_a_laptop_is_marked(page: Path, block: Block, comma
         assert block.needs, f"write `<!-- needs: … -->` above the block of `{command}` in {page}"
 
 
+@pytest.mark.parametrize("page", [page for page, _ in PAGES], ids=str)
+def test_commands_are_shown_as_commands(page: Path) -> None:
+    """In a block of console, behind a $, by the name of the script: else the tests above pass them over."""
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"^ *(?:gopo-lightning|python -m gopo_lightning) .*", text, re.M)
+    assert "$ python -m gopo_lightning " not in text
+
+
 def instantiate(arguments: list[str]) -> None:
     """Everything that the command line builds, on a CPU; nothing is run."""
     line = re.sub(r"--ckpt_path[= ]\S+", "", shlex.join(arguments))
@@ -99,6 +107,12 @@ def check_inspect(arguments: list[str]) -> None:
     own, config = inspect.parser().parse_known_args(arguments)
     assert all(file is None or file.exists() for file in (own.judge, own.pairs))
     instantiate(config)
+
+
+def check_rank(arguments: list[str]) -> None:
+    _, config = rank.parser().parse_known_args(arguments)
+    if config:
+        instantiate(config)
 
 
 def check_compare(arguments: list[str]) -> None:
@@ -148,10 +162,11 @@ def check_nothing(arguments: list[str]) -> None:
 
 
 CHECKS: dict[tuple[str, ...], Callable[[list[str]], object]] = {
-    **{("gopo-lightning", command): instantiate for command in ("fit", "validate", "test", "predict")},
+    **{("gopo-lightning", command): instantiate for command in OF_LIGHTNING},
     ("gopo-lightning", "inspect"): check_inspect,
     ("gopo-lightning", "compare"): check_compare,
     ("gopo-lightning", "duel"): check_duel,
+    ("gopo-lightning", "rank"): check_rank,
     ("gopo-lightning", "report"): lambda arguments: report._parser().parse_args(arguments),
     ("gopo-lightning", "--help"): check_nothing,
     ("make",): check_target,

@@ -9,9 +9,8 @@ from importlib import import_module
 from unittest.mock import patch
 
 from gopo_lightning.commands.lightning_cli import run
-from gopo_lightning.commands.usage import COMMANDS, FIELDS, OWN
+from gopo_lightning.commands.usage import COMMANDS, FIELDS, OF_LIGHTNING, OWN
 
-TRAINER = ("fit", "validate", "test", "predict")
 INTRODUCTION = """\
 # Command line
 
@@ -26,7 +25,7 @@ def command_line() -> str:
     parts = [INTRODUCTION, "```text\n", COMMANDS, FIELDS, "```\n"]
     for command in OWN:
         parts += [f"\n## {command}\n\n", _block(_help(import_module(OWN[command]).main, command))]
-    for command in TRAINER:
+    for command in OF_LIGHTNING:
         text = _help(lambda _: run(), command)
         parts += [f'\n## {command}\n\n??? note "All options of `{command}`"\n\n', _indented(_block(text))]
     return "".join(parts)

@@ -58,7 +58,7 @@ def performance(path: Path) -> None:
     for x, shape in enumerate(shapes):
         sides = {row[2]: row for row in found if row[0] == shape}
         for i, side in enumerate(side for side in SIDES if side in sides):
-            step, rollout, training = numbers(sides[side][3].replace("+", ""))
+            step, rollout, *_ = numbers(sides[side][3].replace("+", ""))
             name, (light, dark) = SIDES[side]
             at = x + (i - (len(sides) - 1) / 2) * 0.28
             axis.bar(at, rollout, 0.26, color=light, label=f"{name}: rollout")

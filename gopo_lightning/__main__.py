@@ -12,8 +12,6 @@ from gopo_lightning.commands.usage import COMMANDS, FIELDS, OWN, check_command
 
 def main() -> None:
     """Entry point of ``python -m gopo_lightning`` and of the ``gopo-lightning`` script."""
-    if not {"", os.getcwd()} & set(sys.path):  # the script leaves it out, where rewards of one's own often are
-        sys.path.insert(0, os.getcwd())
     with reported(sys.argv):
         _run()
 

@@ -1,7 +1,6 @@
 """The command line, as a user calls it: fit, validate, predict, on one process and on two."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -23,18 +22,6 @@ def gopo(*args: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
-
-
-def test_the_console_script_finds_code_in_the_working_directory(tmp_path: Path) -> None:
-    (tmp_path / "my_rewards.py").write_text("")
-    script = (
-        "import sys; sys.path.remove(''); from gopo_lightning.__main__ import main\n"
-        "sys.argv = ['gopo-lightning', '--help']; main(); import my_rewards"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ import pytest
 import torch
 import yaml
 
-from gopo_lightning.commands import compare, duel, inspect, rank, report
+from gopo_lightning.commands import compare, config, duel, estimate, export, inspect, quickstart, rank, report
 from gopo_lightning.commands.judges import prepared
 from gopo_lightning.commands.lightning_cli import run
+from gopo_lightning.commands.named_configs import resolve
 from gopo_lightning.commands.usage import OF_LIGHTNING, OWN
 from scripts.docs.configuration import options, sections, texts
 from scripts.docs.pages import Block, blocks, commands, pages
@@ -37,7 +38,7 @@ PYTHON = [
 """Those pages' Python is run in test_docs_examples.py."""
 STAND_INS = {"try.yaml": "configs/quickstart/gopo.yaml"}
 """A file that a page names without showing it → what it is for this test."""
-NEEDS_MARK = ("pip install", "make install", "sbatch", "scripts/torchrun.sh", "configs/paper/", "compare configs/")
+NEEDS_MARK = ("pip install", "make install", "sbatch", "scripts/torchrun.sh", "fit --config paper/", "compare ")
 """What asks for a network, a cluster, a GPU or hours."""
 
 
@@ -48,8 +49,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).symlink_to(ROOT / name)
     for _, found in PAGES:
         write_files(tmp_path, found)
-    for name, config in STAND_INS.items():
-        (tmp_path / name).write_text((ROOT / config).read_text())
+    for name, other in STAND_INS.items():
+        (tmp_path / name).write_text((ROOT / other).read_text())
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("my_rewards", "my_methods"):
@@ -67,7 +68,7 @@ def write_files(folder: Path, found: list[Block]) -> None:
 def test_commands(page: Path, block: Block, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gopo_lightning.rollout.engines.vllm.find_spec", lambda name: True)
     write_files(folder, dict(PAGES)[page])
-    words = shlex.split(re.sub(r"^(\w+=\S+ )+", "", command))
+    words = resolve(shlex.split(re.sub(r"^(\w+=\S+ )+", "", command)))
     for (program, *start), check in CHECKS.items():
         if words[0] == program and words[1 : 1 + len(start)] == start:
             check(words[1 + len(start) :])
@@ -92,8 +93,7 @@ def test_commands_are_shown_as_commands(page: Path) -> None:
 def instantiate(arguments: list[str]) -> None:
     """Everything that the command line builds, on a CPU; nothing is run."""
     line = re.sub(r"--ckpt_path[= ]\S+", "", shlex.join(arguments))
-    configs = re.findall(r"--config[= ](\S+)", line)
-    built = (line, *(Path(config).read_text(encoding="utf-8") for config in configs))
+    built = (line, *(Path(file).read_text(encoding="utf-8") for file in re.findall(r"--config[= ](\S+)", line)))
     if built not in INSTANTIATED:
         run([*shlex.split(line), "--trainer.accelerator=cpu", "--trainer.logger=false"], instantiate_only=True)
         INSTANTIATED.add(built)
@@ -104,21 +104,26 @@ INSTANTIATED: set[tuple[str, ...]] = set()
 
 
 def check_inspect(arguments: list[str]) -> None:
-    own, config = inspect.parser().parse_known_args(arguments)
+    own, flags = inspect.parser().parse_known_args(arguments)
     assert all(file is None or file.exists() for file in (own.judge, own.pairs))
-    instantiate(config)
+    instantiate(flags)
 
 
 def check_rank(arguments: list[str]) -> None:
-    _, config = rank.parser().parse_known_args(arguments)
-    if config:
-        instantiate(config)
+    _, flags = rank.parser().parse_known_args(arguments)
+    if flags:
+        instantiate(flags)
+
+
+def check_estimate(arguments: list[str]) -> None:
+    _, flags = estimate.parser().parse_known_args(arguments)
+    instantiate(flags)
 
 
 def check_compare(arguments: list[str]) -> None:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    for config in compare._parser().parse_args(own).configs:
-        instantiate([f"--config={file}" for file in compare.layers(config)])
+    for joined in compare._parser().parse_args(own).configs:
+        instantiate([f"--config={file}" for file in compare.layers(joined)])
 
 
 def check_duel(arguments: list[str]) -> None:
@@ -168,10 +173,16 @@ CHECKS: dict[tuple[str, ...], Callable[[list[str]], object]] = {
     ("gopo-lightning", "duel"): check_duel,
     ("gopo-lightning", "rank"): check_rank,
     ("gopo-lightning", "report"): lambda arguments: report._parser().parse_args(arguments),
+    ("gopo-lightning", "estimate"): check_estimate,
+    ("gopo-lightning", "export"): lambda arguments: export._parser().parse_args(arguments),
+    ("gopo-lightning", "config"): lambda arguments: config._parser().parse_args(arguments),
+    ("gopo-lightning", "quickstart"): lambda arguments: quickstart._parser().parse_args(arguments),
     ("gopo-lightning", "--help"): check_nothing,
     ("make",): check_target,
     ("pip", "install"): check_extras,
+    ("python", "-m", "verl.trainer.main_ppo"): check_nothing,
     ("python", "-m"): check_module,
+    ("python3.11", "-m", "venv"): check_nothing,
     ("python",): check_script,
     ("sbatch",): check_launcher,
     ("scripts/torchrun.sh",): lambda arguments: check_launcher(["scripts/torchrun.sh", *arguments]),

@@ -86,15 +86,13 @@ def cpu_flash_attention_backward(
 
 
 def onednn_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """x ↦ x @ weight.T + bias in bfloat16, with ``weight`` laid out once; None on a CPU or torch that cannot do that.
+    """x ↦ x @ weight.T + bias on CPUs, with ``weight`` laid out once; None where torch is built without oneDNN.
 
-    The layout needs AVX-512 or AVX-NE-CONVERT. `mkldnn::_is_mkldnn_bf16_supported`, `mkldnn::_reorder_linear_weight`
-    and `mkldnn::_linear_pointwise`: `F.linear` lays a bfloat16 weight out anew in each call, a quarter of its time for
-    few rows. Can go when a public function keeps the layout. Without them: `F.linear`.
+    `mkldnn::_reorder_linear_weight` and `mkldnn::_linear_pointwise`: `F.linear` lays a bfloat16 weight out anew in each
+    call, a quarter of its time for few rows. Can go when a public function keeps the layout. Without them: `F.linear`.
     """
     ops = torch.ops.mkldnn
-    needed = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
-    if not all(hasattr(ops, name) for name in needed) or not ops._is_mkldnn_bf16_supported():
+    if not (hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")):
         return None
     laid_out = ops._reorder_linear_weight(weight)
     return lambda x: ops._linear_pointwise(x, laid_out, bias, "none", [], "")

@@ -84,16 +84,9 @@ def test_onednn_linear(biased: bool) -> None:
     x, weight = torch.randn(4, 33).bfloat16(), torch.randn(17, 33).bfloat16()
     bias = torch.randn(17).bfloat16() if biased else None
     product = _compat.onednn_linear(weight, bias)
-    supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert (product is not None) == supported
+    assert product is not None or not torch.backends.mkldnn.is_available()
     if product is not None:
         torch.testing.assert_close(product(x), linear(x, weight, bias), rtol=2**-7, atol=2**-7)
-
-
-def test_onednn_linear_on_a_cpu_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its layout is refused there, with a RuntimeError in the first rollout."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
-    assert _compat.onednn_linear(torch.ones(2, 3).bfloat16(), None) is None
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------

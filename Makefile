@@ -10,12 +10,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_VLLM := $(VENV)/.installed-vllm
 VERL := $(VENV)/verl
+INSTALLED_DOCS := $(VENV)/.installed-docs
 SOURCES := gopo_lightning tests scripts
 
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help install install-vllm quickstart quickstart-smoke try-wheel test test-fast test-faults test-methods test-use test-use-sample test-vllm test-verl lint format format-check types clean
+.PHONY: help install install-vllm install-docs quickstart quickstart-smoke try-wheel test test-fast test-faults test-methods test-use test-use-sample test-vllm test-verl docs docs-serve test-notebook lint format format-check types clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets and variables.
@@ -46,7 +48,14 @@ $(INSTALLED_VLLM): requirements-vllm.lock $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-vllm.lock
 	@touch $@
 
-quickstart quickstart-smoke test test-fast test-faults test-methods test-use test-use-sample test-vllm test-verl: export HF_HUB_OFFLINE := 1
+install-docs: $(INSTALLED_DOCS) ## Add what builds the documentation, for docs and the tutorial's notebook.
+
+$(INSTALLED_DOCS): requirements-docs.lock $(INSTALLED)
+	@echo "Installing requirements-docs.lock into $(VENV)"
+	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-docs.lock
+	@touch $@
+
+quickstart quickstart-smoke test test-fast test-faults test-methods test-use test-use-sample test-vllm test-verl docs docs-serve test-notebook: export HF_HUB_OFFLINE := 1
 
 quickstart: $(INSTALLED) ## Train a reward model on human ratings, then a policy on its ranks (8 to 12 minutes, 2 cores).
 	@$(BIN)/python -m gopo_lightning quickstart
@@ -58,7 +67,7 @@ try-wheel: ## Build the wheel, install it into a fresh environment, and try it i
 	@PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" scripts/try_wheel.sh
 
 # One thread a process: the models are tiny, and tests start processes of their own.
-test test-fast test-faults test-methods test-use test-use-sample test-vllm test-verl: export OMP_NUM_THREADS := 1
+test test-fast test-faults test-methods test-use test-use-sample test-vllm test-verl test-notebook: export OMP_NUM_THREADS := 1
 
 test: $(INSTALLED) ## Run every test.
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -88,6 +97,16 @@ $(VERL): requirements-verl.lock $(INSTALLED)
 
 test-verl: $(VERL) ## Run the tests of the advantage estimator for verl, which `test` skips.
 	@PYTHONPATH=$(VERL) $(BIN)/python -m pytest tests/test_verl.py $(PYTEST_FLAGS)
+
+docs: $(INSTALLED_DOCS) ## Build the documentation into build/site; any warning is an error.
+	@$(BIN)/python -m mkdocs build --quiet --strict
+	@echo "build/site/index.html"
+
+docs-serve: $(INSTALLED_DOCS) ## Serve it on http://127.0.0.1:8000, built again when a page changes.
+	@$(BIN)/python -m mkdocs serve
+
+test-notebook: $(INSTALLED_DOCS) ## Run the tutorial's notebook with two small steps (3 minutes).
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m scripts.docs.notebook --run
 
 lint: $(INSTALLED) ## Lint with ruff.
 	@$(BIN)/ruff check $(SOURCES)

@@ -306,9 +306,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     labels = []
     for shape in shapes:
         P, L, T, G = shape.split("x")
-        labels.append(f"L = {L}\nT = {T}\n{P} × {G}\n{statistics.median(ratios(rows, shape, 'ours')):.1f}×")
+        labels.append(f"L = {L}\nT = {T}\n{P} × {G}\n{statistics.median(ratios(rows, shape, 'ours')):.1f}× faster")
     axes.set_xticks(range(len(shapes)), labels)
-    axes.set_ylabel("seconds a step")
+    axes.set_ylabel("seconds per step (bar: median, dots: rounds)")
+    axes.set_xlabel("prompt tokens L, new tokens T, prompts × completions of each")
     unique = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=3, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -318,8 +319,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Medians over the rounds as a table of markdown; ratios round by round."""
     lines = [
-        "| P × L × T × G | useful TFLOP | side | step s (rollout + train) | TRL's / this, by round | peak RSS GiB "
-        "| share of peak |",
+        "| P × L × T × G | useful TFLOP | side | step, s (rollout + train) | speed-up over TRL, by round "
+        "| peak RSS, GiB | share of peak |",
         "|---|---|---|---|---|---|---|",
     ]
     for shape in dict.fromkeys(row["shape"] for row in rows):
@@ -384,7 +385,7 @@ def main() -> None:
         return
     rows = []
     print(
-        "shape PxLxTxG    round  side      step s (rollout + train)   TRL's step / this   peak RSS GiB   share of peak"
+        "shape PxLxTxG    round  side      step, s (rollout + train)   TRL's step / this   peak RSS GiB   share of peak"
     )
     for text in options.shapes:
         for round_ in range(options.rounds):

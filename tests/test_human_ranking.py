@@ -123,7 +123,8 @@ def test_the_config_of_the_docs_trains(tiny_policy: Path, prompts_file: Path, tm
     """On top of the quickstart's, and in validation, where nobody is asked, the second source decides."""
     write(tmp_path / "verdicts", "ann")
     write(tmp_path / "verdicts", "bob")
-    (code,) = re.findall(r"```yaml\n# by_hand.yaml.*?\n(.*?)```", Path("docs/rank.md").read_text("utf-8"), re.DOTALL)
+    page = Path("docs/rank.md").read_text("utf-8")
+    (code,) = re.findall(r"```yaml title=\"by_hand.yaml\"\n(.*?)```", page, re.DOTALL)
     overlay = tmp_path / "by_hand.yaml"
     overlay.write_text(code.replace("runs/rank/verdicts", str(tmp_path / "verdicts")))
     flags = {

@@ -1,4 +1,4 @@
-"""One config, another data set: each format of the README trains a reward model from the command line."""
+"""One config, another data set: each format of docs/data.md trains a reward model from the command line."""
 
 import json
 import logging
@@ -59,10 +59,10 @@ def test_a_format_is_one_change_of_the_config(
 
 
 def test_the_documents_name_every_format() -> None:
-    readme, reference = Path("README.md").read_text(), Path("docs/rewards.md").read_text()
+    formats, reference = Path("docs/data.md").read_text(), Path("docs/rewards.md").read_text()
     for known in comparison_formats.FORMATS:
         columns = ", ".join(f"`{column}`" for column in known.columns)
-        assert columns in readme, columns
+        assert columns in formats, columns
         assert columns in reference, columns
     for column in (*comparison_formats.PROMPTS, *comparison_formats.SYSTEMS, *comparison_formats.RATINGS):
         name = column if isinstance(column, str) else f"{column[0]}`, `{column[1]}"

@@ -40,8 +40,12 @@ def borda(rewards_PGK: Tensor, *, weights: Sequence[float] | None = None) -> Ten
     abstains for it: it is neither ranked by that source nor counted in the denominator. NaN in every source of
     weight ≠ 0 is NaN. A source that scores a completion and no other of its group says 0.
 
+    Args:
+        rewards_PGK: NaN where a source gave none.
+        weights: K finite numbers; 1 each by default.
+
     >>> borda(torch.tensor([[[1.0, 30.0], [2.0, 20.0], [3.0, 10.0]]]))
-    tensor([[0., 0., 0.]])
+    tensor([[0., 0., 0.]], dtype=torch.float64)
     """
     share_PGK = advantages.net_wins(rewards_PGK.movedim(-1, -2)).movedim(-2, -1)
     return _abstaining_mean(2 * share_PGK, ~rewards_PGK.isnan(), _weights(weights, rewards_PGK))
@@ -51,6 +55,10 @@ def z_score(rewards_PGK: Tensor, *, weights: Sequence[float] | None = None) -> T
     """Σ_k w_k · z_k / Σ_k |w_k|, z_k = (r_k − mean) / (std + 1e-4) within the group, unbiased std.
 
     Each source is normalised by itself before the sum, as in GDPO (arXiv 2601.05242). NaN as in `borda`.
+
+    Args:
+        rewards_PGK: NaN where a source gave none.
+        weights: K finite numbers; 1 each by default.
 
     Raises:
         ValueError: an infinite reward, which has no magnitude to average.

@@ -167,7 +167,7 @@ def _code(text: str) -> str:
     """Inline code that stays within a cell of a table.
 
     >>> _code("a|b")
-    '`a\\|b`'
+    '`a\\\\|b`'
     """
     one_line = " ".join(str(text).split()).replace("|", "\\|")
     return f"``{one_line}``" if "`" in one_line else f"`{one_line}`"

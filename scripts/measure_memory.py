@@ -17,7 +17,7 @@ from typing import Any
 
 ROWS: dict[str, list[str]] = {
     "16 M": ["small"],
-    "57 M": ["middle"],
+    "50 M": ["middle"],
     "135 M": ["smollm2"],
     "135 M, LoRA r = 16": ["smollm2", '--model.init_args.policy.lora={"r": 16, "target_modules": "all-linear"}'],
     "135 M, gradient checkpointing": ["smollm2", "--model.init_args.policy.gradient_checkpointing=true"],

@@ -565,6 +565,14 @@ def test_the_clip_is_counted_where_it_acts() -> None:
     assert (separate.sum, separate.count) == (3 + 2 + 3, 12)
 
 
+@pytest.mark.parametrize("link", ["p3o_joint", "p3o_separate"])
+def test_a_ratio_beyond_the_range_of_the_type_does_no_harm_to_a_tie(link: str) -> None:
+    far_NT = CURRENT.clone()
+    far_NT[0, 0] += 1000
+    assert value(named(link), group([1.0, 1.0, NAN, NAN]), far_NT) == 0.0
+    assert not descent(named(link), group([1.0, 1.0, NAN, NAN]), far_NT).any()
+
+
 def test_needs() -> None:
     assert named("dpo").needs == {"reference"}
     assert named("rebel").needs == {"old"}

@@ -37,7 +37,7 @@ def p3o_separate(d_PG: Tensor, gaps_PGG: Tensor, clip: float) -> tuple[Tensor, T
     clip to [1 − clip, 1 + clip]. 0 where the gap is.
     """
     ratio_PG1 = _exp(d_PG).unsqueeze(-1)
-    c_PGG = gaps_PGG * ratio_PG1.detach().mT
+    c_PGG = (gaps_PGG * ratio_PG1.detach().mT).masked_fill(gaps_PGG == 0, 0.0)  # 0 · inf is NaN, here and below
     gain_PGG = torch.minimum(c_PGG * ratio_PG1, c_PGG * ratio_PG1.clamp(1 - clip, 1 + clip))
     gain_PGG = gain_PGG.masked_fill(gaps_PGG == 0, 0.0)
     stops_PGG = ((c_PGG > 0) & (ratio_PG1 > 1 + clip)) | ((c_PGG < 0) & (ratio_PG1 < 1 - clip))

@@ -117,7 +117,7 @@ def source(kind: str, function: str) -> tuple[str, ...]:
 CASES = [
     # the command line
     Case("unknown command", "did you mean 'fit'", command=("fti",)),
-    Case("no command before options", "fit", command=("--config", "config.yaml")),
+    Case("no command before options", "first word is one of fit", command=("--config", "config.yaml")),
     Case("fit alone", r"--config", command=("fit",)),
     Case("no such config", r"absent\.yaml", command=("fit", "--config", "absent.yaml")),
     Case("config without a value", "--config", command=("fit", "--config")),

@@ -85,26 +85,14 @@ def cpu_flash_attention_backward(
     return d_query, d_key, d_value
 
 
-def cpu_computes_bfloat16() -> bool:
-    """Whether oneDNN has kernels in bfloat16 for this CPU (on x86 they need AVX-512); elsewhere it is emulated.
-
-    `mkldnn::_is_mkldnn_bf16_supported`. Can go when `torch.cpu` tells. Without it: taken to be so.
-    """
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is None or bool(supported())
-
-
 def onednn_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
     """x ↦ x @ weight.T + bias on CPUs, with ``weight`` laid out once; None where torch is built without oneDNN.
 
     `mkldnn::_reorder_linear_weight` and `mkldnn::_linear_pointwise`: `F.linear` lays a bfloat16 weight out anew in each
-    call, a quarter of its time for few rows. Can go when a public function keeps the layout. Without them, and on CPUs
-    for which they have no kernel: `F.linear`.
+    call, a quarter of its time for few rows. Can go when a public function keeps the layout. Without them: `F.linear`.
     """
     ops = torch.ops.mkldnn
     if not (hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")):
-        return None
-    if weight.dtype == torch.bfloat16 and not cpu_computes_bfloat16():
         return None
     laid_out = ops._reorder_linear_weight(weight)
     return lambda x: ops._linear_pointwise(x, laid_out, bias, "none", [], "")

@@ -26,6 +26,8 @@ STOPS = 2
 class Line(OptimisedModule):
     """Trains in milliseconds, and scores as ``scores`` says of each step."""
 
+    kind, base_model = "policy", ("line", None)
+
     def __init__(self, scores: Mapping[int, float], *, stops: bool) -> None:
         super().__init__()
         self.optimizer_callable = lambda parameters: torch.optim.SGD(parameters, lr=0.1)

@@ -18,7 +18,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gopo_lightning._compat import cpu_computes_bfloat16
 from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.policy.shared_prefix import packing as layouts
 from gopo_lightning.rollout.engines import decoder_choice
@@ -26,7 +25,7 @@ from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.engines.decoder_choice import DecoderChoice, obstacle
 from gopo_lightning.rollout.engines.decoders import SharedDecoder
 from gopo_lightning.rollout.engines.drawing import candidates, draw_tokens, inverse_cdf
-from gopo_lightning.rollout.engines.precision import sampling_precision
+from gopo_lightning.rollout.engines.precision import cpu_computes_bfloat16, sampling_precision
 from gopo_lightning.rollout.engines.streams import stream_seeds, uniforms
 from gopo_lightning.rollout.engines.transformers import TransformersEngine
 from gopo_lightning.types import Completions, Prompt, PromptBatch

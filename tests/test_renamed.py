@@ -87,11 +87,6 @@ def test_options_of_reward_models_keep_their_names() -> None:
     assert (module.model.schedule.warmup_steps, module.model.schedule.name) == (7, "linear")
 
 
-def test_what_cannot_be_read_is_left_to_the_parser(tmp_path: Path) -> None:
-    (tmp_path / "broken.yaml").write_text("model: [")
-    refuse_old_names(["--model=GOPOModule", "--config", str(tmp_path / "broken.yaml"), "--config", "nowhere.yaml"])
-
-
 def test_every_new_place_is_there() -> None:
     for old, new in {**ARGUMENTS, "rewards": "rewards.sources"}.items():
         group, name = re.match(r"(\w+)\.(\w+)", new).groups()  # type: ignore[union-attr]

@@ -200,8 +200,8 @@ def test_ctrl_c_saves_and_the_run_goes_on_from_there(tiny_policy: Path, prompts_
     code, said = job.wait(timeout=60), (tmp_path / "said").read_text()
     assert code == 130, said
     (saved,) = tmp_path.rglob("interrupted-step=3.ckpt")
-    assert "SIGINT: the step or validation under way is finished and saved" in said
-    assert f"saved {saved}" in said and "with --ckpt_path last goes on" in said and "weights_only" not in said
+    assert "Ctrl-C: finishing this step or validation, then saving." in said
+    assert f"saved as {saved}" in said and "with --ckpt_path last." in said and "weights_only" not in said
 
     rest, whole = run([*fit, "--ckpt_path=last"]), run([*fit, "--trainer.logger.init_args.name=whole"])
     assert rest.config_init["fit"]["ckpt_path"] == saved

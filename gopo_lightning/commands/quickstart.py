@@ -132,7 +132,7 @@ def _precision() -> list[str]:
     """The configs compute in bfloat16, which some CPUs emulate."""
     import torch
 
-    from gopo_lightning._compat import cpu_computes_bfloat16
+    from gopo_lightning.rollout.engines.precision import cpu_computes_bfloat16
 
     if torch.cuda.is_available() or cpu_computes_bfloat16():
         return []

@@ -10,11 +10,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from gopo_lightning._compat import cpu_computes_bfloat16, save_interval
+from gopo_lightning._compat import save_interval
 from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.objectives.base import Needed, Objective
 from gopo_lightning.rewards import RewardSource, Source
 from gopo_lightning.rollout.engines.base import SamplingConfig
+from gopo_lightning.rollout.engines.precision import cpu_computes_bfloat16
 from gopo_lightning.training.config import (
     ObjectiveConfig,
     RewardConfig,

@@ -49,8 +49,14 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             setattr(module, name, master)
 
 
+def cpu_computes_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 (x86: AVX-512 or AVX-NE-CONVERT); without them it is emulated."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11
+    return found.get("architecture") != "x86_64" or bool(found["avx512_bw"] or found["avx_ne_convert"])
+
+
 def _packed(module: nn.Linear) -> AbstractContextManager[None]:
     """In oneDNN's layout for few rows: a product would otherwise lay the weight out anew, a quarter of its time."""
     bias = None if module.bias is None else module.bias.detach().bfloat16()
-    linear = onednn_linear(module.weight.detach().bfloat16(), bias)
+    linear = onednn_linear(module.weight.detach().bfloat16(), bias) if cpu_computes_bfloat16() else None
     return _cast(module, torch.bfloat16) if linear is None else replaced_forward(module, lambda x: linear(x.bfloat16()))

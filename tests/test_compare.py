@@ -229,5 +229,5 @@ def test_two_configs_end_to_end(
 @pytest.mark.slow
 def test_a_file_that_is_no_config_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("model: {class_path: no.such.Class}")
-    with pytest.raises(ValueError, match=r"bad.yaml is no config that fit can run:\n(.|\n)*no.such.Class"):
+    with pytest.raises(ValueError, match=r"bad.yaml is no config that fit can run: (.|\n)*no.such.Class"):
         command.resolved(str(tmp_path / "bad.yaml"), ())

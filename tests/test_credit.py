@@ -123,7 +123,9 @@ def test_a_credit_is_found_by_name_or_path() -> None:
     assert torch.equal(credit.get_credit("tests.test_credit.named", name=2.0)(ragged()), torch.full((6, 4), 2.0))
     with pytest.raises(ValueError, match=r"unknown credit 'gae'. Use one of \['broadcast', 'reward_to_go'\]"):
         credit.get_credit("gae")
-    with pytest.raises(ValueError, match="credit 'broadcast' with init_args {'gamma': 0.5}.*Correct them"):
+    with pytest.raises(
+        ValueError, match="credit 'broadcast' with init_args {'gamma': 0.5}.*Its signature is broadcast"
+    ):
         credit.get_credit("broadcast", gamma=0.5)
 
 

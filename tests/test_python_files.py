@@ -10,7 +10,7 @@ import yaml
 
 from gopo_lightning.commands.class_files import in_arguments, in_value
 from gopo_lightning.commands.duel import make_parser
-from gopo_lightning.commands.judges import chosen_judge, prepared
+from gopo_lightning.commands.judges import JUDGES, chosen_judge, prepared
 from gopo_lightning.commands.lightning_cli import run
 from gopo_lightning.evaluation.duels.digests import judge_identity
 from gopo_lightning.objectives.advantages import get_advantage
@@ -172,7 +172,7 @@ def test_a_run_of_classes_and_functions_in_a_file_saves_what_can_be_run_again(
 
 def test_a_judge_in_a_file_is_known_by_its_content(mine: Path) -> None:
     Path("judge.yaml").write_text("{class_path: './my-code.py:Words', init_args: {bonus: 0.5}}")
-    parser = make_parser()
+    parser = make_parser(JUDGES)
     for given in (["--judge", "judge.yaml"], ["--judge", "./my-code.py:Words", "--judge.bonus=0.5"]):
         arguments, _, sources = prepared(given)
         judge, config = chosen_judge(parser, parser.parse_args(arguments), sources, None)

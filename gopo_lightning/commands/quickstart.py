@@ -17,9 +17,6 @@ from rich.text import Text
 
 from gopo_lightning.commands.errors import Parser
 from gopo_lightning.commands.named_configs import find
-from gopo_lightning.data import assets
-from gopo_lightning.data.json_lines import number, read_jsonl
-from gopo_lightning.evaluation.terminal import shown
 
 DESCRIPTION = """\
 Trains a reward model on human ratings and a policy on its ranks, below runs/quickstart, and compares what the policy
@@ -55,6 +52,8 @@ def gopo(*args: str) -> None:
 
 def outcome(rows: list[dict[str, Any]], source: str) -> Outcome:
     """Scores by ``source``, share of completions that were cut off, and their length, from lines of `predict`."""
+    from gopo_lightning.data.json_lines import number
+
     reasons = [reason for row in rows for reason in row["finish_reasons"]]
     return Outcome(
         [[number(score) for score in row["rewards"][source]] for row in rows],
@@ -74,6 +73,9 @@ def win_rate(after_PG: list[list[float]], before_PG: list[list[float]]) -> float
 
 def print_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], source: str, num_rows: int) -> None:
     """The first completion of a prompt before and after training, each with its score."""
+    from gopo_lightning.data.json_lines import number
+    from gopo_lightning.evaluation.terminal import shown
+
     table = Table("prompt", "before", source, "after", source, title="Held-out prompts", show_lines=True)
     for old, new in list(zip(before, after, strict=True))[:num_rows]:
         assert old["index"] == new["index"]
@@ -141,6 +143,9 @@ def _precision() -> list[str]:
 
 
 def _quickstart(options: argparse.Namespace) -> None:
+    from gopo_lightning.data import assets  # which imports torch, and --help has no use for it
+    from gopo_lightning.data.json_lines import read_jsonl
+
     start = perf_counter()
     root = Path("runs/quickstart-smoke" if options.smoke else CONFIG_ROOT)
     name = options.name or f"{Path(options.config[-1]).stem}-seed{options.seed}"

@@ -67,7 +67,9 @@ every field is documented:
 def check_command(name: str) -> None:
     """ValueError unless there is a command of that ``name``."""
     commands = [*OF_LIGHTNING, *OWN]
+    if name.startswith("-"):
+        raise ValueError(f"{name} stands where the command belongs. The first word is one of {', '.join(commands)}.")
     if name not in commands:
-        near = [] if name.startswith("-") else get_close_matches(name, commands, 1)
+        near = get_close_matches(name, commands, 1)
         advice = f"did you mean {near[0]!r}?" if near else f"The first word is one of {', '.join(commands)}."
         raise ValueError(f"{name!r} is no command. {advice}")

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -123,7 +124,7 @@ class Kind:
         return result
 
     def _signature(self, name: str) -> str:
-        return f"Its signature is {name.rpartition('.')[2]}({self.argument}: Tensor, **options) -> Tensor."
+        return f"Its signature is {re.split('[.:]', name)[-1]}({self.argument}: Tensor, **options) -> Tensor."
 
 
 def described(value: Any) -> str:

@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
     """Two units at most.
 
     >>> [duration(seconds) for seconds in (0.4, 45, 600, 8040, 100_000)]
-    ['0.4 s', '45 s', '10 min', '2 h 14 min', '1 d 3 h']
+    ['0.4 s', '45 s', '10 min', '2 h 14 min', '1 d 4 h']
     """
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if seconds < 100:

@@ -51,7 +51,7 @@ DECODERS = {
     "recurrent_gemma": RecomputingDecoder,  # its state is in its modules
 }
 """Of the others it is ``ExpandedDecoder``."""
-SINGLE = ["nemotron_h", "mamba", "mamba2", "llama4_text"]
+SINGLE = ["nemotron_h", "mamba", "mamba2", "bamba", "falcon_h1", "granitemoehybrid", "llama4_text"]
 """They compute in float32 on the way, whatever the type of their weights."""
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 def cpu_computes_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16 (x86: AVX-512 or AVX-NE-CONVERT); without them it is emulated."""
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11
     return found.get("architecture") != "x86_64" or bool(found["avx512_bw"] or found["avx_ne_convert"])
 
 

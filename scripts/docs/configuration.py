@@ -99,7 +99,7 @@ def section(path: str, thing: Callable[..., Any]) -> str:
 
 def texts(thing: Callable[..., Any]) -> dict[str, str]:
     """Option → what its docstring, or that of a base class, says of it."""
-    described = reversed(thing.__mro__) if isinstance(thing, type) else [thing]
+    described = [one for one in reversed(thing.__mro__) if one is not object] if isinstance(thing, type) else [thing]
     params = [param for one in described for param in docstring_parser.parse_from_object(one).params]
     return {param.arg_name: param.description or "" for param in params}
 

@@ -104,9 +104,9 @@ def test_what_cannot_be_built_is_refused_by_our_names(arguments: tuple[Any, ...]
 def test_a_warm_up_without_effect_is_said() -> None:
     with pytest.warns(UserWarning, match="lr_schedule=constant has no warm-up, so warmup_steps=5 has no effect"):
         Schedule("constant", 5)
-    with pytest.warns(UserWarning, match="warmup_steps=10, but the run makes 4 updates: all of it is warm-up"):
+    with pytest.warns(UserWarning, match="warmup_steps=10, but the run ends after 4: all of it is warm-up"):
         rates_of(Schedule("linear", 10), 4)
-    with pytest.warns(UserWarning, match="warmup_steps=4, but the run makes 4 updates"):
+    with pytest.warns(UserWarning, match="warmup_steps=4, but the run ends after 4"):
         rates_of(Schedule("constant_with_warmup", 4), 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -109,7 +109,7 @@ class Schedule:
         """A scheduler to be stepped after each update; warns of a run that ends within its warm-up."""
         if num_updates is not None and self.warmup_steps and num_updates <= self.warmup_steps:
             rank_zero_warn(
-                f"warmup_steps={self.warmup_steps}, but the run makes {num_updates} updates: all of it is warm-up, at "
+                f"warmup_steps={self.warmup_steps}, but the run ends after {num_updates}: all of it is warm-up, at "
                 "lower learning rates than the one that is set. Lower warmup_steps."
             )
         return LambdaLR(optimizer, self.factor(lr=_base_lr(optimizer), num_updates=num_updates))

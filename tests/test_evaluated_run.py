@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gopo_lightning.commands.evaluated_run import in_run_of
 from gopo_lightning.commands.lightning_cli import run
@@ -33,6 +34,10 @@ def test_an_evaluation_is_logged_at_its_step_into_its_run(
         run(["predict", *shared, f"--ckpt_path={checkpoint}", "--data.init_args.predict.limit=2"])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["version_0"]
     evaluated = read_run(folder)
+    tables = EventAccumulator(str(folder), size_guidance={"tensors": 0}, purge_orphaned_data=False)
+    tables.Reload()
+    steps = [event.step for event in tables.Tensors("val/samples/group_0/text_summary")]
+    assert sorted(steps) == [0, 2, 2]  # of fit, twice, and of validate
     assert list(evaluated.scalars["test/reward"]) == [2]
     assert {tag: curve for tag, curve in evaluated.scalars.items() if not tag.startswith("test/")} == trained.scalars
     assert (folder / "config.yaml").read_bytes() == saved

@@ -60,10 +60,13 @@ def test_a_run_that_was_begun_again_in_its_folder_is_new(tmp_path: Path) -> None
 
 
 def test_a_later_evaluation_in_the_folder_of_a_run_adds_to_it_and_replaces_nothing(tmp_path: Path) -> None:
-    write_events(tmp_path, {"train/loss": {1: 1.0, 2: 2.0}, "val/reward": {0: 7.0}})
-    write_events(tmp_path, {"val/reward": {0: 8.0, 1: 9.0}, "test/reward": {2: 6.0}})
+    tag = "val/samples/group_0"
+    write_events(tmp_path, {"train/loss": {1: 1.0, 2: 2.0}, "val/reward": {0: 7.0}}, {tag: {0: "first"}})
+    later = {tag: {0: "second", 1: "third"}}
+    write_events(tmp_path, {"val/reward": {0: 8.0, 1: 9.0}, "test/reward": {2: 6.0}}, later)
     scalars = {"train/loss": {1: 1.0, 2: 2.0}, "val/reward": {0: 7.0, 1: 9.0}, "test/reward": {2: 6.0}}
-    assert read_run(tmp_path).scalars == scalars
+    run = read_run(tmp_path)
+    assert run.scalars == scalars and run.texts == {tag: {0: "first", 1: "third"}}
 
 
 def test_a_resume_in_a_folder_of_its_own_is_the_same_run(tmp_path: Path) -> None:

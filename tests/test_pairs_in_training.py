@@ -78,7 +78,8 @@ def test_a_transform_of_advantages_that_nothing_reads_is_refused() -> None:
 def test_draws_belong_to_seed_step_and_prompt() -> None:
     def draws(indices: list[int], seed: int = 0, step: int = 0) -> torch.Tensor:
         rollout = rollout_of([[1.0, 0.0, 2.0]] * len(indices), indices=indices)
-        drawn = Shaping(lambda rewards_PG: rewards_PG.float())(rollout, Context(seed, step)).draws_PGG
+        shaping = Shaping(lambda rewards_PG: rewards_PG.float(), draws_are_read=True)
+        drawn = shaping(rollout, Context(seed, step)).draws_PGG
         assert drawn is not None and drawn.shape == (len(indices), 3, 3)
         return drawn
 

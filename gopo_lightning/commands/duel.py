@@ -22,8 +22,8 @@ JUDGE = (
 )
 
 
-class _Parser(RaisesUsageErrors, ArgumentParser):
-    pass
+class ClassParser(RaisesUsageErrors, ArgumentParser):
+    """Of classes with their arguments."""
 
 
 def make_parser(judges: tuple[type, ...] = ()) -> ArgumentParser:
@@ -32,7 +32,7 @@ def make_parser(judges: tuple[type, ...] = ()) -> ArgumentParser:
     Args:
         judges: classes of which ``--judge`` may be one; without them, only its help is known.
     """
-    parser = _Parser(prog="python -m gopo_lightning duel", usage=USAGE, description=DESCRIPTION)
+    parser = ClassParser(prog="python -m gopo_lightning duel", usage=USAGE, description=DESCRIPTION)
     parser.add_argument(
         "policies",
         nargs="*",

@@ -9,6 +9,7 @@ from inspect import isclass, signature
 from typing import Any, get_args, get_type_hints
 
 from gopo_lightning.commands.layers import Field, options
+from gopo_lightning.commands.named_configs import LIST
 
 PACKAGES = (
     "gopo_lightning",
@@ -233,8 +234,8 @@ def _at(field: Field) -> str:
 def _missing(names: Sequence[str], command: str, arguments: Sequence[str]) -> str:
     if not any(option in ("--config", "-c") for option, _ in options(arguments)):
         return (
-            f"{command or 'this command'} needs a config: --config FILE.yaml, such as configs/quickstart/gopo.yaml "
-            "(several are layers)."
+            f"{command or 'this command'} needs a config: --config FILE.yaml, or a name such as quickstart/gopo "
+            f"(several are layers; `{LIST}` lists the names)."
         )
     need = " and ".join(f"{name}: {{class_path: …, init_args: {{…}}}}" for name in names if name in ("model", "data"))
     return f"the config lacks {need or ', '.join(names)}."

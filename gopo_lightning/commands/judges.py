@@ -10,8 +10,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from gopo_lightning.commands.class_files import in_arguments, in_value
-from gopo_lightning.commands.duel import RECORDED
-from gopo_lightning.commands.errors import RaisesUsageErrors, UsageError
+from gopo_lightning.commands.duel import RECORDED, ClassParser
+from gopo_lightning.commands.errors import UsageError
 from gopo_lightning.commands.explained import explain
 from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.evaluation.duels.policies import read_yaml
@@ -20,10 +20,6 @@ from gopo_lightning.rewards import PairwiseSource, RewardSource, Source
 
 JUDGES = (RewardSource, PairwiseSource)
 """Whatever ranks may judge."""
-
-
-class _Parser(RaisesUsageErrors, ArgumentParser):
-    pass
 
 
 def prepared(arguments: Sequence[str]) -> tuple[list[str], str | None, list[Any] | None]:
@@ -110,7 +106,7 @@ def _named(
 
 def _instance(source: Mapping[str, Any]) -> tuple[Source, Mapping[str, Any]]:
     """A source from its class_path and init_args, and these with the defaults filled in."""
-    parser = _Parser()
+    parser = ClassParser()
     parser.add_subclass_arguments(JUDGES, "judge")
     try:
         parsed = parser.parse_object({"judge": in_value(source)})

@@ -42,6 +42,16 @@ from gopo_lightning.training.trainer_defaults import trainer_defaults
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+_EXPORTS = {
+    "export_dir": None,
+    "export_every_n_steps": None,
+    "export_weights": "last",
+    "push_to_hub": None,
+    "push_private": True,
+}
+"""Options of `ExportHF`, in the order of its arguments, with their defaults."""
+
+
 class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raised, not printed: a class within the config has a parser of this kind too."""
@@ -84,8 +94,7 @@ def _help_of_a_nested_class(arguments: Sequence[str]) -> None:
 def _root(arguments: Sequence[str]) -> dict[str, Any]:
     """Fields at the top of a config of this command, with the classes whose fields are below them."""
     method = getattr(Trainer, arguments[0], Trainer.fit) if arguments else Trainer.fit
-    exports = ("export_dir", "export_every_n_steps", "export_weights", "push_to_hub", "push_private")
-    own = dict.fromkeys(("config", "seed_everything", *exports))
+    own = dict.fromkeys(("config", "seed_everything", *_EXPORTS))
     return {"trainer": Trainer, "model": GOPOModule, "data": PromptDataModule, **own} | dict.fromkeys(
         name for name in signature(method).parameters if name in ("ckpt_path", "weights_only", "return_predictions")
     )
@@ -132,30 +141,24 @@ class GOPOCommandLine(CommandLine):
         parser.add_argument(
             "--export_dir",
             type=str | None,
-            default=None,
             help="where fit writes the trained Hugging Face model or adapter at its end; <run folder>/policy when "
             "null. An earlier export there is replaced; a folder that holds anything else is refused before training",
         )
-        parser.add_argument(
-            "--export_every_n_steps", type=int | None, default=None, help="also export every n optimiser steps"
-        )
+        parser.add_argument("--export_every_n_steps", type=int | None, help="also export every n optimiser steps")
         parser.add_argument(
             "--export_weights",
             type=Chosen,
-            default="last",
             help="which weights fit exports at its end: the last, or those of the best checkpoint by the metric that "
             "a ModelCheckpoint monitors",
         )
         parser.add_argument(
             "--push_to_hub",
             type=str | None,
-            default=None,
             help="OWNER/NAME on the hub to which fit also uploads what it exports at its end; the token is HF_TOKEN, "
             "or that of `hf auth login`",
         )
-        parser.add_argument(
-            "--push_private", type=bool, default=True, help="whether that model is private if it has to be made"
-        )
+        parser.add_argument("--push_private", type=bool, help="whether that model is private if it has to be made")
+        parser.set_defaults(_EXPORTS)
 
     def before_instantiate_classes(self) -> None:
         """A secret in the config would be saved with the run; `fsdp` is FSDP2."""
@@ -190,22 +193,14 @@ class GOPOCommandLine(CommandLine):
     def before_fit(self) -> None:
         if isinstance(self.model, GOPOModule):
             options = self.config["fit"]
-            export = ExportHF(
-                options["export_dir"],
-                options["export_every_n_steps"],
-                options["export_weights"],
-                options["push_to_hub"],
-                options["push_private"],
-            )
-            self.trainer.callbacks.append(export)  # type: ignore[attr-defined]
+            self.trainer.callbacks.append(ExportHF(*(options[name] for name in _EXPORTS)))  # type: ignore[attr-defined]
         else:
             self._refuse_export_options()
         self._find_checkpoint("fit")
 
     def _refuse_export_options(self) -> None:
         """They are the policy's; other modules would not know of them."""
-        names = ("export_dir", "export_every_n_steps", "export_weights", "push_to_hub", "push_private")
-        given = [name for name in names if self.config["fit"][name] not in (None, "last", True)]
+        given = [name for name, default in _EXPORTS.items() if self.config["fit"][name] != default]
         if given:
             raise ValueError(
                 f"--{given[0]} belongs to a GOPOModule, and this is a {type(self.model).__name__}. A RewardModelModule "

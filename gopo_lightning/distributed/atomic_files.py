@@ -36,6 +36,15 @@ def writing_aside(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
         os.close(lock)
 
 
+def sync_folder(folder: Path) -> None:
+    """Let a rename in ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def clear_torn(folder: Path) -> None:
     """Delete what dead writers on this host left in ``folder``, under whatever name they wrote."""
     for path in folder.iterdir():

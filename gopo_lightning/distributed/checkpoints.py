@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from gopo_lightning.distributed.atomic_files import writing_aside
+from gopo_lightning.distributed.atomic_files import sync_folder, writing_aside
 from gopo_lightning.distributed.run_folder import WITHOUT_LOGGER
 
 _DAMAGE = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, struct.error)
@@ -61,15 +61,6 @@ def atomic_save(checkpoint: Mapping[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         aside.replace(path)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Let a rename in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_checkpoint(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from gopo_lightning.data.cells import numbers
 from gopo_lightning.data.comparison_formats import reading_row
 from gopo_lightning.data.files import read_local
 from gopo_lightning.data.json_lines import dumps
+from gopo_lightning.distributed.atomic_files import sync_folder, writing_aside
 from gopo_lightning.human.groups import Group, group_of_row, plain
 
 _NAME = re.compile(r"\w[\w.@-]{0,63}")
@@ -159,13 +160,13 @@ class VerdictFile:
         key = verdict.group.key
         if key in self._verdicts:
             kept = {**self._verdicts, key: verdict}
-            aside = self.path.with_name(f".{self.path.name}.writing")
-            _write(aside, "w", kept.values())
-            aside.replace(self.path)
+            with writing_aside(self.path) as aside:
+                _write(aside, "w", kept.values())
+                aside.replace(self.path)
         else:
             _write(self.path, "a", [verdict])
         self._verdicts[key] = verdict
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def close(self) -> None:
         """Let another process write the file."""
@@ -177,15 +178,6 @@ def _write(path: Path, mode: str, verdicts: Iterable[Verdict]) -> None:
         file.writelines(dumps(verdict.row()) + "\n" for verdict in verdicts)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new name in it is on disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _mend(path: Path) -> None:

@@ -57,6 +57,8 @@ class Objective(ABC):
     reads_advantages: bool = True
     """Whether it reads advantages. To one that reads rewards or comparisons by itself, an advantage or a credit other
     than the defaults is an error."""
+    reads_draws: bool = False
+    """Whether it draws: then an experience brings ``draws_PGG``."""
     needs_rewards: bool = False
     """Whether it reads magnitudes of rewards, which a pairwise source does not give."""
 

@@ -102,6 +102,11 @@ class PairObjective(AnchoredObjective):
         """Differences of rewards."""
         return self.link in READS_GAPS or self.weight == "margin"
 
+    @property
+    def reads_draws(self) -> bool:  # type: ignore[override]  # of the class
+        """For pairs: random."""
+        return self.pairs == "random"
+
     def mask(self, experience: Experience) -> Tensor:
         """Also without the first ``skip_tokens``."""
         mask_NT = super().mask(experience)

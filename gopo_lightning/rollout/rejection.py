@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
 
 from gopo_lightning.rollout.engines.streams import stream_seeds, uniforms
-from gopo_lightning.rollout.transforms import Context, Transform
+from gopo_lightning.rollout.transforms import Context, Transform, keeping, rewards_that_count
 from gopo_lightning.types import Rollout
 
 R = TypeVar("R", bound=Rollout)
@@ -46,12 +45,10 @@ class RejectionSample(Transform):
         indices = [prompt.index for prompt in rollout.prompts.prompts]
         seeds = torch.tensor(stream_seeds(~context.seed, context.step, indices, 2 * G)).view(P, 2 * G)
         draws_PGK = uniforms(seeds[:, G:].flatten().tolist(), self.keep).view(P, G, self.keep)  # the others: RankFilter
-        rewards_PG = rollout.rewards_PG.cpu().masked_fill(rollout.weights_N.view(P, G).cpu() == 0, math.nan)
         kept_PG = torch.zeros(P, G)
-        for row, (rewards_G, draws_GK) in enumerate(zip(rewards_PG.tolist(), draws_PGK, strict=True)):
+        for row, (rewards_G, draws_GK) in enumerate(zip(rewards_that_count(rollout).tolist(), draws_PGK, strict=True)):
             kept_PG[row, accepted(rewards_G, draws_GK.T.tolist(), self.keep, self.beta)] = 1.0
-        weights_PG = kept_PG if rollout.weights_PG is None else kept_PG.to(rollout.weights_PG) * rollout.weights_PG
-        return replace(rollout, weights_PG=weights_PG.to(rollout.rewards_PG.device))
+        return keeping(rollout, kept_PG)
 
 
 def accepted(rewards: Sequence[float], draws: Sequence[Sequence[float]], keep: int, beta: float) -> list[int]:

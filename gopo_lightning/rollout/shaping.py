@@ -28,6 +28,7 @@ class Shaping:
         transforms: in their order; those of position rewards go before the advantage.
         credit: experience → advantages_NT or None.
         advantages_are_read: whether the objective reads them; else a transform may not change them.
+        draws_are_read: whether the objective draws, and the experience needs ``draws_PGG``.
 
     Raises:
         ValueError: a transform stands at an unknown position.
@@ -41,6 +42,7 @@ class Shaping:
         transforms: Sequence[Transform] = (),
         credit: Credit = broadcast,
         advantages_are_read: bool = True,
+        draws_are_read: bool = False,
     ) -> None:
         for transform in transforms:
             if transform.position not in get_args(Position):
@@ -50,7 +52,7 @@ class Shaping:
                 )
         self.advantage, self.from_wins = advantage, from_wins
         self.transforms, self.credit = tuple(transforms), credit
-        self.advantages_are_read = advantages_are_read
+        self.advantages_are_read, self.draws_are_read = advantages_are_read, draws_are_read
 
     @property
     def needs(self) -> frozenset[Needed]:
@@ -88,11 +90,11 @@ class Shaping:
 
     def _experience(self, rollout: Rollout, judged: Tensor, advantages_PG: Tensor, context: Context) -> Experience:
         """With what objectives read beside the advantages."""
-        P, G = rollout.rewards_PG.shape
-        seeds_N = stream_seeds(~context.seed, ~context.step, [p.index for p in rollout.prompts.prompts], G)
-        draws_PGG = uniforms(seeds_N, G).view(P, G, G).to(rollout.rewards_PG.device)
-        preferences_PGG = preferences(judged) if self.from_wins else None
-        return rollout.with_advantages(advantages_PG, preferences_PGG=preferences_PGG, draws_PGG=draws_PGG)
+        return rollout.with_advantages(
+            advantages_PG,
+            preferences_PGG=preferences(judged) if self.from_wins else None,
+            draws_PGG=_draws(rollout, context) if self.draws_are_read else None,
+        )
 
     def _check_read(self, experience: Experience, advantages_PG: Tensor) -> None:
         """ValueError where a transform changed advantages that nothing reads."""
@@ -122,6 +124,13 @@ class Shaping:
                     check_transformed(changed, rollout, type(transform).__name__)
                     rollout = changed
         return rollout
+
+
+def _draws(rollout: Rollout, context: Context) -> Tensor:
+    """float64 [P, G, G] in [0, 1), from streams of their own, keyed by seed, step and prompt."""
+    P, G = rollout.rewards_PG.shape
+    seeds_N = stream_seeds(~context.seed, ~context.step, [prompt.index for prompt in rollout.prompts.prompts], G)
+    return uniforms(seeds_N, G).view(P, G, G).to(rollout.rewards_PG.device)
 
 
 def check_transformed(changed: Any, rollout: Rollout, name: str) -> None:

@@ -126,11 +126,8 @@ class RankFilter(Transform):
             )
         indices = [prompt.index for prompt in rollout.prompts.prompts]
         draws_PG2 = uniforms(stream_seeds(~context.seed, context.step, indices, G), 2).view(P, G, 2)
-        rewards_PG = rollout.rewards_PG.cpu().masked_fill(rollout.weights_N.view(P, G).cpu() == 0, math.nan)
-        groups = zip(rewards_PG, draws_PG2, strict=True)
-        kept_PG = torch.stack([self._kept(rewards_G, draws_G2) for rewards_G, draws_G2 in groups])
-        weights_PG = kept_PG if rollout.weights_PG is None else kept_PG.to(rollout.weights_PG) * rollout.weights_PG
-        return replace(rollout, weights_PG=weights_PG.to(rollout.rewards_PG.device))
+        groups = zip(rewards_that_count(rollout), draws_PG2, strict=True)
+        return keeping(rollout, torch.stack([self._kept(rewards_G, draws_G2) for rewards_G, draws_G2 in groups]))
 
     def _kept(self, rewards_G: Tensor, draws_G2: Tensor) -> Tensor:
         """float32 0 or 1: the k largest of log w + Gumbel noise, which draws without replacement by w."""
@@ -144,6 +141,18 @@ class RankFilter(Transform):
         chosen = (weights_n.log() + gumbel_n).topk(min(self.keep, int((weights_n > 0).sum()))).indices
         kept_G[torch.tensor(best_first)[chosen]] = 1.0
         return kept_G
+
+
+def rewards_that_count(rollout: Rollout) -> Tensor:
+    """rewards_PG on the CPU, NaN also for completions of weight 0."""
+    rewards_PG = rollout.rewards_PG.cpu()
+    return rewards_PG.masked_fill(rollout.weights_N.view_as(rewards_PG).cpu() == 0, math.nan)
+
+
+def keeping(rollout: R, kept_PG: Tensor) -> R:
+    """``rollout`` with the weights multiplied by ``kept_PG``, float32 0 or 1."""
+    weights_PG = kept_PG if rollout.weights_PG is None else kept_PG.to(rollout.weights_PG) * rollout.weights_PG
+    return replace(rollout, weights_PG=weights_PG.to(rollout.rewards_PG.device))
 
 
 def rank_weights(weights: Literal["bon", "br", "bw"] | Sequence[float], num_ranked: int) -> Tensor:

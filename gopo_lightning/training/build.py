@@ -52,6 +52,7 @@ def build_shaping(rewards: RewardConfig, objective: ObjectiveConfig, advantage: 
         transforms=rewards.transforms,
         credit=credit.get_credit(name, **options),
         advantages_are_read=objective.loss.reads_advantages,
+        draws_are_read=objective.loss.reads_draws,
     )
 
 

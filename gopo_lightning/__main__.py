@@ -26,9 +26,8 @@ def _run() -> None:
     check_command(sys.argv[1])
     if os.getcwd() not in sys.path and not sys.flags.safe_path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does, so that functions of one's own are found
-    sys.argv[1:] = resolve(sys.argv[1:])
     if sys.argv[1] in OWN:
-        import_module(OWN[sys.argv[1]]).main(sys.argv[2:])
+        import_module(OWN[sys.argv[1]]).main(resolve(sys.argv[2:]))
         return
     from gopo_lightning.commands.lightning_cli import run
 

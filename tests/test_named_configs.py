@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from gopo_lightning import __main__
+from gopo_lightning.__main__ import main
 from gopo_lightning.commands import compare, config, named_configs
 from gopo_lightning.commands.named_configs import find, names, purpose, resolve
 from gopo_lightning.commands.quickstart import rewards_of
@@ -143,3 +144,12 @@ def test_config_says_of_a_name_that_there_is_none(empty: Path) -> None:
         config.main(["show", "rloo"])
     with pytest.raises((ValueError, OSError), match="no such file cannot be read"):
         config.main(["show", "no such file"])
+
+
+def test_the_command_stays_as_it_was_typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model card shows it, and a place within an installed package is nobody else's."""
+    typed = ["gopo-lightning", "fit", "--config", "quickstart/gopo", "--config=advantage/grpo", "--print_config"]
+    monkeypatch.setattr(sys, "argv", [*typed])
+    with pytest.raises(SystemExit):
+        main()
+    assert "advantage: grpo" in capsys.readouterr().out and sys.argv == typed

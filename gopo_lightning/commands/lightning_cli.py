@@ -25,6 +25,7 @@ from gopo_lightning.commands.evaluated_run import in_run_of
 from gopo_lightning.commands.explained import class_named, explain, no_class
 from gopo_lightning.commands.fsdp import as_fsdp2
 from gopo_lightning.commands.layers import check_yaml, fields, options
+from gopo_lightning.commands.named_configs import resolve
 from gopo_lightning.commands.renamed import refuse_old_names
 from gopo_lightning.commands.secrets import refuse_secrets
 from gopo_lightning.commands.usage import FIELDS
@@ -60,8 +61,10 @@ class _Parser(LightningArgumentParser):
     def parse_args(  # type: ignore[override]  # of two overloads
         self, args: Sequence[str] | None = None, *more: Any, **options: Any
     ) -> Any:
-        """Null is null at any depth: jsonargparse hands it from a class to its fields as the text None."""
-        given = in_arguments(sys.argv[1:] if args is None else args)
+        """Names of packaged configs are files, and null is null at any depth: jsonargparse hands it from a class to its
+        fields as the text None.
+        """
+        given = in_arguments(resolve(sys.argv[1:] if args is None else args))
         with from_here():
             return super().parse_args(
                 [re.sub(r"\A(--[\w.]+)=None\Z", r"\1=null", arg) for arg in given], *more, **options
@@ -119,7 +122,7 @@ class GOPOCommandLine(CommandLine):
     """The command line of ``python -m gopo_lightning``."""
 
     def __init__(self, *classes: Any, args: Sequence[str] | None = None, **options: Any) -> None:
-        self._given = list(sys.argv[1:] if args is None else args)
+        self._given = resolve(sys.argv[1:] if args is None else args)
         super().__init__(*classes, args=args, **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # of the class itself
@@ -278,7 +281,7 @@ def _quieten() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for message in (
         ".*does not have many workers.*",  # prompts are tokenised once, in setup
-        ".*ModelCheckpoint. with manual optim.*",  # we count optimiser steps as it expects
+        ".*ModelCheckpoint.? with manual optim.*",  # we count optimiser steps as it expects
         ".*LeafSpec.* is deprecated.*",
         "FSDP2-wrapped module .* returned a view tensor.*",  # nothing here changes logits in place
         ".*sync_dist=True.*",  # values are the same on all ranks when they are logged

@@ -46,6 +46,7 @@ model:
         - class_path: gopo_lightning.rewards.FunctionReward
           init_args: {function: my_rewards.few_words}
 trainer:
+  precision: 32-true  # fast enough on every CPU; some emulate bfloat16
   logger: {class_path: TensorBoardLogger, init_args: {save_dir: runs, name: mine, version: first}}
 END
 mine=(--config quickstart/gopo --config my.yaml --config debug/smoke)

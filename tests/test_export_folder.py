@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from gopo_lightning.training.export_folder import LISTING, check_export_folder, write_export
 
@@ -154,3 +156,14 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path: Path) -> None:
         write_export(tmp_path / "policy", fail)
     assert (tmp_path / "policy" / "model.safetensors").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+def test_whoever_may_read_the_folder_may_read_the_weights(tmp_path: Path) -> None:
+    """safetensors 0.8 lets nobody but the owner read the file it writes; a server runs as somebody else."""
+
+    def write(folder: Path) -> None:
+        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
+
+    folder = write_export(tmp_path / "export", write)
+    (tmp_path / "plain.txt").write_text("")
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "plain.txt").stat().st_mode}

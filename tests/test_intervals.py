@@ -35,3 +35,9 @@ def test_pairs() -> None:
     assert str(paired([1.0, 2.0], [0.0, 1.0])) == "+1.000 [+1.000, +1.000]"
     with pytest.raises(ValueError, match="longer"):
         paired([1.0], [1.0, 2.0])
+
+
+def test_no_interval_goes_beyond_what_values_can_be() -> None:
+    found = student([0.9, 0.5], lowest=-1.0, highest=1.0)
+    assert (found.low, found.high) == (-1.0, 1.0)
+    assert found.mean == pytest.approx(0.7)

@@ -27,8 +27,13 @@ class Interval:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]" if self.n > 1 else f"{self.mean:+.3f}"
 
 
-def student(values: Sequence[float]) -> Interval:
+def student(values: Sequence[float], lowest: float = -math.inf, highest: float = math.inf) -> Interval:
     """Mean of ``values`` and its 95 % interval by Student's t with n − 1 degrees of freedom.
+
+    Args:
+        values: of independent units.
+        lowest: no value can be below it, so the interval ends there.
+        highest: likewise.
 
     Raises:
         ValueError: there are no values.
@@ -39,7 +44,7 @@ def student(values: Sequence[float]) -> Interval:
     if n < 2:
         return Interval(mean, math.nan, math.nan, n)
     half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
+    return Interval(mean, max(mean - half, lowest), min(mean + half, highest), n)
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Interval:

@@ -146,7 +146,7 @@ def mean_rank_correlation(first_PG: Tensor, second_PG: Tensor) -> Interval | Non
     """Kendall's τ-b within groups, its mean over groups and the interval of that; None where it is defined in none."""
     values_P = rank_correlation(first_PG, second_PG)
     kept = values_P[~values_P.isnan()].tolist()
-    return student(kept) if kept else None
+    return student(kept, -1.0, 1.0) if kept else None
 
 
 def agreement(rewards_PG: Tensor, preferred_PGG: Tensor) -> Interval | None:
@@ -167,7 +167,7 @@ def agreement(rewards_PG: Tensor, preferred_PGG: Tensor) -> Interval | None:
     agrees_PGG = 0.5 + 0.5 * side_PGG * (preferred_PGG - 0.5).sign()
     shares_P = (agrees_PGG.nan_to_num() * asked_PGG).sum((1, 2)) / asked_PGG.sum((1, 2))
     kept = shares_P[~shares_P.isnan()].tolist()
-    return student(kept) if kept else None
+    return student(kept, 0.0, 1.0) if kept else None
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,9 @@ def _listed(folder: Path) -> dict[str, str]:
 def _write_listing(folder: Path) -> None:
     listed = {name: _sha256(folder / name) for name in sorted(_content(folder))}
     (folder / LISTING).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+    for name in listed:  # safetensors lets nobody but the owner read what it writes
+        if (path := folder / name).is_file():
+            path.chmod((folder / LISTING).stat().st_mode)
 
 
 def _sha256(path: Path) -> str | None:

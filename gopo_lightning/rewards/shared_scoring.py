@@ -2,7 +2,7 @@
 
 What they share is the longest run of tokens with which all of them begin. Under causal attention its hidden states do
 not depend on what follows, so the scores and gradients are those of separate rows, for fewer tokens. Legend, beyond
-that of ``types``: P pairs or lists, N texts, S tokens of a packed row.
+that of ``types``: N texts, S tokens of a packed row.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,14 +13,13 @@ from typing import Any, get_args
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from gopo_lightning.distributed.decoder_layers import plain_outputs
 from gopo_lightning.policy.model import evaluating
 from gopo_lightning.policy.prefix_sharing import PrefixSharing
 from gopo_lightning.policy.shared_prefix import (
-    PackedLists,
+    PackedGroups,
     require_called,
     shared_prefix_attention,
     supports_shared_prefix,
@@ -31,45 +30,42 @@ from gopo_lightning.types import TensorStruct
 
 @dataclass(frozen=True)
 class PackedTexts(TensorStruct):
-    """One row for each pair or list: [prefix | rest of text 1 | rest of text 2 | ...], right-padded.
+    """One row without padding: [prefix | rest of text 1 | rest of text 2 | ... | prefix of the next | ...].
 
     The texts [5, 6, 7] and [5, 6, 8, 9] give
 
-        tokens_PS    = [[5, 6, 7, 8, 9]]
-        segments_PS  = [[0, 0, 1, 2, 2]]
-        positions_PS = [[0, 1, 2, 2, 3]]
+        tokens_1S    = [[5, 6, 7, 8, 9]]
+        positions_1S = [[0, 1, 2, 2, 3]]
         last_N       = [2, 4]
+        lengths      = [[2, 1, 2]]
     """
 
-    tokens_PS: Tensor
+    tokens_1S: Tensor
     """int64."""
-    segments_PS: Tensor
-    """int64, see `shared_prefix.PackedLists`."""
-    positions_PS: Tensor
+    positions_1S: Tensor
     """int64, of each token in its own text."""
     last_N: Tensor
-    """int64, where in the flattened rows the score of each text is read: at its last token that is not padding, which
-    is where transformers' classifiers read it."""
+    """int64, where in the row the score of each text is read: at its last token that is not padding, which is where
+    transformers' classifiers read it."""
+    lengths: list[list[int]]
+    """Of each pair or list: tokens of the prefix, then of the rest of each text."""
 
 
 def pack(texts: Sequence[Sequence[int]], group_sizes: Sequence[int], pad_token_id: int) -> PackedTexts:
-    """The tokens of N texts, of which so many at a time belong together, as one row for each group."""
-    rows: dict[str, list[Tensor]] = {"tokens": [], "segments": [], "positions": []}
-    last: list[tuple[int, int]] = []
-    for p, (start, end) in enumerate(pairwise([0, *accumulate(group_sizes)])):
-        group = texts[start:end]
+    """The tokens of N texts, of which so many at a time belong together, as one row."""
+    tokens, positions, last, lengths = list[int](), list[int](), list[int](), list[list[int]]()
+    for start, end in pairwise([0, *accumulate(group_sizes)]):
+        group, begin = texts[start:end], len(tokens)
         L = _common_prefix(group)
-        parts = [group[0][:L], *(text[L:] for text in group)]
-        rows["tokens"].append(torch.tensor([token for part in parts for token in part]))
-        rows["segments"].append(torch.tensor([number for number, part in enumerate(parts) for _ in part]))
-        rows["positions"].append(torch.cat([torch.arange(L), *(torch.arange(L, len(text)) for text in group)]))
-        for text, own in zip(group, accumulate(map(len, parts)), strict=False):  # where each text's own part starts
+        tokens += group[0][:L]
+        positions += range(L)
+        for text in group:
             n = _last(text, pad_token_id)
-            last.append((p, n if n < L else own + n - L))
-    padding = {"tokens": pad_token_id, "segments": -1, "positions": 0}
-    padded = {f"{key}_PS": pad_sequence(value, True, padding[key]) for key, value in rows.items()}
-    S = padded["tokens_PS"].shape[1]
-    return PackedTexts(**padded, last_N=torch.tensor([p * S + column for p, column in last]))
+            last.append(begin + n if n < L else len(tokens) + n - L)
+            tokens += text[L:]
+            positions += range(L, len(text))
+        lengths.append([L, *(len(text) - L for text in group)])
+    return PackedTexts(torch.tensor([tokens]), torch.tensor([positions]), torch.tensor(last), lengths)
 
 
 def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
@@ -84,15 +80,16 @@ def _last(text: Sequence[int], pad_token_id: int) -> int:
 
 
 def shared_scores(model: nn.Module, packed: PackedTexts) -> Tensor:
-    """scores_N of one forward over packed rows, entered through the model's own forward and read at its head."""
-    layout, seen = PackedLists(packed.segments_PS), []
-    handle = _head(model).register_forward_hook(lambda module, args, logits_PS1: seen.append(logits_PS1))
+    """scores_N of one forward over a packed row, entered through the model's own forward and read at its head."""
+    prefixes, endings = zip(*((prefix, rest) for prefix, *rest in packed.lengths), strict=True)
+    layout, seen = PackedGroups(prefixes, endings, packed.tokens_1S.device), []
+    handle = _head(model).register_forward_hook(lambda module, args, logits_1S1: seen.append(logits_1S1))
     try:
         with plain_outputs(model), shared_prefix_attention(model):
             model(
-                input_ids=packed.tokens_PS,
-                attention_mask=(packed.segments_PS >= 0).long(),  # read by nobody: the layout is the mask
-                position_ids=packed.positions_PS,
+                input_ids=packed.tokens_1S,
+                attention_mask=torch.ones_like(packed.tokens_1S),  # read by nobody: the layout is the mask
+                position_ids=packed.positions_1S,
                 use_cache=False,
                 shared_prefix=layout,
             )
@@ -137,7 +134,7 @@ class Scorer:
             self._allowed = self._decide(model, encoded, group_sizes)
         packed = pack(encoded["input_ids"], group_sizes, self._pad_token_id)
         num_separate = len(encoded["input_ids"]) * max(map(len, encoded["input_ids"]))
-        if self._allowed and (self.mode == "always" or packed.tokens_PS.numel() < num_separate):
+        if self._allowed and (self.mode == "always" or packed.tokens_1S.numel() < num_separate):
             return shared_scores(model, packed.to(next(model.parameters()).device))
         return separate_scores(model, self.tokenizer, encoded)
 
@@ -165,7 +162,7 @@ class Scorer:
         few = BatchEncoding({key: values[: sum(group_sizes)] for key, values in encoded.items()})
         packed = pack(few["input_ids"], group_sizes, self._pad_token_id).to(next(model.parameters()).device)
         vocabulary_V = torch.tensor([self._pad_token_id, *(n for ids in few["input_ids"] for n in ids)]).unique()
-        with evaluating(model), torch.enable_grad(), torch.autocast(packed.tokens_PS.device.type, enabled=False):
+        with evaluating(model), torch.enable_grad(), torch.autocast(packed.tokens_1S.device.type, enabled=False):
             scores, gradient = _with_gradient(model, vocabulary_V, lambda: separate_scores(model, self.tokenizer, few))
             shared, shared_gradient = _with_gradient(model, vocabulary_V, lambda: shared_scores(model, packed))
         differences = (

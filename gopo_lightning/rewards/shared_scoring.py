@@ -1,4 +1,4 @@
-"""Scores of texts by a sequence classifier; the texts of a pair or list as one row, with what they share only once.
+"""Scores of texts by a sequence classifier; those of a group as one row, with what they share only once.
 
 What they share is the longest run of tokens with which all of them begin. Under causal attention its hidden states do
 not depend on what follows, so the scores and gradients are those of separate rows, for fewer tokens. Legend, beyond
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from gopo_lightning.distributed.decoder_layers import plain_outputs
+from gopo_lightning.distributed.fsdp import is_sharded
 from gopo_lightning.policy.model import evaluating
 from gopo_lightning.policy.prefix_sharing import PrefixSharing
 from gopo_lightning.policy.shared_prefix import (
@@ -107,19 +108,22 @@ def separate_scores(model: nn.Module, tokenizer: PreTrainedTokenizerBase, encode
 
 
 class Scorer:
-    """Scores texts, those of a pair or list together where that is allowed and, under `auto`, saves tokens.
+    """Scores texts, those of a pair, list or group together where that is allowed and, under `auto`, saves tokens.
 
     Args:
         tokenizer: pads on the right.
         mode: `auto` checks once, on two pairs or lists, that both forms agree, else scores texts apart and says why;
             `always` raises a ValueError where they do not, or the data have nothing to share; `never` does not share.
         max_length: most tokens of a text, against which a sliding window is held; None: any number.
+        trains: the check compares gradients too.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mode: PrefixSharing, max_length: int | None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, mode: PrefixSharing, max_length: int | None, *, trains: bool = True
+    ) -> None:
         if mode not in get_args(PrefixSharing):
             raise ValueError(f"prefix_sharing={mode!r} is unknown; use one of {list(get_args(PrefixSharing))}.")
-        self.tokenizer, self.mode, self.max_length = tokenizer, mode, max_length
+        self.tokenizer, self.mode, self.max_length, self.trains = tokenizer, mode, max_length, trains
         self._allowed: bool | None = None
 
     def __call__(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int] | None) -> Tensor:
@@ -128,24 +132,31 @@ class Scorer:
             raise ValueError(
                 "prefix_sharing=always, but the data are no pairs or lists: their texts share no prompt. Use auto."
             )
-        if self.mode == "never" or group_sizes is None:
+        if group_sizes is None or not self.may_share(model, encoded, group_sizes):
             return separate_scores(model, self.tokenizer, encoded)
-        if self._allowed is None:
-            self._allowed = self._decide(model, encoded, group_sizes)
-        packed = pack(encoded["input_ids"], group_sizes, self._pad_token_id)
+        packed = self.packed(encoded, group_sizes)
         num_separate = len(encoded["input_ids"]) * max(map(len, encoded["input_ids"]))
-        if self._allowed and (self.mode == "always" or packed.tokens_1S.numel() < num_separate):
+        if self.mode == "always" or packed.tokens_1S.numel() < num_separate:
             return shared_scores(model, packed.to(next(model.parameters()).device))
         return separate_scores(model, self.tokenizer, encoded)
 
-    @property
-    def _pad_token_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)
+    def may_share(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int]) -> bool:
+        """Whether pairs or lists may be forwarded as one, as these first ones say."""
+        if self._allowed is None:
+            self._allowed = self.mode != "never" and self._decide(model, encoded, group_sizes)
+        return self._allowed
+
+    def packed(self, encoded: BatchEncoding, group_sizes: Sequence[int]) -> PackedTexts:
+        """`pack` with the tokenizer's padding."""
+        pad_token_id = self.tokenizer.pad_token_id
+        return pack(encoded["input_ids"], group_sizes, -1 if pad_token_id is None else int(pad_token_id))
 
     def _decide(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int]) -> bool:
         allowed, reason = supports_shared_prefix(model, self.max_length)
         if allowed and _head(model) is None:
             allowed, reason = False, "its head is not called score"
+        if allowed and not self.trains and is_sharded(model):
+            allowed, reason = False, "its weights are sharded, and ranks may have other numbers of texts"
         if allowed:
             try:
                 allowed, reason = self._agrees(model, encoded, group_sizes[:2])
@@ -160,19 +171,26 @@ class Scorer:
     def _agrees(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int]) -> tuple[bool, str]:
         """Both forms on these first groups, outside autocast and without dropout; and what to say if they differ."""
         few = BatchEncoding({key: values[: sum(group_sizes)] for key, values in encoded.items()})
-        packed = pack(few["input_ids"], group_sizes, self._pad_token_id).to(next(model.parameters()).device)
-        vocabulary_V = torch.tensor([self._pad_token_id, *(n for ids in few["input_ids"] for n in ids)]).unique()
-        with evaluating(model), torch.enable_grad(), torch.autocast(packed.tokens_1S.device.type, enabled=False):
-            scores, gradient = _with_gradient(model, vocabulary_V, lambda: separate_scores(model, self.tokenizer, few))
-            shared, shared_gradient = _with_gradient(model, vocabulary_V, lambda: shared_scores(model, packed))
+        parameter = next(model.parameters())
+        packed = self.packed(few, group_sizes).to(parameter.device)
+        padding = torch.full((1, 1), self.tokenizer.pad_token_id or 0, device=parameter.device)
+        vocabulary_V = torch.cat([packed.tokens_1S, padding], -1).unique()
+        forms = (lambda: separate_scores(model, self.tokenizer, few)), (lambda: shared_scores(model, packed))
+        with evaluating(model), torch.autocast(parameter.device.type, enabled=False):
+            if self.trains:
+                with torch.enable_grad():
+                    found = [_with_gradient(model, vocabulary_V, form) for form in forms]
+            else:
+                found = [(form(), torch.ones(1)) for form in forms]
+        (scores, gradient), (shared, shared_gradient) = found
         differences = (
-            float((shared - scores).abs().mean()),
+            float((shared - scores).abs().mean() / scores.abs().mean().clamp(min=1.0)),
             float((shared_gradient - gradient).norm() / gradient.norm()),
         )
-        tolerance = 1e-3 if gradient.dtype == torch.float32 else 5e-2
+        tolerance = 1e-3 if parameter.dtype == torch.float32 else 5e-2
         return max(differences) <= tolerance, (  # False for NaN
-            f"scores differ by {differences[0]:.1e} and gradients by {differences[1]:.1e} when texts share their "
-            f"prompt, more than {tolerance:.0e}"
+            f"scores differ by {differences[0]:.1e} of their size and gradients by {differences[1]:.1e} when texts "
+            f"share their prompt, more than {tolerance:.0e}"
         )
 
 

@@ -90,13 +90,12 @@ class _GroupAttention(torch.autograd.Function):
         saved = grad, query, output, normaliser
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
         for places_BM, real_BM in pieces.buckets:
-            whole = parts.Whole(*(_heads(x[places_BM]) for x in saved))
-            if real_BM is not None:
+            grad_BHMD, *rest, normaliser_BHM = (_heads(x[places_BM]) for x in saved)
+            if real_BM is not None:  # what is not real has no gradient, and no weight that could overflow
                 padding_B1M = ~real_BM[:, None]
-                whole = whole._replace(
-                    grad_BHMD=whole.grad_BHMD.masked_fill(padding_B1M[..., None], 0.0),
-                    normaliser_BHM=whole.normaliser_BHM.masked_fill(padding_B1M, torch.inf),
-                )
+                grad_BHMD = grad_BHMD.masked_fill(padding_B1M[..., None], 0.0)
+                normaliser_BHM = normaliser_BHM.masked_fill(padding_B1M, torch.inf)
+            whole = parts.Whole(grad_BHMD, *rest, normaliser_BHM)
             own = _heads(key[places_BM]), _heads(value[places_BM])
             found = parts.gradients(whole, *own, None, scale, softcap, causal=True)
             for d_x, d_own in zip((d_query, d_key, d_value), found, strict=True):

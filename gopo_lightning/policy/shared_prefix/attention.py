@@ -72,12 +72,13 @@ class _GroupAttention(torch.autograd.Function):
         output = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
         normaliser = torch.empty(query.shape[:-1], dtype=parts.wide(query), device=query.device)
         for places_BM, real_BM in pieces.buckets:
-            own = parts.attend(*(_heads(x[places_BM]) for x in (query, key, value)), None, scale, softcap, causal=True)
+            query_BHMD, key_BKMD, value_BKMD = (_heads(x[places_BM]) for x in (query, key, value))
+            own = parts.attend(query_BHMD, key_BKMD, value_BKMD, None, scale, softcap, causal=True)
             _put(output, places_BM, real_BM, own[0])
             _put(normaliser, places_BM, real_BM, own[1])
         for prompt, texts in pieces.groups:
-            to_prompt = parts.attend(*_batch(query[texts], key[prompt], value[prompt]), None, scale, softcap)
-            whole, normaliser_1HM = parts.merge(to_prompt, _batch(output[texts], normaliser[texts]))
+            to_prompt = parts.attend(_one(query[texts]), _one(key[prompt]), _one(value[prompt]), None, scale, softcap)
+            whole, normaliser_1HM = parts.merge(to_prompt, (_one(output[texts]), _one(normaliser[texts])))
             output[texts], normaliser[texts] = _heads(whole)[0], _heads(normaliser_1HM)[0]
         ctx.save_for_backward(query, key, value, output, normaliser)
         ctx.options = pieces, scale, softcap
@@ -87,22 +88,21 @@ class _GroupAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         query, key, value, output, normaliser = ctx.saved_tensors
         pieces, scale, softcap = ctx.options
-        saved = grad, query, output, normaliser
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
         for places_BM, real_BM in pieces.buckets:
-            grad_BHMD, *rest, normaliser_BHM = (_heads(x[places_BM]) for x in saved)
-            if real_BM is not None:  # what is not real has no gradient, and no weight that could overflow
-                padding_B1M = ~real_BM[:, None]
-                grad_BHMD = grad_BHMD.masked_fill(padding_B1M[..., None], 0.0)
-                normaliser_BHM = normaliser_BHM.masked_fill(padding_B1M, torch.inf)
-            whole = parts.Whole(grad_BHMD, *rest, normaliser_BHM)
-            own = _heads(key[places_BM]), _heads(value[places_BM])
-            found = parts.gradients(whole, *own, None, scale, softcap, causal=True)
-            for d_x, d_own in zip((d_query, d_key, d_value), found, strict=True):
+            normaliser_BHM = _heads(normaliser[places_BM])
+            if real_BM is not None:  # what is not real has weight 0
+                normaliser_BHM = normaliser_BHM.masked_fill(~real_BM[:, None], torch.inf)
+            grad_BHMD, query_BHMD, output_BHMD = (_heads(x[places_BM]) for x in (grad, query, output))
+            whole = parts.Whole(grad_BHMD, query_BHMD, output_BHMD, normaliser_BHM)
+            own = parts.gradients(
+                whole, _heads(key[places_BM]), _heads(value[places_BM]), None, scale, softcap, causal=True
+            )
+            for d_x, d_own in zip((d_query, d_key, d_value), own, strict=True):
                 _put(d_x, places_BM, real_BM, d_own)
         for prompt, texts in pieces.groups:
-            whole = parts.Whole(*_batch(*(x[texts] for x in saved)))
-            found = parts.gradients(whole, *_batch(key[prompt], value[prompt]), None, scale, softcap)
+            whole = parts.Whole(_one(grad[texts]), _one(query[texts]), _one(output[texts]), _one(normaliser[texts]))
+            found = parts.gradients(whole, _one(key[prompt]), _one(value[prompt]), None, scale, softcap)
             for d_x, where, d_part in zip((d_query, d_key, d_value), (texts, prompt, prompt), found, strict=True):
                 d_x[where] += _heads(d_part)[0]
         return d_query, d_key, d_value, None, None, None
@@ -113,9 +113,9 @@ def _heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-def _batch(*rows_MH: Tensor) -> tuple[Tensor, ...]:
+def _one(x_MH: Tensor) -> Tensor:
     """[M, H, ...] as a batch of one, [1, H, M, ...]."""
-    return tuple(x.transpose(0, 1)[None] for x in rows_MH)
+    return x_MH.transpose(0, 1)[None]
 
 
 def _put(row_SH: Tensor, places_BM: Tensor, real_BM: Tensor | None, value_BHM: Tensor) -> None:

@@ -113,9 +113,17 @@ class PackedGroups:
             return (query >= key) & (to_prompt | (run_S[key] == run_S[query]))
 
         some, whole = visible_blocks(group_S, run_S, prompt_S, _BLOCK)
-        tables = [x[None, None] for part in (some & ~whole, whole) for x in _table(part)]
-        sizes = (self.num_tokens, self.num_tokens)
-        return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=_BLOCK, mask_mod=visible, seq_lengths=sizes)
+        num_part, which_part = _table(some & ~whole)
+        num_whole, which_whole = _table(whole)
+        return BlockMask.from_kv_blocks(
+            num_part,
+            which_part,
+            num_whole,
+            which_whole,
+            BLOCK_SIZE=_BLOCK,
+            mask_mod=visible,
+            seq_lengths=(self.num_tokens, self.num_tokens),
+        )
 
 
 _BLOCK = 128
@@ -141,9 +149,9 @@ def visible_blocks(group_S: Tensor, run_S: Tensor, prompt_S: Tensor, size: int) 
 
 
 def _table(blocks_QK: Tensor) -> tuple[Tensor, Tensor]:
-    """How many key blocks each query block has, and which, int32: those first."""
-    order = blocks_QK.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return blocks_QK.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
+    """How many key blocks each query block has, int32 [1, 1, Q], and which, [1, 1, Q, K]: those first."""
+    order_QK = blocks_QK.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return blocks_QK.sum(-1, dtype=torch.int32)[None, None], order_QK.to(torch.int32)[None, None].contiguous()
 
 
 def _buckets(runs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:

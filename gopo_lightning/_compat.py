@@ -60,7 +60,7 @@ HAS_CPU_FLASH_ATTENTION = all(
 
 
 def cpu_flash_attention(
-    query_BHMD: Tensor, key_BHND: Tensor, value_BHND: Tensor, bias: Tensor | None, scale: float
+    query_BHMD: Tensor, key_BKND: Tensor, value_BKND: Tensor, bias: Tensor | None, scale: float, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Attention, and the logarithm of its normaliser.
 
@@ -68,12 +68,12 @@ def cpu_flash_attention(
     Can go when a public function returns it on CPUs too (flex_attention does so on GPUs).
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output, normaliser = kernel(query_BHMD, key_BHND, value_BHND, attn_mask=bias, scale=scale)
+    output, normaliser = kernel(query_BHMD, key_BKND, value_BKND, 0.0, causal, attn_mask=bias, scale=scale)
     return output, normaliser
 
 
 def cpu_flash_attention_backward(
-    grad_BHMD: Tensor, *saved: Tensor, bias: Tensor | None, scale: float
+    grad_BHMD: Tensor, *saved: Tensor, bias: Tensor | None, scale: float, causal: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by query, key and value; ``saved`` is query, key, value, output and normaliser.
 
@@ -81,7 +81,7 @@ def cpu_flash_attention_backward(
     is that of the whole. Can go with the one above.
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    d_query, d_key, d_value = kernel(grad_BHMD, *saved, 0.0, False, attn_mask=bias, scale=scale)
+    d_query, d_key, d_value = kernel(grad_BHMD, *saved, 0.0, causal, attn_mask=bias, scale=scale)
     return d_query, d_key, d_value
 
 

@@ -26,8 +26,9 @@ def groups(batches: list[torch.Tensor]) -> list[list[int]]:
 def test_longest_first_within_the_budget() -> None:
     batch = experience([4, 4, 4, 4], [3, 8, 5, 1])
     assert groups(split_groups(batch, budget=None, shared=True)) == [[1, 2, 0, 3]]
-    # shared: a group costs L + 2 T: 20, 14, 10, 6; two groups cost twice the longer one
+    # shared: a group costs L + 2 T: 20, 14, 10, 6
     assert groups(split_groups(batch, budget=40, shared=True)) == [[1, 2], [0, 3]]
+    assert groups(split_groups(batch, budget=44, shared=True)) == [[1, 2, 0], [3]]
     # replicated: 2 (L + T): 24, 18, 14, 10
     assert groups(split_groups(batch, budget=40, shared=False)) == [[1], [2, 0], [3]]
     assert groups(split_groups(batch, budget=1, shared=True)) == [[1], [2], [0], [3]]
@@ -86,7 +87,7 @@ def test_minibatches_are_the_same_prompts_on_any_number_of_ranks(num_minibatches
 
 def test_forwarded_tokens_count_the_padding() -> None:
     batch = experience([4, 2], [3, 5])  # 2 completions each
-    assert forwarded_tokens(batch, shared=True) == (4 + 2 + 2 * (3 + 5), 2 * 4 + 4 * 5)
+    assert forwarded_tokens(batch, shared=True) == (4 + 2 + 2 * (3 + 5), 4 + 2 + 2 * (3 + 5))
     assert forwarded_tokens(batch, shared=False) == (2 * (4 + 2) + 2 * (3 + 5), 4 * max(4 + 3, 2 + 5))
 
 

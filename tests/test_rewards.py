@@ -274,9 +274,9 @@ def test_scores_are_those_of_each_text_alone_in_order(
 
 def test_micro_batches_are_sorted_by_length(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, widths = loaded(bert, micro_batch_size=2), []
-    forward = source._forward
+    forward = source._apart
     monkeypatch.setattr(
-        source, "_forward", lambda inputs: widths.append(inputs["input_ids"].shape[1]) or forward(inputs)
+        source, "_apart", lambda e, sizes: widths.append(max(map(len, e["input_ids"]))) or forward(e, sizes)
     )
     source([prompt("")] * 4, ["a" * 20, "b", "c" * 19, "dd"])
     assert widths == [2, 20]
@@ -284,8 +284,8 @@ def test_micro_batches_are_sorted_by_length(bert: Path, monkeypatch: pytest.Monk
 
 def test_equal_texts_are_scored_once_and_tie(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, rows = loaded(bert, micro_batch_size=2), []
-    forward = source._forward
-    monkeypatch.setattr(source, "_forward", lambda inputs: rows.append(len(inputs["input_ids"])) or forward(inputs))
+    forward = source._apart
+    monkeypatch.setattr(source, "_apart", lambda e, sizes: rows.append(len(e["input_ids"])) or forward(e, sizes))
     scores_N = source([prompt("say ")] * 6, ["a", "bb", "a", "a", "ccc", "bb"])
     assert sum(rows) == 3
     assert scores_N[0] == scores_N[2] == scores_N[3]

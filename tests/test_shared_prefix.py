@@ -23,11 +23,11 @@ from gopo_lightning.policy.prefix_sharing import decide_prefix_sharing
 from gopo_lightning.policy.shared_prefix import (
     IMPLEMENTATION,
     PackedGroups,
-    attend_completions,
     shared_prefix_attention,
     supports_shared_prefix,
 )
 from gopo_lightning.policy.shared_prefix import partial_softmax as parts
+from gopo_lightning.policy.shared_prefix.packing import visible_blocks
 from gopo_lightning.types import Experience
 from tests.architectures import (
     BUILDERS,
@@ -153,60 +153,111 @@ def test_other_completions_and_padding_do_not_matter() -> None:
     assert not torch.allclose(changed[1], expected[1])
 
 
+LENGTHS = ((3, 1, 4), [[2, 5, 0], [1], [40, 3]])
+"""Of prompts and of their texts: unequal groups, a text without tokens, runs that share a bucket and that do not."""
+
+
+def dense_mask(packed: PackedGroups) -> torch.Tensor:
+    """bool [S, S]: what each token sees, by the definition."""
+    kinds = [(p, i) for p, runs in enumerate(packed.lengths) for i, length in enumerate(runs) for _ in range(length)]
+    sees = [[b <= a and kinds[b] in (kinds[a], (kinds[a][0], 0)) for b in range(len(kinds))] for a in range(len(kinds))]
+    return torch.tensor(sees)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(
-    ("max_scores", "kernel"), [(2**20, "pays"), (2**20, "forward"), (130, "forward"), (2**20, "none"), (18, "none")]
+    ("max_scores", "kernel"), [(2**20, "pays"), (2**20, "forward"), (2**20, "none"), (130, "none"), (18, "none")]
 )
-def test_attention_in_float64_against_a_dense_mask_and_gradcheck(
-    max_scores: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+def test_attention_in_float64_against_a_dense_mask(
+    max_scores: int, kernel: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By torch's kernel and by products: all at once, prompt by prompt, some queries of a prompt, query by query."""
+    """By torch's kernel and by products: all at once, some queries, query by query; output and gradients."""
     monkeypatch.setattr(parts, "_MAX_SCORES", max_scores)
     monkeypatch.setattr(parts, "_KERNEL_PAYS", 0 if kernel == "pays" else 2**20)
     if kernel == "none":
         monkeypatch.setattr(parts, "_has_kernel", lambda query, softcap: False)
     torch.manual_seed(0)
-    P, K, R, G, T, L, D = 2, 2, 2, 3, 2, 3, 4
-    S = L + G * T
-    mask_PL = torch.tensor([[False, True, True], [True, True, True]])
-    packed = PackedGroups(mask_PL, G, T)
-    query, key, value = (torch.randn(P, heads, S, D, dtype=torch.float64).requires_grad_() for heads in (K * R, K, K))
-    group = torch.cat([torch.full((L,), -1), torch.arange(G).repeat_interleave(T)])
-    allowed = torch.ones(S, S).tril().bool() & ((group == -1) | (group == group[:, None]))
-    allowed = allowed & torch.cat([mask_PL, torch.ones(P, G * T, dtype=torch.bool)], 1)[:, None] | torch.eye(S).bool()
+    packed, K, R, D = PackedGroups(*LENGTHS), 2, 2, 4
+    S, allowed_SS = packed.num_tokens, dense_mask(packed)
+    heads = (torch.randn(1, heads, S, D, dtype=torch.float64).requires_grad_() for heads in (K * R, K, K))
+    query, key, value = heads
 
-    def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        scores = query @ key.repeat_interleave(R, 1).transpose(-1, -2) * 0.3
-        return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1) @ value.repeat_interleave(R, 1)
+    def dense() -> torch.Tensor:
+        scores = query @ key.repeat_interleave(R, 1).mT * 0.3
+        scores = scores if softcap is None else (scores / softcap).tanh() * softcap
+        return scores.masked_fill(~allowed_SS, -torch.inf).softmax(-1) @ value.repeat_interleave(R, 1)
 
-    def ours(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return packed.attend(0, query, key, value, 0.3, None)
+    weights = torch.randn(1, K * R, S, D, dtype=torch.float64)
+    expected, found = dense(), packed.attend(0, query, key, value, 0.3, softcap)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
+    found_gradients = torch.autograd.grad((found * weights).sum(), (query, key, value))
+    for gradient, right in zip(
+        found_gradients, torch.autograd.grad((expected * weights).sum(), (query, key, value)), strict=True
+    ):
+        torch.testing.assert_close(gradient, right, atol=1e-12, rtol=1e-9)
 
-    torch.testing.assert_close(ours(query, key, value), dense(query, key, value), atol=1e-12, rtol=1e-10)
-    assert torch.autograd.gradcheck(ours, (query, key, value), atol=1e-6)
+
+def test_padding_of_a_bucket_reaches_no_gradient_however_steep_the_scores() -> None:
+    """A place that is not real repeats its run's last token, whose normaliser is far below the scores there."""
+    packed = PackedGroups((1,), [[30, 7, 29]])
+    torch.manual_seed(0)
+    rows = [torch.randn(1, 2, packed.num_tokens, 4, dtype=torch.float64) * 60 for _ in range(3)]
+    for row in rows:
+        row.requires_grad_()
+    packed.attend(0, *rows, 1.0, None).square().sum().backward()
+    assert all(row.grad is not None and row.grad.isfinite().all() for row in rows)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_fused_kernel_of_gpus_computes_the_same(softcap: float | None) -> None:
     """Its uncompiled form runs on a CPU too, forward only."""
     torch.manual_seed(0)
-    P, K, R, G, T, L, D = 2, 2, 2, 3, 5, 7, 16
-    packed = PackedGroups(torch.arange(L) >= torch.tensor([[3], [0]]), G, T)
-    query, key, value = (torch.randn(P, heads, L + G * T, D) for heads in (K * R, K, K))
+    packed, K, R, D = PackedGroups((150, 3), [[70, 5, 140], [1, 9]]), 2, 2, 16
+    query, key, value = (torch.randn(1, heads, packed.num_tokens, D) for heads in (K * R, K, K))
     fused = packed.attend_fused(query, key, value, 0.3, softcap)
     plain = packed.attend(0, query, key, value, 0.3, softcap)
     torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_blocks_are_left_out_where_no_token_is_seen_and_whole_where_all_are(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(0, 40, (4,), generator=generator).tolist()
+    texts = [torch.randint(0, 25, (n,), generator=generator).tolist() for n in (1, 5, 2, 3)]
+    packed, size = PackedGroups(prompts, texts), 8
+    some, whole = visible_blocks(packed.group_S, packed.run_S, packed.prompt_S, size)
+    S = packed.num_tokens
+    padded_SS = torch.zeros(len(some) * size, len(some) * size, dtype=torch.bool)
+    padded_SS[:S, :S] = dense_mask(packed)
+    by_block = padded_SS.view(len(some), size, len(some), size)
+    assert not (by_block.any(3).any(1) & ~some).any()  # nothing that is seen is left out
+    assert not (some & ~by_block.any(3).any(1)).any()  # and nothing is kept for no reason
+    last = (S - 1) // size  # its padding is seen by nobody
+    assert not (whole & ~by_block.all(3).all(1))[:last].any()
+
+
+def test_block_mask_names_those_blocks() -> None:
+    packed = PackedGroups((300, 10), [[200, 90], [400]])
+    some, _ = visible_blocks(packed.group_S, packed.run_S, packed.prompt_S, 128)
+    assert torch.equal(packed.block_mask.to_dense()[0, 0].bool(), some)
+    assert packed.block_mask.kv_num_blocks.sum() + packed.block_mask.full_kv_num_blocks.sum() == some.sum()
+    assert packed.block_mask.full_kv_num_blocks.sum() > 0
+
+
 def test_prompt_is_not_expanded() -> None:
     """A group of 8 on a prompt of 4096 tokens: no tensor but the scores grows with G * L."""
-    P, K, G, R, Q, L, D = 1, 1, 8, 1, 1, 4096, 64
-    sizes: list[int] = []
-    query = torch.randn(P, K, G, R, Q, D, requires_grad=True)
-    prompt = (torch.randn(P, K, L, D), torch.randn(P, K, L, D))
-    suffix = (torch.randn(P, K, G, 1, D), torch.randn(P, K, G, 1, D))
+    K, G, L, D = 1, 8, 4096, 64
+    packed, sizes = PackedGroups((L,), [[1] * G]), list[int]()
+    query, key, value = (torch.randn(1, K, packed.num_tokens, D, requires_grad=True) for _ in range(3))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
-        attend_completions(query, prompt, suffix, None, 1.0)
-    assert max(sizes) <= L * D < G * L * D
+        packed.attend(0, query, key, value, 1.0, None)
+    assert max(sizes) <= (L + G) * D < G * L * D
+
+
+def test_nothing_is_padded_and_short_runs_share_a_call() -> None:
+    packed = PackedGroups((100, 5), [[90, 20, 3], [7, 99]])
+    assert packed.num_tokens == 100 + 90 + 20 + 3 + 5 + 7 + 99
+    assert [list(places_BM.shape) for places_BM, _ in packed.pieces.buckets] == [[3, 100], [4, 20]]
 
 
 def test_model_is_left_as_it_was() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BatchEncoding, PreTrainedModel
 
 from gopo_lightning.data.preferences import PreferenceDataModule
-from gopo_lightning.policy.shared_prefix import PackedLists, attend_prompt
+from gopo_lightning.policy.shared_prefix import PackedGroups
 from gopo_lightning.rewards import shared_scoring as scoring
 from gopo_lightning.rewards.shared_scoring import Scorer, pack, separate_scores, shared_scores
 from gopo_lightning.training.reward_model import RewardModelModule, bradley_terry
@@ -66,36 +66,12 @@ def both_forms(model: nn.Module, texts: list[list[int]], sizes: tuple[int, ...])
 # --- layout ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_packed_pair_by_hand() -> None:
+def test_packed_pairs_by_hand() -> None:
     packed = pack([[5, 6, 7], [5, 6, 8, 9], [1, PAD], [1, PAD, PAD], [1, 7], [1, PAD]], (2, 2, 2), PAD)
-    assert packed.tokens_PS.tolist() == [[5, 6, 7, 8, 9], [1, PAD, PAD, PAD, PAD], [1, 7, PAD, PAD, PAD]]
-    assert packed.segments_PS.tolist() == [[0, 0, 1, 2, 2], [0, 0, 2, -1, -1], [0, 1, 2, -1, -1]]
-    assert packed.positions_PS.tolist() == [[0, 1, 2, 2, 3], [0, 1, 2, 0, 0], [0, 1, 1, 0, 0]]
-    assert packed.last_N.tolist() == [2, 4, 5, 5, 11, 10]  # padding within a text is not read, as in transformers
-
-
-def test_a_token_sees_the_prefix_and_its_own_text() -> None:
-    mask_SS = PackedLists(torch.tensor([[0, 0, 1, 1, 2, -1]])).mask_P1SS[0, 0].int()
-    assert mask_SS.tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 0, 1],
-    ]
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_the_block_mask_is_the_same_mask(softcap: float | None) -> None:
-    """What CUDA runs, here uncompiled."""
-    from gopo_lightning.policy.shared_prefix.packing import _attend_blocks
-
-    layout = PackedLists(torch.tensor([[0, 0, 1, 1, 2, -1], [1, 2, 2, 2, 3, 3]]))
-    torch.manual_seed(0)
-    query, key, value = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 6, 16), torch.randn(2, 2, 6, 16)
-    expected = attend_prompt(query, key, value, layout.mask_P1SS, 0.3, softcap)
-    torch.testing.assert_close(_attend_blocks(layout.block_mask, query, key, value, 0.3, softcap), expected)
+    assert packed.tokens_1S.tolist() == [[5, 6, 7, 8, 9, 1, PAD, PAD, 1, 7, PAD]]
+    assert packed.positions_1S.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 0, 1, 1]]
+    assert packed.lengths == [[2, 1, 2], [2, 0, 1], [1, 1, 1]]
+    assert packed.last_N.tolist() == [2, 4, 5, 5, 9, 8]  # padding within a text is not read, as in transformers
 
 
 # --- parity ----------------------------------------------------------------------------------------------------------
@@ -168,7 +144,7 @@ def test_auto_checks_once_and_shares_what_saves_tokens(forms: list[str]) -> None
     forms.clear()
     scorer(model, encoded(lists(sizes)), sizes)
     scorer(model, encoded(lists(sizes)), None)
-    scorer(model, encoded([[1, 2], [3, 4], [5], [6]]), (2, 2))  # nothing in common: 8 tokens either way
+    scorer(model, encoded([[1, 2], [3, 4], [5, 6], [7, 8]]), (2, 2))  # nothing in common: 8 tokens either way
     assert forms == ["shared", "separate", "separate"]
 
 
@@ -178,9 +154,9 @@ def test_auto_shares_nothing_where_the_forms_differ(
     said: list[str] = []
     monkeypatch.setattr(scoring, "rank_zero_info", said.append)
     model, sizes = classifier("llama"), (2, 3, 2, 1, 4)
-    right = PackedLists.mask_P1SS.func
-    wrong = property(lambda layout: right(layout) | torch.ones_like(right(layout)).tril())
-    monkeypatch.setattr(PackedLists, "mask_P1SS", wrong)  # texts see each other
+    right = PackedGroups.pieces.func
+    wrong = property(lambda layout: right(layout)._replace(groups=[]))
+    monkeypatch.setattr(PackedGroups, "pieces", wrong)  # texts do not see what they share
     scorer = Scorer(byte_tokenizer(), "auto", None)
     for _ in range(2):
         scorer(model, encoded(lists(sizes)), sizes)

@@ -1,10 +1,11 @@
 """Token log-probabilities of completions under a policy, at the sampling temperature, and their gradient.
 
 Two forms with the same result. *Replicated*: a row per completion, [prompt | completion], G*(L + T) tokens a group.
-*Shared prefix*: a row per prompt, [prompt | completion 1 | ... | completion G], L + G*T tokens (``shared_prefix/``).
-Either way a completion's first token is predicted by the prompt's last position, token t by its token t - 1, and the
-LM head runs on those positions of real tokens alone, chunk by chunk; a chunk's logits are recomputed in backward. The
-head is entered through the model's own forward, so LoRA, tied embeddings and FSDP's gather keep working.
+*Shared prefix* (``shared_prefix/``): one row of all groups without padding, [prompt | completion 1 | ... | completion G
+| next prompt | ...]. Either way a completion's first token is predicted by the prompt's last position, token t by its
+token t - 1, and the LM head runs on those positions of real tokens alone, chunk by chunk; a chunk's logits are
+recomputed in backward. The head is entered through the model's own forward, so LoRA, tied embeddings and FSDP's gather
+keep working.
 """
 
 from contextlib import nullcontext
@@ -87,22 +88,35 @@ def _pack_replicated(prompts: PromptBatch, completions: Completions) -> tuple[di
 
 
 def _pack_shared(prompts: PromptBatch, completions: Completions) -> tuple[dict[str, Any], Tensor]:
-    """The same for one row per prompt, of whose positions the last 1 + G*T predict."""
-    (N, T), P = completions.tokens_NT.shape, len(prompts)
-    G = N // P
-    mask_PGT = completions.mask_NT.reshape(P, G, T)
-    suffix_positions_PGT = prompts.mask_PL.sum(-1)[:, None, None] + positions(mask_PGT)
+    """The same for one row of all groups, without padding: [prompt 1 | its completions | prompt 2 | ...]."""
+    mask_NT, mask_PL, P = completions.mask_NT, prompts.mask_PL, len(prompts)
+    lengths_PG = completions.lengths_N.view(P, -1).tolist()
+    prompt_lengths_P = mask_PL.sum(-1)
+    layout = PackedGroups(prompt_lengths_P.tolist(), lengths_PG, mask_NT.device)
+    S, prompt_S = layout.num_tokens, layout.prompt_S
+    places_NT = torch.zeros_like(completions.tokens_NT)
+    places_NT[mask_NT] = (~prompt_S).nonzero()[:, 0]
+    positions_NT = prompt_lengths_P.repeat_interleave(len(mask_NT) // P)[:, None] + positions(mask_NT)
+    sizes_P = prompt_lengths_P + completions.lengths_N.view(P, -1).sum(-1)
+    last_P = sizes_P.cumsum(0) - sizes_P + prompt_lengths_P - 1  # token of each prompt
+
+    def row(prompt_PL: Tensor, completion_NT: Tensor) -> Tensor:
+        empty_S = completion_NT.new_empty(S)
+        return empty_S.masked_scatter(prompt_S, prompt_PL[mask_PL]).masked_scatter(~prompt_S, completion_NT[mask_NT])[
+            None
+        ]
+
+    column_NT = places_NT - 1 - S
+    column_NT[:, 0] = last_P.repeat_interleave(len(mask_NT) // P) - S
     inputs = {
-        "input_ids": torch.cat([prompts.tokens_PL, completions.tokens_NT.reshape(P, G * T)], 1),
+        "input_ids": row(prompts.tokens_PL, completions.tokens_NT),
         # read by nobody but transformers' warning about padding: the layout is the mask
-        "attention_mask": torch.cat([prompts.mask_PL, mask_PGT.flatten(1)], 1).long(),
-        "position_ids": torch.cat([positions(prompts.mask_PL), suffix_positions_PGT.flatten(1)], 1),
-        "logits_to_keep": 1 + G * T,
-        "shared_prefix": PackedGroups(prompts.mask_PL, G, T),
+        "attention_mask": torch.ones(1, S, dtype=torch.int64, device=mask_NT.device),
+        "position_ids": row(positions(mask_PL), positions_NT),
+        "logits_to_keep": S + 1 - layout.lengths[0][0],
+        "shared_prefix": layout,
     }
-    column_PGT = torch.arange(-1 - G * T, -1, device=mask_PGT.device).view(G, T).repeat(P, 1, 1)
-    column_PGT[:, :, 0] = -1 - G * T
-    return inputs, column_PGT.view(N, T)
+    return inputs, column_NT
 
 
 def positions(mask: Tensor) -> Tensor:

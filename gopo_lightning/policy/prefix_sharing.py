@@ -118,9 +118,12 @@ def _of_tokens(grad: Tensor, prompts: PromptBatch, completions: Completions, sha
 
     The gradients of a prompt's copies add up.
     """
-    (P, L), (N, T) = prompts.tokens_PL.shape, completions.tokens_NT.shape
+    P, N = len(prompts), len(completions)
     if shared:
-        return grad[:, :L][prompts.mask_PL], grad[:, L:].reshape(N, T, -1)[completions.mask_NT]
+        lengths_PG = completions.lengths_N.view(P, -1)
+        lengths_R = torch.cat([prompts.mask_PL.sum(-1, keepdim=True), lengths_PG], -1).flatten()
+        prompt_S = (torch.arange(len(lengths_R), device=grad.device) % (1 + N // P) == 0).repeat_interleave(lengths_R)
+        return grad[0, prompt_S], grad[0, ~prompt_S]
     column_S = torch.arange(grad.shape[1], device=grad.device)
     prompt_PS = column_S < prompts.mask_PL.sum(-1, keepdim=True)
     prompt_NS = prompt_PS.repeat_interleave(N // P, 0)

@@ -1,6 +1,6 @@
 """A reward model: any Hugging Face sequence classifier, with its own tokenizer and chat template."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -10,6 +10,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from gopo_lightning.distributed.decoder_layers import plain_outputs
 from gopo_lightning.distributed.gathering import compute_device, in_step
+from gopo_lightning.policy.prefix_sharing import PrefixSharing
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError
 from gopo_lightning.rewards.calibration import read_tau
 from gopo_lightning.rewards.loading import (
@@ -20,12 +21,16 @@ from gopo_lightning.rewards.loading import (
     load_tokenizer,
     max_length_of,
     pad,
+    select,
     set_pad_token,
 )
+from gopo_lightning.rewards.shared_scoring import Scorer, shared_scores
 from gopo_lightning.types import Prompt
 
 OutputField: TypeAlias = Literal["logits", "score"]
 Template: TypeAlias = Literal["auto", "chat", "plain"]
+ScoreGroups: TypeAlias = Callable[[BatchEncoding, Sequence[int]], Tensor]
+"""The tokens of some texts and the sizes of their groups → float32 scores."""
 
 _STAND_IN = "."
 """Forwarded for a text without tokens, since a rank forwards as often as the others; its score is not read."""
@@ -35,8 +40,9 @@ class SequenceClassifierReward(RewardSource):
     """Scores completions with a frozen sequence classifier from Hugging Face.
 
     The model gets its own tokens: prompt and completion are rendered as text with its own chat template, and
-    tokenized with its own tokenizer. Scores are float32; completions are sorted by length, so that a
-    micro-batch has little padding.
+    tokenized with its own tokenizer. Scores are float32. Where the model allows it, the tokens with which the texts
+    of a prompt begin are forwarded once; else completions are sorted by length, so that a micro-batch has little
+    padding.
 
     Args:
         model: hub name, local folder, or `packaged:NAME`.
@@ -54,6 +60,8 @@ class SequenceClassifierReward(RewardSource):
             plain prompt directly, the messages of a conversation by newlines), `auto` is `chat` where the
             tokenizer has a template.
         include_prompt: false scores the completion's text alone, without a template.
+        prefix_sharing: forward what the texts of a prompt begin with once: `auto` where a check on the first texts
+            finds the same scores, `always` or an error, `never`. Sharded models never do.
         trust_remote_code: run Python code that comes with the model. Only for sources you trust.
         name: in logs and error messages.
     """
@@ -70,6 +78,7 @@ class SequenceClassifierReward(RewardSource):
         output_field: OutputField = "logits",
         template: Template = "auto",
         include_prompt: bool = True,
+        prefix_sharing: PrefixSharing = "auto",
         trust_remote_code: bool = False,
         name: str = "reward_model",
     ) -> None:
@@ -77,18 +86,31 @@ class SequenceClassifierReward(RewardSource):
         _check_choice("truncation", truncation, get_args(Truncation))
         _check_choice("output_field", output_field, get_args(OutputField))
         _check_choice("template", template, get_args(Template))
+        _check_choice("prefix_sharing", prefix_sharing, get_args(PrefixSharing))
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={micro_batch_size}: at least one completion goes in a pass. Use 32.")
         if template == "chat" and not include_prompt:
             raise ValueError(
                 "template='chat' with include_prompt=False: a completion alone has no chat. Set template: plain."
             )
+        if prefix_sharing == "always" and micro_batch_size == 1:
+            raise ValueError(
+                "prefix_sharing='always' with micro_batch_size=1: one completion in a pass shares nothing. "
+                "Raise micro_batch_size, or leave prefix_sharing out."
+            )
+        if prefix_sharing == "always" and output_field == "score":
+            raise ValueError(
+                "prefix_sharing='always' with output_field='score': only logits are read from a shared row. Leave "
+                "prefix_sharing out."
+            )
         self.model_name, self.revision, self.tokenizer_name, self.dtype = model, revision, tokenizer, dtype
         self.micro_batch_size, self.max_length, self.truncation = micro_batch_size, max_length, truncation
         self.output_field, self.template, self.include_prompt = output_field, template, include_prompt
+        self.prefix_sharing: PrefixSharing = "never" if output_field == "score" else prefix_sharing
         self.trust_remote_code, self.name = trust_remote_code, name
         self.model: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.scorer: Scorer | None = None
 
     def setup(self, device: torch.device) -> None:
         """Load model and tokenizer on the first call, and place the model on ``device``.
@@ -105,6 +127,7 @@ class SequenceClassifierReward(RewardSource):
             _float32_head(model)
             self.max_length = max_length_of(model, tokenizer, self.max_length)
             self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+            self.scorer = Scorer(tokenizer, self.prefix_sharing, self.max_length, trains=False)
         self.model.to(device)  # type: ignore[arg-type]
 
     @torch.no_grad()
@@ -128,15 +151,32 @@ class SequenceClassifierReward(RewardSource):
         if empty := [n for n, ids in enumerate(encoded["input_ids"]) if not ids]:
             texts = [text if ids else _STAND_IN for text, ids in zip(texts, encoded["input_ids"], strict=True)]
             encoded = tokenize(texts, add_special_tokens=special_tokens)
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        order = sorted(range(len(texts)), key=lambda n: lengths[n])
+        prompt_of = dict(zip(reversed(texts_N), (prompt.index for prompt in reversed(prompts)), strict=True))
         scores = torch.empty(len(texts), dtype=torch.float32, device=compute_device(self.model))
-        size = self.micro_batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        for rows in in_step(batches, self.model, spare=order[:1]):
-            scores[rows] = self._forward(pad(self.tokenizer, encoded, rows).to(scores.device))
+        batches, score = self._plan(encoded, [prompt_of[text] for text in number])
+        for groups in in_step(batches, self.model, spare=[[0]]):
+            rows = [n for group in groups for n in group]
+            scores[rows] = score(select(encoded, rows), [len(group) for group in groups]).to(scores)
         scores[empty] = torch.nan
         return scores[[number[text] for text in texts_N]]
+
+    def _plan(self, encoded: BatchEncoding, prompt_of: Sequence[int]) -> tuple[list[list[list[int]]], ScoreGroups]:
+        """Micro-batches of groups of row numbers, and what gives the scores of one.
+
+        Texts of one prompt go together where they are forwarded as one, else those of about the same length.
+        """
+        assert self.model is not None and self.scorer is not None
+        size, rows_of = self.micro_batch_size, dict[int, list[int]]()
+        for row, prompt in enumerate(prompt_of):
+            rows_of.setdefault(prompt, []).append(row)
+        groups = [rows[start : start + size] for rows in rows_of.values() for start in range(0, len(rows), size)]
+        trial = [group[: max(size // 2, 2)] for group in groups if len(group) > 1][:2]
+        few = select(encoded, [n for group in trial for n in group])
+        if trial and self.scorer.may_share(self.model, few, [*map(len, trial)]):
+            return _filled(groups, size), self._shared
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        order = sorted(range(len(lengths)), key=lambda n: lengths[n])
+        return [[order[start : start + size]] for start in range(0, len(order), size)], self._apart
 
     def fitted_tau(self) -> float | None:
         """What reward-model training has left in `calibration.json` beside the weights."""
@@ -156,17 +196,26 @@ class SequenceClassifierReward(RewardSource):
             return [_chat(self.tokenizer, prompt, completion) for prompt, completion in pairs], False
         return [_plain(prompt, completion) for prompt, completion in pairs], True
 
-    def _forward(self, inputs: BatchEncoding) -> Tensor:
-        """float32 scores of one micro-batch."""
-        assert self.model is not None
-        with torch.autocast(compute_device(self.model).type, enabled=False), plain_outputs(self.model):
+    def _shared(self, encoded: BatchEncoding, group_sizes: Sequence[int]) -> Tensor:
+        """float32 scores of one micro-batch, what the texts of a group begin with once."""
+        assert self.model is not None and self.scorer is not None
+        packed = self.scorer.packed(encoded, group_sizes).to(compute_device(self.model))
+        with torch.autocast(packed.tokens_1S.device.type, enabled=False):
+            return shared_scores(self.model, packed).float()
+
+    def _apart(self, encoded: BatchEncoding, group_sizes: Sequence[int]) -> Tensor:
+        """float32 scores of one micro-batch, each text in a row of its own."""
+        assert self.model is not None and self.tokenizer is not None
+        num_texts, device = len(encoded["input_ids"]), compute_device(self.model)
+        inputs = pad(self.tokenizer, encoded, range(num_texts)).to(device)
+        with torch.autocast(device.type, enabled=False), plain_outputs(self.model):
             output = self.model(**inputs)
         scores = getattr(output, self.output_field, None)
-        if scores is None or scores.numel() != len(inputs["input_ids"]):
+        if scores is None or scores.numel() != num_texts:
             got = "no such field" if scores is None else f"shape {tuple(scores.shape)}"
             raise SourceConfigError(
                 f"reward source '{self.name}': output field '{self.output_field}' of {self.model_name} "
-                f"should have one number for each of {len(inputs['input_ids'])} texts, got {got}. Set "
+                f"should have one number for each of {num_texts} texts, got {got}. Set "
                 "output_field to the one that has the score."
             )
         return scores.reshape(-1).float()
@@ -189,6 +238,21 @@ class SequenceClassifierReward(RewardSource):
                 f"{self.micro_batch_size} need. Set micro_batch_size: 1, or tokenizer: a name or folder of "
                 "one with a pad token."
             )
+
+
+def _filled(groups: Sequence[list[int]], size: int) -> list[list[list[int]]]:
+    """Groups in their order, as many together as have at most ``size`` texts.
+
+    >>> _filled([[0, 1], [2, 3], [4]], 3)
+    [[[0, 1]], [[2, 3], [4]]]
+    """
+    batches: list[list[list[int]]] = []
+    for group in groups:
+        if batches and sum(map(len, batches[-1])) + len(group) <= size:
+            batches[-1].append(group)
+        else:
+            batches.append([group])
+    return batches
 
 
 def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:

@@ -241,9 +241,14 @@ def _named(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from error
 
 
+def select(encoded: BatchEncoding, rows: Sequence[int]) -> BatchEncoding:
+    """The ``rows`` of ``encoded``."""
+    return BatchEncoding({key: [values[n] for n in rows] for key, values in encoded.items()})
+
+
 def pad(tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding, rows: Sequence[int]) -> BatchEncoding:
     """The ``rows`` of ``encoded`` as tensors, padded to the longest of them."""
-    columns = {key: [values[n] for n in rows] for key, values in encoded.items()}
+    columns = select(encoded, rows)
     if len(rows) == 1:  # nothing to pad, and the tokenizer may have no pad token
-        return BatchEncoding(columns, tensor_type="pt")
+        return BatchEncoding(columns.data, tensor_type="pt")
     return tokenizer.pad(columns, return_tensors="pt")

@@ -1,8 +1,8 @@
-"""Scores of texts by a sequence classifier; the texts of a pair or list as one row, with what they share only once.
+"""Scores of texts by a sequence classifier; those of a group as one row, with what they share only once.
 
 What they share is the longest run of tokens with which all of them begin. Under causal attention its hidden states do
 not depend on what follows, so the scores and gradients are those of separate rows, for fewer tokens. Legend, beyond
-that of ``types``: P pairs or lists, N texts, S tokens of a packed row.
+that of ``types``: N texts, S tokens of a packed row.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ from typing import Any, get_args
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from gopo_lightning.distributed.decoder_layers import plain_outputs
+from gopo_lightning.distributed.fsdp import is_sharded
 from gopo_lightning.policy.model import evaluating
 from gopo_lightning.policy.prefix_sharing import PrefixSharing
 from gopo_lightning.policy.shared_prefix import (
-    PackedLists,
+    PackedGroups,
     require_called,
     shared_prefix_attention,
     supports_shared_prefix,
@@ -31,45 +31,42 @@ from gopo_lightning.types import TensorStruct
 
 @dataclass(frozen=True)
 class PackedTexts(TensorStruct):
-    """One row for each pair or list: [prefix | rest of text 1 | rest of text 2 | ...], right-padded.
+    """One row without padding: [prefix | rest of text 1 | rest of text 2 | ... | prefix of the next | ...].
 
     The texts [5, 6, 7] and [5, 6, 8, 9] give
 
-        tokens_PS    = [[5, 6, 7, 8, 9]]
-        segments_PS  = [[0, 0, 1, 2, 2]]
-        positions_PS = [[0, 1, 2, 2, 3]]
+        tokens_1S    = [[5, 6, 7, 8, 9]]
+        positions_1S = [[0, 1, 2, 2, 3]]
         last_N       = [2, 4]
+        lengths      = [[2, 1, 2]]
     """
 
-    tokens_PS: Tensor
+    tokens_1S: Tensor
     """int64."""
-    segments_PS: Tensor
-    """int64, see `shared_prefix.PackedLists`."""
-    positions_PS: Tensor
+    positions_1S: Tensor
     """int64, of each token in its own text."""
     last_N: Tensor
-    """int64, where in the flattened rows the score of each text is read: at its last token that is not padding, which
-    is where transformers' classifiers read it."""
+    """int64, where in the row the score of each text is read: at its last token that is not padding, which is where
+    transformers' classifiers read it."""
+    lengths: list[list[int]]
+    """Of each pair or list: tokens of the prefix, then of the rest of each text."""
 
 
 def pack(texts: Sequence[Sequence[int]], group_sizes: Sequence[int], pad_token_id: int) -> PackedTexts:
-    """The tokens of N texts, of which so many at a time belong together, as one row for each group."""
-    rows: dict[str, list[Tensor]] = {"tokens": [], "segments": [], "positions": []}
-    last: list[tuple[int, int]] = []
-    for p, (start, end) in enumerate(pairwise([0, *accumulate(group_sizes)])):
-        group = texts[start:end]
+    """The tokens of N texts, of which so many at a time belong together, as one row."""
+    tokens, positions, last, lengths = list[int](), list[int](), list[int](), list[list[int]]()
+    for start, end in pairwise([0, *accumulate(group_sizes)]):
+        group, begin = texts[start:end], len(tokens)
         L = _common_prefix(group)
-        parts = [group[0][:L], *(text[L:] for text in group)]
-        rows["tokens"].append(torch.tensor([token for part in parts for token in part]))
-        rows["segments"].append(torch.tensor([number for number, part in enumerate(parts) for _ in part]))
-        rows["positions"].append(torch.cat([torch.arange(L), *(torch.arange(L, len(text)) for text in group)]))
-        for text, own in zip(group, accumulate(map(len, parts)), strict=False):  # where each text's own part starts
+        tokens += group[0][:L]
+        positions += range(L)
+        for text in group:
             n = _last(text, pad_token_id)
-            last.append((p, n if n < L else own + n - L))
-    padding = {"tokens": pad_token_id, "segments": -1, "positions": 0}
-    padded = {f"{key}_PS": pad_sequence(value, True, padding[key]) for key, value in rows.items()}
-    S = padded["tokens_PS"].shape[1]
-    return PackedTexts(**padded, last_N=torch.tensor([p * S + column for p, column in last]))
+            last.append(begin + n if n < L else len(tokens) + n - L)
+            tokens += text[L:]
+            positions += range(L, len(text))
+        lengths.append([L, *(len(text) - L for text in group)])
+    return PackedTexts(torch.tensor([tokens]), torch.tensor([positions]), torch.tensor(last), lengths)
 
 
 def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
@@ -84,15 +81,16 @@ def _last(text: Sequence[int], pad_token_id: int) -> int:
 
 
 def shared_scores(model: nn.Module, packed: PackedTexts) -> Tensor:
-    """scores_N of one forward over packed rows, entered through the model's own forward and read at its head."""
-    layout, seen = PackedLists(packed.segments_PS), []
-    handle = _head(model).register_forward_hook(lambda module, args, logits_PS1: seen.append(logits_PS1))
+    """scores_N of one forward over a packed row, entered through the model's own forward and read at its head."""
+    prefixes, endings = zip(*((prefix, rest) for prefix, *rest in packed.lengths), strict=True)
+    layout, seen = PackedGroups(prefixes, endings, packed.tokens_1S.device), []
+    handle = _head(model).register_forward_hook(lambda module, args, logits_1S1: seen.append(logits_1S1))
     try:
         with plain_outputs(model), shared_prefix_attention(model):
             model(
-                input_ids=packed.tokens_PS,
-                attention_mask=(packed.segments_PS >= 0).long(),  # read by nobody: the layout is the mask
-                position_ids=packed.positions_PS,
+                input_ids=packed.tokens_1S,
+                attention_mask=torch.ones_like(packed.tokens_1S),  # read by nobody: the layout is the mask
+                position_ids=packed.positions_1S,
                 use_cache=False,
                 shared_prefix=layout,
             )
@@ -110,19 +108,22 @@ def separate_scores(model: nn.Module, tokenizer: PreTrainedTokenizerBase, encode
 
 
 class Scorer:
-    """Scores texts, those of a pair or list together where that is allowed and, under `auto`, saves tokens.
+    """Scores texts, those of a pair, list or group together where that is allowed and, under `auto`, saves tokens.
 
     Args:
         tokenizer: pads on the right.
         mode: `auto` checks once, on two pairs or lists, that both forms agree, else scores texts apart and says why;
             `always` raises a ValueError where they do not, or the data have nothing to share; `never` does not share.
         max_length: most tokens of a text, against which a sliding window is held; None: any number.
+        trains: the check compares gradients too.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mode: PrefixSharing, max_length: int | None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, mode: PrefixSharing, max_length: int | None, *, trains: bool = True
+    ) -> None:
         if mode not in get_args(PrefixSharing):
             raise ValueError(f"prefix_sharing={mode!r} is unknown; use one of {list(get_args(PrefixSharing))}.")
-        self.tokenizer, self.mode, self.max_length = tokenizer, mode, max_length
+        self.tokenizer, self.mode, self.max_length, self.trains = tokenizer, mode, max_length, trains
         self._allowed: bool | None = None
 
     def __call__(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int] | None) -> Tensor:
@@ -131,24 +132,31 @@ class Scorer:
             raise ValueError(
                 "prefix_sharing=always, but the data are no pairs or lists: their texts share no prompt. Use auto."
             )
-        if self.mode == "never" or group_sizes is None:
+        if group_sizes is None or not self.may_share(model, encoded, group_sizes):
             return separate_scores(model, self.tokenizer, encoded)
-        if self._allowed is None:
-            self._allowed = self._decide(model, encoded, group_sizes)
-        packed = pack(encoded["input_ids"], group_sizes, self._pad_token_id)
+        packed = self.packed(encoded, group_sizes)
         num_separate = len(encoded["input_ids"]) * max(map(len, encoded["input_ids"]))
-        if self._allowed and (self.mode == "always" or packed.tokens_PS.numel() < num_separate):
+        if self.mode == "always" or packed.tokens_1S.numel() < num_separate:
             return shared_scores(model, packed.to(next(model.parameters()).device))
         return separate_scores(model, self.tokenizer, encoded)
 
-    @property
-    def _pad_token_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)
+    def may_share(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int]) -> bool:
+        """Whether pairs or lists may be forwarded as one, as these first ones say."""
+        if self._allowed is None:
+            self._allowed = self.mode != "never" and self._decide(model, encoded, group_sizes)
+        return self._allowed
+
+    def packed(self, encoded: BatchEncoding, group_sizes: Sequence[int]) -> PackedTexts:
+        """`pack` with the tokenizer's padding."""
+        pad_token_id = self.tokenizer.pad_token_id
+        return pack(encoded["input_ids"], group_sizes, -1 if pad_token_id is None else int(pad_token_id))
 
     def _decide(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int]) -> bool:
         allowed, reason = supports_shared_prefix(model, self.max_length)
         if allowed and _head(model) is None:
             allowed, reason = False, "its head is not called score"
+        if allowed and not self.trains and is_sharded(model):
+            allowed, reason = False, "its weights are sharded, and ranks may have other numbers of texts"
         if allowed:
             try:
                 allowed, reason = self._agrees(model, encoded, group_sizes[:2])
@@ -163,19 +171,26 @@ class Scorer:
     def _agrees(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int]) -> tuple[bool, str]:
         """Both forms on these first groups, outside autocast and without dropout; and what to say if they differ."""
         few = BatchEncoding({key: values[: sum(group_sizes)] for key, values in encoded.items()})
-        packed = pack(few["input_ids"], group_sizes, self._pad_token_id).to(next(model.parameters()).device)
-        vocabulary_V = torch.tensor([self._pad_token_id, *(n for ids in few["input_ids"] for n in ids)]).unique()
-        with evaluating(model), torch.enable_grad(), torch.autocast(packed.tokens_PS.device.type, enabled=False):
-            scores, gradient = _with_gradient(model, vocabulary_V, lambda: separate_scores(model, self.tokenizer, few))
-            shared, shared_gradient = _with_gradient(model, vocabulary_V, lambda: shared_scores(model, packed))
+        parameter = next(model.parameters())
+        packed = self.packed(few, group_sizes).to(parameter.device)
+        padding = torch.full((1, 1), self.tokenizer.pad_token_id or 0, device=parameter.device)
+        vocabulary_V = torch.cat([packed.tokens_1S, padding], -1).unique()
+        forms = (lambda: separate_scores(model, self.tokenizer, few)), (lambda: shared_scores(model, packed))
+        with evaluating(model), torch.autocast(parameter.device.type, enabled=False):
+            if self.trains:
+                with torch.enable_grad():
+                    found = [_with_gradient(model, vocabulary_V, form) for form in forms]
+            else:
+                found = [(form(), torch.ones(1)) for form in forms]
+        (scores, gradient), (shared, shared_gradient) = found
         differences = (
-            float((shared - scores).abs().mean()),
+            float((shared - scores).abs().mean() / scores.abs().mean().clamp(min=1.0)),
             float((shared_gradient - gradient).norm() / gradient.norm()),
         )
-        tolerance = 1e-3 if gradient.dtype == torch.float32 else 5e-2
+        tolerance = 1e-3 if parameter.dtype == torch.float32 else 5e-2
         return max(differences) <= tolerance, (  # False for NaN
-            f"scores differ by {differences[0]:.1e} and gradients by {differences[1]:.1e} when texts share their "
-            f"prompt, more than {tolerance:.0e}"
+            f"scores differ by {differences[0]:.1e} of their size and gradients by {differences[1]:.1e} when texts "
+            f"share their prompt, more than {tolerance:.0e}"
         )
 
 

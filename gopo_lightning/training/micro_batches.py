@@ -41,18 +41,19 @@ def split_groups(rollout: Rollout, *, budget: int | None, shared: bool, active_P
 
     Args:
         budget: most tokens of one micro-batch, padding included; a larger group goes alone. None: no limit.
-        shared: the prompt is forwarded once per group (L + G·T tokens), not once per completion (G times the longest
-            prompt and completion together).
+        shared: the prompt is forwarded once per group, and nothing is padded; not once per completion (G times the
+            longest prompt and completion together).
         active_P: bool, groups to forward; the others are left out. All if None.
     """
     G = rollout.group_size
     prompt_P, completion_P = _lengths(rollout)
+    tokens_P = prompt_P + rollout.completions.lengths_N.reshape(-1, G).sum(-1).cpu()
     order = _longest_first(rollout)
     chosen = [p for p in order if active_P is None or bool(active_P[p])]
 
     def cost(groups: list[int]) -> int:
         if shared:
-            return len(groups) * int(prompt_P[groups].max() + G * completion_P[groups].max())
+            return int(tokens_P[groups].sum())
         return len(groups) * G * int((prompt_P + completion_P)[groups].max())
 
     batches: list[list[int]] = []
@@ -92,11 +93,10 @@ def _longest_first(rollout: Rollout) -> list[int]:
 
 def forwarded_tokens(rollout: Rollout, shared: bool) -> tuple[int, int]:
     """``(real, all)`` tokens of one micro-batch's forward; the difference is padding. ``shared`` as above."""
-    P, L = rollout.prompts.tokens_PL.shape
-    N, T = rollout.completions.tokens_NT.shape
+    P, N = len(rollout), len(rollout.completions)
     prompt = int(rollout.prompts.mask_PL.sum())
     completion = int(rollout.completions.lengths_N.sum())
     if shared:
-        return prompt + completion, P * L + N * T
+        return prompt + completion, prompt + completion
     group_lengths_P = rollout.prompts.mask_PL.sum(-1) + rollout.completions.lengths_N.view(P, -1).amax(-1)
     return N // P * prompt + completion, N * int(group_lengths_P.max())

@@ -3,19 +3,19 @@
 One registered attention function serves training and decoding. transformers hands it the queries, keys and values of
 an ordinary forward of the model, together with whatever object we passed as the keyword ``shared_prefix``:
 
-* ``PackedGroups``: a row per prompt, [prompt | completion 1 | ... | completion G], for log-probs and their gradient.
-* ``PackedLists``: the same for texts of unequal number and length, as reward models compare them.
+* ``PackedGroups``: one row without padding, [prompt | text 1 | ... | text G | next prompt | ...], for log-probs of
+  completions or scores of texts, and their gradient.
 * ``PrefixCache``: first the prompts alone (prefill), then one token of every completion at a time (decode).
 
-A completion attends to its prompt, and causally to itself, under one softmax. That is exact: the same numbers as G
-separate sequences, for L + G*T tokens in place of G*(L + T). Legend, beyond that of ``types``:
+A text attends to its prompt, and causally to itself, under one softmax. That is exact: the same numbers as G separate
+sequences, for L + G*T tokens in place of G*(L + T). Legend, beyond that of ``types``:
 
     H  query heads     K  key/value heads     R = H / K  query heads that read the same keys and values
-    S  tokens of a packed row, L + G*T        Q  query tokens of one completion        D  width of a head
+    S  tokens of a packed row                 D  width of a head
 """
 
-from gopo_lightning.policy.shared_prefix.attention import attend_completions, attend_prompt
-from gopo_lightning.policy.shared_prefix.packing import PackedGroups, PackedLists, PrefixCache
+from gopo_lightning.policy.shared_prefix.attention import attend_groups, attend_prompt
+from gopo_lightning.policy.shared_prefix.packing import PackedGroups, PrefixCache
 from gopo_lightning.policy.shared_prefix.patching import (
     IMPLEMENTATION,
     require_called,
@@ -26,9 +26,8 @@ from gopo_lightning.policy.shared_prefix.patching import (
 __all__ = [
     "IMPLEMENTATION",
     "PackedGroups",
-    "PackedLists",
     "PrefixCache",
-    "attend_completions",
+    "attend_groups",
     "attend_prompt",
     "require_called",
     "shared_prefix_attention",

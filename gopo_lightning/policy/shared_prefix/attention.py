@@ -1,9 +1,9 @@
 """Attention of a group to its prompt: the maths, for any device. Legend in the package's docstring, and:
 
-M = R * Q   queries of one completion that read the same keys and values, query heads first
+A  rows that decode        B  batch        M  queries
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,25 +39,27 @@ def _attend_softcapped(
     return (scores.softmax(-1).to(value_PKLD.dtype) @ value_PKLD[:, :, None]).flatten(1, 2)
 
 
-def attend_completions(
-    query_PKGRQD: Tensor,
-    prompt: tuple[Tensor, Tensor],
-    suffix: tuple[Tensor, Tensor],
-    prompt_bias_P11L: Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-) -> Tensor:
-    """Attention of completions to their prompt and, causally, to themselves under one softmax, [P, K, G, R, Q, D].
+class Pieces(NamedTuple):
+    """Which tokens of a row attend to which."""
 
-    The prompt's keys meet the queries of the whole group in one product: G*R*Q rows against [P, K, L, D], never
-    expanded. ``suffix`` is [P, K, G, Q, D] each. The bias, 0 or -inf, is added to the scores; None adds nothing.
+    buckets: list[tuple[Tensor, Tensor | None]]
+    """The prompts and texts, each attending causally to itself, those of about the same length together: their places
+    in the row, int64 [B, M], and where these are real, bool [B, M] or None for everywhere. Of a place that is not, the
+    number is any."""
+    groups: list[tuple[slice, slice]]
+    """A prompt, and the texts that attend to it."""
+
+
+def attend_groups(
+    query_1HSD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor, pieces: Pieces, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Attention of texts to the prompt of their group and, causally, to themselves under one softmax, [1, H, S, D].
+
+    A prompt's keys meet the queries of its whole group in one product, never expanded.
     """
-    R, Q = query_PKGRQD.shape[3:5]
-    own_bias_11MQ = causal_bias(Q, query_PKGRQD.device).repeat(R, 1)[None, None]
-    query_PKGMD = query_PKGRQD.flatten(3, 4).contiguous()
-    own = (x.contiguous() for x in suffix)
-    output: Tensor = _GroupAttention.apply(query_PKGMD, *prompt, *own, prompt_bias_P11L, own_bias_11MQ, scale, softcap)
-    return output.unflatten(3, (R, Q))
+    tokens_first = (x[0].transpose(0, 1) for x in (query_1HSD, key_1KSD, value_1KSD))
+    output_SHD: Tensor = _GroupAttention.apply(*tokens_first, pieces, scale, softcap)
+    return output_SHD.transpose(0, 1)[None]
 
 
 class _GroupAttention(torch.autograd.Function):
@@ -65,53 +67,64 @@ class _GroupAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query_PKGMD: Tensor,
-        prompt_key: Tensor,
-        prompt_value: Tensor,
-        own_key: Tensor,
-        own_value: Tensor,
-        prompt_bias: Tensor | None,
-        own_bias: Tensor,
-        scale: float,
-        softcap: float | None,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scale: float, softcap: float | None
     ) -> Tensor:
-        own = _by_completion(own_key), _by_completion(own_value), own_bias
-        to_prompt = parts.attend(_by_prompt(query_PKGMD), prompt_key, prompt_value, prompt_bias, scale, softcap)
-        to_own = parts.attend(_by_completion(query_PKGMD), *own, scale, softcap)
-        shape = query_PKGMD.shape[:4]
-        whole = ([x.reshape(*shape, *x.shape[3:]) for x in part] for part in (to_prompt, to_own))
-        output, normaliser = parts.merge(*whole)
-        output = output.to(query_PKGMD.dtype)
-        ctx.save_for_backward(
-            query_PKGMD, prompt_key, prompt_value, prompt_bias, own_key, own_value, own_bias, output, normaliser
-        )
-        ctx.options = scale, softcap
+        output = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
+        normaliser = torch.empty(query.shape[:-1], dtype=parts.wide(query), device=query.device)
+        for places_BM, real_BM in pieces.buckets:
+            query_BHMD, key_BKMD, value_BKMD = (_heads(x[places_BM]) for x in (query, key, value))
+            own = parts.attend(query_BHMD, key_BKMD, value_BKMD, None, scale, softcap, causal=True)
+            _put(output, places_BM, real_BM, own[0])
+            _put(normaliser, places_BM, real_BM, own[1])
+        for prompt, texts in pieces.groups:
+            to_prompt = parts.attend(_one(query[texts]), _one(key[prompt]), _one(value[prompt]), None, scale, softcap)
+            whole, normaliser_1HM = parts.merge(to_prompt, (_one(output[texts]), _one(normaliser[texts])))
+            output[texts], normaliser[texts] = _heads(whole)[0], _heads(normaliser_1HM)[0]
+        ctx.save_for_backward(query, key, value, output, normaliser)
+        ctx.options = pieces, scale, softcap
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_PKGMD: Tensor) -> Any:
-        query, prompt_key, prompt_value, prompt_bias, own_key, own_value, own_bias, output, normaliser = (
-            ctx.saved_tensors
-        )
-        rows = grad_PKGMD.contiguous(), query, output, normaliser
-        whole = parts.Whole(*map(_by_prompt, rows))
-        d_query, *d_prompt = parts.gradients(whole, prompt_key, prompt_value, prompt_bias, *ctx.options)
-        whole = parts.Whole(*map(_by_completion, rows))
-        own = _by_completion(own_key), _by_completion(own_value), own_bias
-        d_own_query, *d_own = parts.gradients(whole, *own, *ctx.options)
-        d_query = d_query.reshape_as(query) + d_own_query.view_as(query)
-        return d_query, *d_prompt, *(x.view_as(own_key) for x in d_own), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        query, key, value, output, normaliser = ctx.saved_tensors
+        pieces, scale, softcap = ctx.options
+        d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
+        for places_BM, real_BM in pieces.buckets:
+            normaliser_BHM = _heads(normaliser[places_BM])
+            if real_BM is not None:  # what is not real has weight 0
+                normaliser_BHM = normaliser_BHM.masked_fill(~real_BM[:, None], torch.inf)
+            grad_BHMD, query_BHMD, output_BHMD = (_heads(x[places_BM]) for x in (grad, query, output))
+            whole = parts.Whole(grad_BHMD, query_BHMD, output_BHMD, normaliser_BHM)
+            own = parts.gradients(
+                whole, _heads(key[places_BM]), _heads(value[places_BM]), None, scale, softcap, causal=True
+            )
+            for d_x, d_own in zip((d_query, d_key, d_value), own, strict=True):
+                _put(d_x, places_BM, real_BM, d_own)
+        for prompt, texts in pieces.groups:
+            whole = parts.Whole(_one(grad[texts]), _one(query[texts]), _one(output[texts]), _one(normaliser[texts]))
+            found = parts.gradients(whole, _one(key[prompt]), _one(value[prompt]), None, scale, softcap)
+            for d_x, where, d_part in zip((d_query, d_key, d_value), (texts, prompt, prompt), found, strict=True):
+                d_x[where] += _heads(d_part)[0]
+        return d_query, d_key, d_value, None, None, None
 
 
-def _by_prompt(x_PKGM: Tensor) -> Tensor:
-    """All rows of a prompt side by side, [P, K, G*M, ...]."""
-    return x_PKGM.flatten(2, 3)
+def _heads(x: Tensor) -> Tensor:
+    """[B, M, H, ...] as [B, H, M, ...], or back."""
+    return x.transpose(1, 2)
 
 
-def _by_completion(x_PKGM: Tensor) -> Tensor:
-    """A batch of completions and heads, [P*K*G, 1, M, ...]."""
-    return x_PKGM.flatten(0, 2)[:, None]
+def _one(x_MH: Tensor) -> Tensor:
+    """[M, H, ...] as a batch of one, [1, H, M, ...]."""
+    return x_MH.transpose(0, 1)[None]
+
+
+def _put(row_SH: Tensor, places_BM: Tensor, real_BM: Tensor | None, value_BHM: Tensor) -> None:
+    """Write what is real of ``value_BHM`` to its places in the row."""
+    value_BMH = _heads(value_BHM)
+    if real_BM is None:
+        row_SH[places_BM] = value_BMH
+    else:
+        row_SH[places_BM[real_BM]] = value_BMH[real_BM]
 
 
 def attend_token(
@@ -149,11 +162,6 @@ def padding_bias(mask_PL: Tensor) -> Tensor | None:
     if bool(mask_PL.all()):
         return None
     return torch.zeros(mask_PL.shape, device=mask_PL.device).masked_fill(~mask_PL, -torch.inf)[:, None, None]
-
-
-def causal_bias(size: int, device: torch.device) -> Tensor:
-    """float32 [size, size]: -inf where the column comes after the row."""
-    return torch.zeros(size, size, device=device).masked_fill(_future(size, device), -torch.inf)
 
 
 def _future(size: int, device: torch.device) -> Tensor:

@@ -1,15 +1,17 @@
-"""What a forward carries: whole groups or lists in packed rows (training), or a token of each completion (decoding)."""
+"""What a forward carries: whole groups in a row (training, scoring), or a token of each completion (decoding)."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from gopo_lightning.policy.shared_prefix.attention import (
-    attend_completions,
+    Pieces,
+    attend_groups,
     attend_prompt,
     attend_token,
     attention_mask,
@@ -18,121 +20,154 @@ from gopo_lightning.policy.shared_prefix.attention import (
 
 
 class PackedGroups:
-    """The layout of packed rows of whole groups, and their attention.
+    """The layout of a row [prompt 1 | its texts | prompt 2 | its texts | ...] without padding, and its attention.
 
     Args:
-        prompt_mask_PL: bool, True on real tokens.
-        group_size: G.
-        num_tokens: T, the width of each completion.
+        prompt_lengths: tokens of each prompt, maybe 0.
+        text_lengths: tokens of each text of each prompt, maybe 0.
+        device: of the row.
     """
 
     # a plain class on purpose: FSDP takes dataclass arguments apart to cast what is in them
 
-    def __init__(self, prompt_mask_PL: Tensor, group_size: int, num_tokens: int) -> None:
-        self.group_size, self.num_tokens, self.prompt_tokens = group_size, num_tokens, prompt_mask_PL.shape[1]
-        self.prompt_mask_PL = prompt_mask_PL
-        self.prompt_mask_P1LL = attention_mask(prompt_mask_PL)
-        self.prompt_bias_P11L = padding_bias(prompt_mask_PL)
-        self._block_mask: BlockMask | None = None
+    def __init__(
+        self, prompt_lengths: Sequence[int], text_lengths: Sequence[Sequence[int]], device: torch.device | None = None
+    ) -> None:
+        self.device = device
+        self.lengths = [[prompt, *texts] for prompt, texts in zip(prompt_lengths, text_lengths, strict=True)]
+        self.num_tokens = sum(map(sum, self.lengths))
+        """S."""
         self.num_calls = 0
         """Layers that came by; 0 after a forward means that the model ignores its attention implementation."""
 
     def attend(
-        self, layer: int, query_PHSD: Tensor, key_PKSD: Tensor, value_PKSD: Tensor, scale: float, softcap: float | None
+        self, layer: int, query_1HSD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
-        """The attention's output, [P, H, S, D]."""
-        if query_PHSD.is_cuda:
-            return self.attend_fused(query_PHSD, key_PKSD, value_PKSD, scale, softcap)
-        G, T, L, K = self.group_size, self.num_tokens, self.prompt_tokens, key_PKSD.shape[1]
-        key, key_PKGTD = key_PKSD[:, :, :L], key_PKSD[:, :, L:].unflatten(2, (G, T))
-        value, value_PKGTD = value_PKSD[:, :, :L], value_PKSD[:, :, L:].unflatten(2, (G, T))
-        query_PKRGTD = query_PHSD[:, :, L:].unflatten(1, (K, -1)).unflatten(3, (G, T))
-        prompt_PHLD = attend_prompt(query_PHSD[:, :, :L], key, value, self.prompt_mask_P1LL, scale, softcap)
-        completion_PKGRTD = attend_completions(
-            query_PKRGTD.transpose(2, 3),
-            (key, value),
-            (key_PKGTD, value_PKGTD),
-            self.prompt_bias_P11L,
-            scale,
-            softcap,
-        )
-        return torch.cat([prompt_PHLD, completion_PKGRTD.transpose(2, 3).flatten(1, 2).flatten(2, 3)], 2)
+        """The attention's output, [1, H, S, D]."""
+        if query_1HSD.is_cuda:
+            return self.attend_fused(query_1HSD, key_1KSD, value_1KSD, scale, softcap)
+        return attend_groups(query_1HSD, key_1KSD, value_1KSD, self.pieces, scale, softcap)
 
     def attend_fused(
-        self, query_PHSD: Tensor, key_PKSD: Tensor, value_PKSD: Tensor, scale: float, softcap: float | None
+        self, query_1HSD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
-        """The same by FlexAttention: one kernel over the packed rows that skips the blocks no query may see."""
-        if self._block_mask is None:
-            self._block_mask = self._blocks(len(query_PHSD), query_PHSD.shape[2])
-        return _attend_blocks(self._block_mask, query_PHSD, key_PKSD, value_PKSD, scale, softcap)
-
-    def _blocks(self, num_prompts: int, size: int) -> BlockMask:
-        L, T, mask_PL = self.prompt_tokens, self.num_tokens, self.prompt_mask_PL
-
-        def visible(p: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            in_prompt = (key < L) & mask_PL[p, key.clamp(max=L - 1)]
-            in_own = (key >= L) & ((query - L) // T == (key - L) // T)
-            return ((query >= key) & (in_prompt | in_own)) | (query == key)
-
-        return create_block_mask(visible, num_prompts, None, size, size, device=mask_PL.device)
-
-
-class PackedLists:
-    """The layout of rows [prefix | text 1 | text 2 | ...] with any number of texts of any length, and their attention.
-
-    Args:
-        segments_PS: int64: 0 in the prefix that the texts of a row share, 1, 2, ... in the texts, -1 on padding.
-    """
-
-    def __init__(self, segments_PS: Tensor) -> None:
-        self.segments_PS = segments_PS
-        self.num_calls = 0
-        """As in ``PackedGroups``."""
-
-    def attend(
-        self, layer: int, query_PHSD: Tensor, key_PKSD: Tensor, value_PKSD: Tensor, scale: float, softcap: float | None
-    ) -> Tensor:
-        """The attention's output, [P, H, S, D]."""
-        if query_PHSD.is_cuda:
-            return _attend_blocks(self.block_mask, query_PHSD, key_PKSD, value_PKSD, scale, softcap)
-        return attend_prompt(query_PHSD, key_PKSD, value_PKSD, self.mask_P1SS, scale, softcap)
+        """The same by FlexAttention: one kernel over the row that skips the blocks no query may see."""
+        return _flex_attention(query_1HSD.is_cuda)(
+            query_1HSD,
+            key_1KSD,
+            value_1KSD,
+            score_mod=None if softcap is None else _capped(softcap),
+            block_mask=self.block_mask,
+            scale=scale,
+            enable_gqa=True,
+        )
 
     @cached_property
-    def mask_P1SS(self) -> Tensor:
-        """bool: a token sees, up to itself, the prefix and its own text (padding sees padding: no NaN)."""
-        query_PS1, key_P1S = self.segments_PS[:, :, None], self.segments_PS[:, None, :]
-        return ((key_P1S == 0) | (key_P1S == query_PS1)).tril()[:, None]
+    def pieces(self) -> Pieces:
+        """Which tokens attend to which."""
+        starts, groups = list[tuple[int, int]](), list[tuple[slice, slice]]()
+        start = 0
+        for prompt, *texts in self.lengths:
+            end = start + prompt + sum(texts)
+            if prompt and end > start + prompt:
+                groups.append((slice(start, start + prompt), slice(start + prompt, end)))
+            for length in (prompt, *texts):
+                starts.append((start, length))
+                start += length
+        return Pieces([self._places(bucket) for bucket in _buckets(starts)], groups)
+
+    def _places(self, bucket: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+        """int64 [B, M] of runs (start, length) of tokens, and where they are real, as ``Pieces`` has them."""
+        start_B1, length_B1 = torch.tensor(bucket, device=self.device).T[..., None]
+        longest = bucket[0][1]
+        column_M = torch.arange(longest, device=self.device)
+        real_BM = None if bucket[-1][1] == longest else column_M < length_B1
+        return start_B1 + torch.minimum(column_M, length_B1 - 1), real_BM
+
+    @cached_property
+    def group_S(self) -> Tensor:
+        """int64 number of each token's group."""
+        return self._of_runs([p for p, runs in enumerate(self.lengths) for _ in runs])
+
+    @cached_property
+    def run_S(self) -> Tensor:
+        """int64 number of the prompt or text that each token belongs to."""
+        return self._of_runs(range(sum(map(len, self.lengths))))
+
+    @cached_property
+    def prompt_S(self) -> Tensor:
+        """bool, True on tokens of prompts."""
+        return self._of_runs([i == 0 for runs in self.lengths for i in range(len(runs))])
+
+    def _of_runs(self, values: Sequence[int]) -> Tensor:
+        lengths = torch.tensor([length for runs in self.lengths for length in runs], device=self.device)
+        return torch.tensor(values, device=self.device).repeat_interleave(lengths, output_size=self.num_tokens)
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """The same for FlexAttention."""
-        segments_PS = self.segments_PS
+        """The same for FlexAttention, made of the numbers of blocks alone: S x S may be far too many."""
+        group_S, run_S, prompt_S = self.group_S, self.run_S, self.prompt_S
 
-        def visible(p: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & ((segments_PS[p, key] == 0) | (segments_PS[p, key] == segments_PS[p, query]))
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            to_prompt = prompt_S[key] & (group_S[key] == group_S[query])
+            return (query >= key) & (to_prompt | (run_S[key] == run_S[query]))
 
-        P, S = segments_PS.shape
-        return create_block_mask(visible, P, None, S, S, device=segments_PS.device)
+        some, whole = visible_blocks(group_S, run_S, prompt_S, _BLOCK)
+        num_part, which_part = _table(some & ~whole)
+        num_whole, which_whole = _table(whole)
+        return BlockMask.from_kv_blocks(
+            num_part,
+            which_part,
+            num_whole,
+            which_whole,
+            BLOCK_SIZE=_BLOCK,
+            mask_mod=visible,
+            seq_lengths=(self.num_tokens, self.num_tokens),
+        )
 
 
-def _attend_blocks(
-    block_mask: BlockMask,
-    query_PHSD: Tensor,
-    key_PKSD: Tensor,
-    value_PKSD: Tensor,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """FlexAttention, [P, H, S, D]."""
-    return _flex_attention(query_PHSD.is_cuda)(
-        query_PHSD,
-        key_PKSD,
-        value_PKSD,
-        score_mod=None if softcap is None else _capped(softcap),
-        block_mask=block_mask,
-        scale=scale,
-        enable_gqa=True,
+_BLOCK = 128
+"""Tokens of FlexAttention's blocks."""
+
+
+def visible_blocks(group_S: Tensor, run_S: Tensor, prompt_S: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Blocks of ``size`` keys of which a block of queries sees some, and sees all; bool [query blocks, key blocks]."""
+    padding = -len(group_S) % size
+    group_BM, run_BM, prompt_BM = (
+        torch.cat([x, x[-1:].expand(padding)]).view(-1, size) for x in (group_S, run_S, prompt_S)
     )
+    last_prompt_B = group_BM.masked_fill(~prompt_BM, -1).amax(-1)
+    number_B = torch.arange(len(group_BM), device=group_S.device)
+    earlier_BB = number_B[:, None] > number_B
+    shares_run = run_BM[:, -1] >= run_BM[:, :1]  # of an earlier key block, and a query block: numbers only rise
+    sees_prompt = last_prompt_B >= group_BM[:, :1]
+    some_BB = (earlier_BB & (shares_run | sees_prompt)) | (number_B[:, None] == number_B)
+    one_run_B, one_group_B = run_BM[:, 0] == run_BM[:, -1], group_BM[:, 0] == group_BM[:, -1]
+    same_run = one_run_B & one_run_B[:, None] & (run_BM[:, 0] == run_BM[:, :1])
+    own_prompt = prompt_BM.all(-1) & one_group_B & one_group_B[:, None] & (group_BM[:, 0] == group_BM[:, :1])
+    return some_BB, earlier_BB & (same_run | own_prompt)
+
+
+def _table(blocks_QK: Tensor) -> tuple[Tensor, Tensor]:
+    """How many key blocks each query block has, int32 [1, 1, Q], and which, [1, 1, Q, K]: those first."""
+    order_QK = blocks_QK.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return blocks_QK.sum(-1, dtype=torch.int32)[None, None], order_QK.to(torch.int32)[None, None].contiguous()
+
+
+def _buckets(runs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Runs (start, length > 0) of about the same length together, the longest first: little is padded."""
+    buckets: list[list[tuple[int, int]]] = []
+    for run in sorted((run for run in runs if run[1]), key=lambda run: (-run[1], run[0])):
+        longest = buckets[-1][0][1] if buckets else math.inf
+        if longest <= _SHORT or run[1] > 0.8 * longest:
+            buckets[-1].append(run)
+        else:
+            buckets.append([run])
+    return buckets
+
+
+_SHORT = 32
+"""Tokens below which a call costs more than padding."""
 
 
 def _capped(softcap: float) -> Callable[..., Tensor]:

@@ -1,6 +1,7 @@
 """Attention to one part of the keys that a query sees, the weighing of parts into one softmax, and its gradient.
 
-Pure functions, without autograd. Their own legend: B batch, H heads, M queries, N keys, D width.
+Pure functions, without autograd. Their own legend: B batch, H query heads, K key heads, M queries, N keys, D width.
+Neighbouring query heads, H / K of them, read the same keys.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,21 +20,30 @@ _KERNEL_PAYS = 128
 
 
 def attend(
-    query_BHMD: Tensor, key_BHND: Tensor, value_BHND: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+    query_BHMD: Tensor,
+    key_BKND: Tensor,
+    value_BKND: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    *,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, H, M, D] of the queries to these keys, and the logarithm of its normaliser [B, H, M], float32.
 
-    ``bias``, 0 or -inf and broadcast from four dimensions, is added to the scores; None adds nothing.
+    ``bias``, 0 or -inf and broadcast from four dimensions, is added to the scores; None adds nothing. ``causal``: a
+    query sees the keys up to its own place, of which there are as many.
     """
     if _has_kernel(query_BHMD, softcap):
-        return cpu_flash_attention(query_BHMD, key_BHND, value_BHND, bias, scale)
-    output = query_BHMD.new_empty(*query_BHMD.shape[:-1], value_BHND.shape[-1])
-    normaliser = query_BHMD.new_empty(query_BHMD.shape[:-1], dtype=_wide(query_BHMD))
-    for b, m in _chunks(query_BHMD, key_BHND):
-        scores = _scores(query_BHMD[b, :, m], key_BHND[b], _at(bias, b, m), scale, softcap)
-        output[b, :, m] = scores.softmax(-1).to(value_BHND.dtype) @ value_BHND[b]
+        return cpu_flash_attention(query_BHMD, key_BKND, value_BKND, bias, scale, causal)
+    query_BKMD, bias = _by_key_heads(query_BHMD, key_BKND), _whole_bias(query_BHMD, key_BKND, bias, causal)
+    output = query_BKMD.new_empty(*query_BKMD.shape[:-1], value_BKND.shape[-1])
+    normaliser = query_BKMD.new_empty(query_BKMD.shape[:-1], dtype=wide(query_BKMD))
+    for b, m in _chunks(query_BKMD, key_BKND):
+        scores = _scores(query_BKMD[b, :, m], key_BKND[b], _at(bias, b, m), scale, softcap)
+        output[b, :, m] = scores.softmax(-1).to(value_BKND.dtype) @ value_BKND[b]
         normaliser[b, :, m] = scores.logsumexp(-1)
-    return output, normaliser
+    return output.view(*query_BHMD.shape[:-1], -1), normaliser.view(query_BHMD.shape[:-1])
 
 
 def merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -53,42 +63,67 @@ class Whole(NamedTuple):
 
 
 def gradients(
-    whole: Whole, key_BHND: Tensor, value_BHND: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+    whole: Whole,
+    key_BKND: Tensor,
+    value_BKND: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    *,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This part's share of the gradients of the queries, keys and values; the scores are computed again."""
-    grad_BHMD, query_BHMD, output_BHMD, normaliser_BHM = whole
-    if _has_kernel(query_BHMD, softcap) and key_BHND.shape[2] >= _KERNEL_PAYS:
-        saved = query_BHMD, key_BHND, value_BHND, output_BHMD, normaliser_BHM
-        return cpu_flash_attention_backward(grad_BHMD, *saved, bias=bias, scale=scale)
-    mean_BHM1 = torch.linalg.vecdot(widen(grad_BHMD), widen(output_BHMD))[..., None]
-    d_query, d_key, d_value = (torch.zeros_like(x) for x in (query_BHMD, key_BHND, value_BHND))
-    for b, m in _chunks(query_BHMD, key_BHND):
-        query, key, value, grad = query_BHMD[b, :, m], key_BHND[b], value_BHND[b], grad_BHMD[b, :, m]
+    query_BHMD = whole.query_BHMD
+    if _has_kernel(query_BHMD, softcap) and key_BKND.shape[2] >= _KERNEL_PAYS:
+        saved = query_BHMD, key_BKND, value_BKND, whole.output_BHMD, whole.normaliser_BHM
+        return cpu_flash_attention_backward(whole.grad_BHMD, *saved, bias=bias, scale=scale, causal=causal)
+    bias = _whole_bias(query_BHMD, key_BKND, bias, causal)
+    grad_BKMD, query_BKMD, output_BKMD, normaliser_BKM = (_by_key_heads(x, key_BKND) for x in whole)
+    mean_BKM1 = torch.linalg.vecdot(widen(grad_BKMD), widen(output_BKMD))[..., None]
+    d_query, d_key, d_value = (torch.zeros_like(x) for x in (query_BKMD, key_BKND, value_BKND))
+    for b, m in _chunks(query_BKMD, key_BKND):
+        query, key, value, grad = query_BKMD[b, :, m], key_BKND[b], value_BKND[b], grad_BKMD[b, :, m]
         scores = _scores(query, key, _at(bias, b, m), scale, softcap)
         slope = None if softcap is None else 1 - (scores / softcap).masked_fill_(scores.isinf(), 0.0) ** 2
-        weights = scores.sub_(normaliser_BHM[b, :, m, None]).exp_()
-        d_products = widen(grad @ value.mT).sub_(mean_BHM1[b, :, m]).mul_(weights).mul_(scale)
+        weights = scores.sub_(normaliser_BKM[b, :, m, None]).exp_()
+        d_products = widen(grad @ value.mT).sub_(mean_BKM1[b, :, m]).mul_(weights).mul_(scale)
         if slope is not None:
             d_products *= slope
         weights, d_products = weights.to(query.dtype), d_products.to(query.dtype)
         d_value[b] += weights.mT @ grad
         d_key[b] += d_products.mT @ query
         d_query[b, :, m] = d_products @ key
-    return d_query, d_key, d_value
+    return d_query.unflatten(2, (-1, query_BHMD.shape[2])).flatten(1, 2), d_key, d_value
 
 
 def widen(x: Tensor) -> Tensor:
     """In float32, or in float64 what is that already."""
-    return x.to(_wide(x))
+    return x.to(wide(x))
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """float32, or float64 where ``x`` is that."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _has_kernel(query: Tensor, softcap: float | None) -> bool:
     """Whether torch has a fused kernel that tells the normaliser, takes a bias and whose gradient can be had alone."""
     return HAS_CPU_FLASH_ATTENTION and query.device.type == "cpu" and softcap is None
+
+
+def _by_key_heads(x_BHM: Tensor, key_BKND: Tensor) -> Tensor:
+    """[B, H, M, ...] as [B, K, H / K * M, ...]: the queries that read the same keys side by side."""
+    return x_BHM.unflatten(1, (key_BKND.shape[1], -1)).flatten(2, 3)
+
+
+def _whole_bias(query_BHMD: Tensor, key_BKND: Tensor, bias: Tensor | None, causal: bool) -> Tensor | None:
+    """``bias`` for the queries of `_by_key_heads`; it is one for all of them, or for none that are causal."""
+    if not causal:
+        return bias
+    M, R = query_BHMD.shape[2], query_BHMD.shape[1] // key_BKND.shape[1]
+    future_MM = torch.ones(M, M, dtype=torch.bool, device=query_BHMD.device).triu(1)
+    bias_MM = torch.zeros(M, M, device=query_BHMD.device).masked_fill(future_MM, -torch.inf)
+    return bias_MM.repeat(R, 1)[None, None]
 
 
 def _scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

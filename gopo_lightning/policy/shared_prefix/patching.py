@@ -21,7 +21,7 @@ from gopo_lightning._compat import (
     set_checkpoint_function,
 )
 from gopo_lightning.distributed.decoder_layers import configs_of
-from gopo_lightning.policy.shared_prefix.packing import PackedGroups, PackedLists, PrefixCache
+from gopo_lightning.policy.shared_prefix.packing import PackedGroups, PrefixCache
 
 IMPLEMENTATION = "gopo_shared_prefix"
 
@@ -34,7 +34,7 @@ def _attention_function(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
-    shared_prefix: "PackedGroups | PackedLists | PrefixCache | None" = None,
+    shared_prefix: "PackedGroups | PrefixCache | None" = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer; returns [batch, tokens, H, D]."""
@@ -67,7 +67,7 @@ def shared_prefix_attention(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def require_called(model: nn.Module, shared_prefix: PackedGroups | PackedLists | PrefixCache) -> None:
+def require_called(model: nn.Module, shared_prefix: PackedGroups | PrefixCache) -> None:
     """After a forward with ``shared_prefix``: ValueError if no layer of ``model`` looked at it."""
     if not shared_prefix.num_calls:
         raise ValueError(f"{type(model).__name__} never called the registered attention; set prefix_sharing to never.")

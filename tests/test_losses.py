@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gopo_lightning.objectives import clipped as losses
+from gopo_lightning.objectives import estimators
 from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.types import Completions, Experience, Prompt, PromptBatch
 
@@ -581,7 +582,7 @@ def test_config_is_frozen() -> None:
         ClippedSurrogate().clip_low = 0.3
 
 
-def corrected_loss(logprobs_NT: Tensor, sampler_logprobs_NT: Tensor | None) -> Tensor:
+def corrected_loss(logprobs_NT: Tensor, sampler_logprobs_NT: Tensor | None, **options: Any) -> Tensor:
     """Of one completion with advantage 2, on policy, with weights of at most 2."""
     loss, _ = losses.policy_loss(
         logprobs_NT,
@@ -589,7 +590,7 @@ def corrected_loss(logprobs_NT: Tensor, sampler_logprobs_NT: Tensor | None) -> T
         None,
         torch.tensor([2.0]),
         torch.ones_like(logprobs_NT, dtype=torch.bool),
-        config=ClippedSurrogate(sampler_correction_cap=2.0),
+        config=ClippedSurrogate(**{"sampler_correction_cap": 2.0, **options}),
         denominator=torch.tensor(1.0),
         sampler_logprobs_NT=sampler_logprobs_NT,
     )
@@ -605,3 +606,30 @@ def test_sampler_correction_weighs_tokens_by_the_truncated_ratio() -> None:
         corrected_loss(logprobs_NT, None)
     with pytest.raises(ValueError, match="at least 1"):
         ClippedSurrogate(sampler_correction_cap=0.5)
+    with pytest.raises(ValueError, match="no effect without a cap"):
+        ClippedSurrogate(sampler_correction="sequence_mask")
+
+
+@pytest.mark.parametrize(
+    ("kind", "cap", "weights"),
+    [
+        ("token_truncate", 2.0, [1.0, 2.0, 0.5]),
+        ("token_mask", 2.0, [1.0, 0.0, 0.5]),
+        ("sequence_truncate", 2.0, [1.25, 1.25, 1.25]),
+        ("sequence_truncate", 1.2, [1.2, 1.2, 1.2]),
+        ("sequence_mask", 2.0, [1.25, 1.25, 1.25]),
+        ("sequence_mask", 1.2, [0.0, 0.0, 0.0]),
+    ],
+)
+def test_sampler_corrections_by_hand(kind: str, cap: float, weights: list[float]) -> None:
+    """Ratios of 1, 2.5 and 0.5, and 1.25 of the whole completion, as in TRL 1.16; what is masked is not read."""
+    logprobs_NT = torch.tensor([[0.5, 0.5, 0.2]]).log().requires_grad_()
+    options = {"sampler_correction": kind, "sampler_correction_cap": cap}
+    corrected_loss(logprobs_NT, torch.tensor([[0.5, 0.2, 0.4]]).log(), **options).backward()
+    torch.testing.assert_close(logprobs_NT.grad, -2 * torch.tensor([weights]))
+    mask_NT = torch.tensor([[True, True, True, False]])
+    old_NT, sampler_NT = (
+        torch.tensor([[*row, x]]).log() for row, x in (([0.5, 0.5, 0.2], 99.0), ([0.5, 0.2, 0.4], 1.0))
+    )
+    found = estimators.sampler_correction(old_NT, sampler_NT, mask_NT, cap, kind).expand(1, 4)  # type: ignore[arg-type]
+    torch.testing.assert_close(found[:, :3], torch.tensor([weights]))

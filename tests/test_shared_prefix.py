@@ -255,9 +255,9 @@ def test_prompt_is_not_expanded() -> None:
 
 
 def test_nothing_is_padded_and_short_runs_share_a_call() -> None:
-    packed = PackedGroups((100, 5), [[90, 20, 3], [7, 99]])
-    assert packed.num_tokens == 100 + 90 + 20 + 3 + 5 + 7 + 99
-    assert [list(places_BM.shape) for places_BM, _ in packed.pieces.buckets] == [[3, 100], [4, 20]]
+    packed = PackedGroups((100, 5), [[90, 20, 3], [7, 99, 50]])
+    assert packed.num_tokens == 100 + 90 + 20 + 3 + 5 + 7 + 99 + 50
+    assert [list(places_BM.shape) for places_BM, _ in packed.pieces.buckets] == [[3, 100], [1, 50], [4, 20]]
 
 
 def test_model_is_left_as_it_was() -> None:

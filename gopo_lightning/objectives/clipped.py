@@ -34,6 +34,7 @@ from torch import Tensor
 from gopo_lightning.objectives.base import Loss, Mean, Needed, Objective
 from gopo_lightning.objectives.estimators import (
     ImportanceSampling,
+    SamplerCorrection,
     TokenWeight,
     clean,
     importance_ratio,
@@ -76,8 +77,13 @@ class ClippedSurrogate(Objective):
     mask_truncated: bool = False
     """Leave completions cut off by max_new_tokens out of the loss."""
     sampler_correction_cap: float | None = None
-    """Truncated importance sampling: where the sampler's numbers differ from the trainer's (another precision or
-    engine), each token counts min(policy / sampler, cap) times. Off by default; 2.0 is common."""
+    """Importance sampling where the sampler's numbers differ from the trainer's (another precision or engine): each
+    token counts policy / sampler times, and ``sampler_correction`` says what happens above this cap. Off by default;
+    2.0 is common."""
+    sampler_correction: SamplerCorrection = "token_truncate"
+    """token_truncate: a token's ratio is at most the cap. token_mask: a token above it leaves the loss. The same of the
+    whole completion's ratio, the product over its tokens: sequence_truncate, and sequence_mask, under which a
+    completion that the trainer finds far likelier than the sampler did leaves the loss."""
     token_weight: TokenWeight = "uniform"
     """Weight of the advantage at token t = 1, 2, ...: uniform 1, log 1/log(1+t), poly 1/sqrt(t),
     loglog 1/log(log(t+5))."""
@@ -105,6 +111,11 @@ class ClippedSurrogate(Objective):
             raise ValueError(
                 f"sampler_correction_cap={self.sampler_correction_cap} must be at least 1, else it also cuts tokens on "
                 "which sampler and trainer agree. Use 2.0, or null for none."
+            )
+        if self.sampler_correction_cap is None and self.sampler_correction != "token_truncate":
+            raise ValueError(
+                f"sampler_correction={self.sampler_correction} has no effect without a cap. Set "
+                "sampler_correction_cap, or leave sampler_correction out."
             )
         if not 0 <= self.kl_coef < math.inf:
             raise ValueError(f"kl_coef={self.kl_coef} must be finite and at least 0. Use 0 for no KL term.")
@@ -163,6 +174,7 @@ _CHOICES = {
     "importance_sampling": get_args(ImportanceSampling),
     "kl_estimator": get_args(KLEstimator),
     "token_weight": get_args(TokenWeight),
+    "sampler_correction": get_args(SamplerCorrection),
 }
 
 
@@ -211,7 +223,8 @@ def policy_loss(
     Returns:
         The scalar loss, and detached float32 SUMS over unmasked tokens, to be divided by the number of those:
         ``ratio``, ``clip_low_fraction`` and ``clip_high_fraction`` (tokens whose gradient the clip stopped),
-        ``clip_ceiling_fraction`` if set, and ``kl`` (k3 to the reference, whatever the loss uses) if one is given.
+        ``clip_ceiling_fraction`` if set, ``sampler_ratio`` (the correction) with a cap, and ``kl`` (k3 to the
+        reference, whatever the loss uses) if one is given.
     """
     anchor_NT = reference_logprobs_NT if config.kl_anchor == "reference" else iterate_logprobs_NT
     if anchor_NT is None and config.kl_coef > 0:
@@ -232,10 +245,15 @@ def policy_loss(
 
     ratio_NT = importance_ratio(logprobs_NT, old_NT, mask_NT, config.importance_sampling)
     loss_NT = -clipped_surrogate(ratio_NT, advantages_NT * weights_T, config)
+    sampled_NT = None
     if sampler_logprobs_NT is not None and config.sampler_correction_cap is not None:
         sampler_NT = clean(sampler_logprobs_NT, mask_NT)
-        loss_NT = loss_NT * sampler_correction(old_NT, sampler_NT, config.sampler_correction_cap)
+        correction = config.sampler_correction_cap, config.sampler_correction
+        sampled_NT = sampler_correction(old_NT, sampler_NT, mask_NT, *correction).expand_as(loss_NT)
+        loss_NT = loss_NT * sampled_NT
     metrics_NT = _clip_metrics(ratio_NT.detach(), advantages_NT, config)
+    if sampled_NT is not None:
+        metrics_NT["sampler_ratio"] = sampled_NT
     if reference_logprobs_NT is not None:
         metrics_NT["kl"] = kl_k3(logprobs_NT.detach(), clean(reference_logprobs_NT.detach(), mask_NT))
     if anchor_NT is not None and config.kl_coef > 0:

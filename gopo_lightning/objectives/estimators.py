@@ -11,6 +11,7 @@ from torch import Tensor
 
 ImportanceSampling = Literal["token", "sequence"]
 TokenWeight = Literal["uniform", "log", "poly", "loglog"]
+SamplerCorrection = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 def token_weights(num_tokens: int, kind: TokenWeight, *, device: torch.device | None = None) -> Tensor:
@@ -56,9 +57,21 @@ def importance_ratio(logprobs_NT: Tensor, old_logprobs_NT: Tensor, mask_NT: Tens
     return torch.exp(log_ratio_NT.masked_fill(beyond_NT, 0.0)).masked_fill(beyond_NT, math.inf)
 
 
-def sampler_correction(old_logprobs_NT: Tensor, sampler_logprobs_NT: Tensor, cap: float) -> Tensor:
-    """[N, T] min(old policy / sampler, cap), detached: truncated importance sampling (Ionides 2008)."""
-    return torch.exp(old_logprobs_NT - sampler_logprobs_NT).clamp(max=cap).detach()
+def sampler_correction(
+    old_logprobs_NT: Tensor, sampler_logprobs_NT: Tensor, mask_NT: Tensor, cap: float, kind: SamplerCorrection
+) -> Tensor:
+    """[N, T] or [N, 1] old policy / sampler, detached: of each token, or the product over a completion's tokens.
+
+    Beyond ``cap`` it is the cap (truncated importance sampling, Ionides 2008), or 0 where ``kind`` masks. The four are
+    those of TRL 1.16 (`vllm_importance_sampling_mode`). Inputs are finite outside ``mask_NT``.
+    """
+    log_ratio = torch.where(mask_NT, old_logprobs_NT - sampler_logprobs_NT, 0.0)
+    if kind in ("sequence_truncate", "sequence_mask"):
+        log_ratio = log_ratio.sum(-1, keepdim=True)
+    ratio = torch.exp(log_ratio).detach()
+    if kind in ("token_truncate", "sequence_truncate"):
+        return ratio.clamp(max=cap)
+    return ratio.masked_fill(ratio > cap, 0.0)
 
 
 def clean(values_NT: Tensor, mask_NT: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ def updates_per_rollout(layers: list[Mapping[str, Any]]) -> int:
 
 
 def logged(path: Path) -> set[str]:
-    """Tags of the objective in a CSV file of metrics."""
-    return {tag for tag in path.read_text().splitlines()[0].split(",") if tag.startswith("train/")}
+    """Tags of the objective and the transforms in a CSV file of metrics."""
+    return {tag for tag in path.read_text().splitlines()[0].split(",") if tag.startswith(("train/", "transform/"))}
 
 
 def defined() -> set[str]:

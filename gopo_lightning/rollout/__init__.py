@@ -5,14 +5,17 @@ from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.engines.recorded import RecordedEngine
 from gopo_lightning.rollout.engines.transformers import TransformersEngine
 from gopo_lightning.rollout.engines.vllm import VLLMEngine
+from gopo_lightning.rollout.penalties import OverlongPenalty, RepetitionPenalty
 from gopo_lightning.rollout.rejection import RejectionSample
 from gopo_lightning.rollout.transforms import KLInReward, RankFilter, Transform
 
 __all__ = [
     "KLInReward",
+    "OverlongPenalty",
     "RankFilter",
     "RecordedEngine",
     "RejectionSample",
+    "RepetitionPenalty",
     "RolloutCallback",
     "RolloutEngine",
     "SamplingConfig",

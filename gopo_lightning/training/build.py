@@ -9,6 +9,7 @@ from gopo_lightning.rollout import TransformersEngine
 from gopo_lightning.rollout.collector import Collector
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.shaping import Shaping
+from gopo_lightning.rollout.transforms import Setting
 from gopo_lightning.training.advantage import Advantage
 from gopo_lightning.training.config import (
     Named,
@@ -43,8 +44,13 @@ def build_advantage(rewards: RewardConfig, objective: ObjectiveConfig) -> Advant
     )
 
 
-def build_shaping(rewards: RewardConfig, objective: ObjectiveConfig, advantage: Advantage) -> Shaping:
+def build_shaping(
+    rollout: RolloutConfig, rewards: RewardConfig, objective: ObjectiveConfig, advantage: Advantage
+) -> Shaping:
     """Transforms, advantage and credit."""
+    setting = Setting(rewards.sources, rollout.num_completions, rollout.sampling.max_new_tokens)
+    for transform in rewards.transforms:
+        transform.set_up(setting)
     name, options = name_and_options(objective.credit, "objective.credit")
     return Shaping(
         advantage,

@@ -13,16 +13,19 @@ def rollout_of(
     lengths: Sequence[int] | None = None,
     *,
     indices: Sequence[int] | None = None,
+    texts: Sequence[str] | None = None,
     **fields: Any,
 ) -> Rollout:
-    """A group of completions a row of ``rewards``; one token each, or ``lengths``; rows of the dataset 0, 1, …."""
+    """A group of completions a row of ``rewards``; one token each, or ``lengths``; ``texts`` or empty ones; rows of
+    the dataset 0, 1, …."""
     rewards_PG = torch.tensor(rewards, dtype=torch.float64)
     lengths_N = torch.tensor([1] * rewards_PG.numel() if lengths is None else lengths)
     mask_NT = torch.arange(int(lengths_N.max())) < lengths_N[:, None]
+    texts_N = ("",) * len(mask_NT) if texts is None else tuple(texts)
     rows = range(len(rewards)) if indices is None else indices
     return Rollout(
         PromptBatch.collate([Prompt(row, (1,), "") for row in rows], 0),
-        Completions(mask_NT.long(), mask_NT, torch.zeros(len(mask_NT), dtype=torch.bool), ("",) * len(mask_NT)),
+        Completions(mask_NT.long(), mask_NT, torch.zeros(len(mask_NT), dtype=torch.bool), texts_N),
         rewards_PG[..., None],
         rewards_PG,
         mask_NT.shape[1],

@@ -1,6 +1,7 @@
 """Prompts to experience: engines, transforms, and the callback that fills ``batch["experience"]``."""
 
 from gopo_lightning.rollout.callback import RolloutCallback
+from gopo_lightning.rollout.conditional import ConditionalBonus
 from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.engines.recorded import RecordedEngine
 from gopo_lightning.rollout.engines.transformers import TransformersEngine
@@ -10,6 +11,7 @@ from gopo_lightning.rollout.rejection import RejectionSample
 from gopo_lightning.rollout.transforms import KLInReward, RankFilter, Transform
 
 __all__ = [
+    "ConditionalBonus",
     "KLInReward",
     "OverlongPenalty",
     "RankFilter",

@@ -7,6 +7,7 @@ from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.engines.recorded import RecordedEngine
 from gopo_lightning.rollout.engines.transformers import TransformersEngine
 from gopo_lightning.rollout.engines.vllm import VLLMEngine
+from gopo_lightning.rollout.history import HistoryLength
 from gopo_lightning.rollout.penalties import OverlongPenalty, RepetitionPenalty
 from gopo_lightning.rollout.rejection import RejectionSample
 from gopo_lightning.rollout.semantic_entropy import SemanticEntropy
@@ -15,6 +16,7 @@ from gopo_lightning.rollout.transforms import KLInReward, RankFilter, Transform
 __all__ = [
     "Clusters",
     "ConditionalBonus",
+    "HistoryLength",
     "KLInReward",
     "NearEmbeddings",
     "OverlongPenalty",

@@ -159,7 +159,7 @@ def last_word(prompts: list[str], completions: list[str]) -> list[Any]:
 
 @pytest.mark.parametrize("function", [last_word, "tests.test_semantic_entropy.last_word"])
 def test_clusters_of_the_same_answer(function: Any) -> None:
-    labels = SameAnswer(function)(
+    labels = SameAnswer(function).labels(
         scattered(["x"] * 5).prompts.prompts, [["so 4", "it is 4.0", "no", "", "", "nan"]], CPU
     )
     assert labels == [[4.0, 4.0, "no", None, None, "nan"]]
@@ -167,14 +167,16 @@ def test_clusters_of_the_same_answer(function: Any) -> None:
 
 
 def test_an_answer_that_is_no_number_is_none() -> None:
-    labels = SameAnswer(lambda prompts, texts: [NAN] * len(texts))(scattered(["x"]).prompts.prompts, [["a", "b"]], CPU)
+    labels = SameAnswer(lambda prompts, texts: [NAN] * len(texts)).labels(
+        scattered(["x"]).prompts.prompts, [["a", "b"]], CPU
+    )
     assert labels == [[None, None]]
 
 
 @pytest.mark.parametrize("result", [["a"], "ab", 3, [["a"], ["b"]]])
 def test_what_is_no_answer_is_refused(result: Any) -> None:
     with pytest.raises(ValueError, match="the answer function of SameAnswer returned .* for 2 completions; it must"):
-        SameAnswer(lambda prompts, texts: result)(scattered(["x"]).prompts.prompts, [["a", "b"]], CPU)
+        SameAnswer(lambda prompts, texts: result).labels(scattered(["x"]).prompts.prompts, [["a", "b"]], CPU)
 
 
 def test_linkages_by_hand() -> None:
@@ -229,9 +231,9 @@ def test_clusters_of_near_embeddings(encoder: Path) -> None:
     cosine = float(cosines[0] @ cosines[1])
     for threshold, together in ((cosine - 1e-4, True), (min(cosine + 1e-4, 1.0), False)):
         for linkage in ("complete", "greedy"):
-            (labels,) = NearEmbeddings(str(encoder), threshold, linkage)([], [["yes", "yes!"]], CPU)
+            (labels,) = NearEmbeddings(str(encoder), threshold, linkage).labels([], [["yes", "yes!"]], CPU)
             assert (labels[0] == labels[1]) == together
-    (labels,) = NearEmbeddings(str(encoder), threshold=1.0)([], [group], CPU)
+    (labels,) = NearEmbeddings(str(encoder), threshold=1.0).labels([], [group], CPU)
     assert labels[0] == labels[2] and labels[4] == labels[5] and len(set(labels)) == 4
 
 
@@ -241,7 +243,7 @@ def test_loading_the_encoder_draws_no_random_numbers(encoder: Path, tmp_path: Pa
     BertModel.from_pretrained(encoder, add_pooling_layer=False).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path)
     before = torch.random.get_rng_state()
-    NearEmbeddings(str(tmp_path))([], [["a", "b"]], CPU)
+    NearEmbeddings(str(tmp_path)).labels([], [["a", "b"]], CPU)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -261,7 +263,7 @@ def test_loading_the_encoder_draws_no_random_numbers(encoder: Path, tmp_path: Pa
         (lambda: NearEmbeddings("x", 1.5), r"threshold=1.5 of NearEmbeddings is a cosine in \(-1, 1\]"),
         (lambda: NearEmbeddings("x", linkage="single"), "linkage='single' is unknown"),  # type: ignore[arg-type]
         (lambda: SameAnswer("answer"), "'answer' is no dotted path"),
-        (lambda: NearEmbeddings("./nowhere")([], [["a"]], CPU), "there is no folder './nowhere'"),
+        (lambda: NearEmbeddings("./nowhere").labels([], [["a"]], CPU), "there is no folder './nowhere'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(make: Any, message: str) -> None:

@@ -26,9 +26,7 @@ class Clusters(ABC):
     """A way to tell which completions mean the same."""
 
     @abstractmethod
-    def __call__(
-        self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]], device: torch.device
-    ) -> list[Labels]:
+    def labels(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]], device: torch.device) -> list[Labels]:
         """P lists of G labels; what has to compute does so on ``device``."""
 
     def __repr__(self) -> str:
@@ -40,9 +38,7 @@ class Clusters(ABC):
 class SameText(Clusters):
     """Those of the same text, whatever its case and white space."""
 
-    def __call__(
-        self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]], device: torch.device
-    ) -> list[Labels]:
+    def labels(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]], device: torch.device) -> list[Labels]:
         """Normalised texts."""
         return [[normalised(text) for text in group] for group in groups]
 
@@ -60,9 +56,7 @@ class SameAnswer(Clusters):
         self.function = function
         self._function = load_callable(function) if isinstance(function, str) else function
 
-    def __call__(
-        self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]], device: torch.device
-    ) -> list[Labels]:
+    def labels(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]], device: torch.device) -> list[Labels]:
         """The answers.
 
         Raises:
@@ -113,9 +107,7 @@ class NearEmbeddings(Clusters):
         self.revision, self.max_length, self.trust_remote_code = revision, max_length, trust_remote_code
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
-    def __call__(
-        self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]], device: torch.device
-    ) -> list[Labels]:
+    def labels(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]], device: torch.device) -> list[Labels]:
         """Numbers of clusters; the encoder is loaded on the first call."""
         return [self._labels([str(text) for text in group], device) for group in groups]
 

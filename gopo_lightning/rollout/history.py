@@ -27,17 +27,17 @@ class Lengths(NamedTuple):
 
     shortest: int
     total: int
-    count: int
+    number: int
 
     def joined(self, other: "Lengths | None") -> "Lengths":
         """Of these and others.
 
         >>> Lengths(5, 12, 2).joined(Lengths(4, 4, 1))
-        Lengths(shortest=4, total=16, count=3)
+        Lengths(shortest=4, total=16, number=3)
         """
         if other is None:
             return self
-        return Lengths(min(self.shortest, other.shortest), self.total + other.total, self.count + other.count)
+        return Lengths(min(self.shortest, other.shortest), self.total + other.total, self.number + other.number)
 
 
 class HistoryLength(Transform):
@@ -140,7 +140,7 @@ class HistoryLength(Transform):
         """r_len of one completion; ``correct`` is 1, 0 or NaN."""
         if known is None or math.isnan(correct):
             return 0.0
-        past = known.shortest if self.history == "min" else known.total / known.count
+        past = known.shortest if self.history == "min" else known.total / known.number
         if self.form == "cosine":
             conciseness = cosine(length, past)
         else:
@@ -162,7 +162,7 @@ def lengths_of(lengths_G: Sequence[int], correct_G: Sequence[float]) -> Lengths 
     """Of the correct completions; None where none is.
 
     >>> lengths_of([7, 3, 9], [1.0, 0.0, 1.0])
-    Lengths(shortest=7, total=16, count=2)
+    Lengths(shortest=7, total=16, number=2)
     """
     found = [length for length, correct in zip(lengths_G, correct_G, strict=True) if correct == 1]
     return Lengths(min(found), sum(found), len(found)) if found else None

@@ -77,7 +77,7 @@ class SemanticEntropy(Transform):
         assert isinstance(rollout, Experience)
         G, counts_N = rollout.group_size, (rollout.weights_N > 0).tolist()
         groups = rollout.completions.groups(G)
-        labels_PG = self.clusters(rollout.prompts.prompts, groups, rollout.completions.mask_NT.device)
+        labels_PG = self.clusters.labels(rollout.prompts.prompts, groups, rollout.completions.mask_NT.device)
         masses_N = self._masses(rollout)
         shares, sizes = [], []
         for p, labels in enumerate(labels_PG):
@@ -105,7 +105,7 @@ class SemanticEntropy(Transform):
         mask_NT = experience.completions.mask_NT
         logprob_N = experience.old_logprobs_NT.masked_fill(~mask_NT, 0.0).sum(-1) / mask_NT.sum(-1).clamp(min=1)
         logprob_PG = logprob_N.cpu().double().view(-1, experience.group_size)
-        return (logprob_PG - logprob_PG.amax(-1, keepdim=True)).exp().flatten().tolist()  # type: ignore[no-any-return]
+        return (logprob_PG - logprob_PG.amax(-1, keepdim=True)).exp().flatten().tolist()
 
 
 def cluster_masses(labels: Sequence[Hashable | None], masses: Sequence[float]) -> list[float]:

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
+from gopo_lightning.rollout.transforms import Setting
 from gopo_lightning.types import Completions, Experience, Prompt, PromptBatch, Rollout
+from tests.conftest import byte_tokenizer
 
 
 def rollout_of(
@@ -31,6 +33,11 @@ def rollout_of(
         mask_NT.shape[1],
         **fields,
     )
+
+
+def setting_of(*sources: Any, group_size: int = 4, max_new_tokens: int = 20) -> Setting:
+    """Of a run, as a transform gets to know it."""
+    return Setting(sources, group_size, max_new_tokens, byte_tokenizer)
 
 
 def experience_of(

@@ -11,9 +11,9 @@ import torch
 from gopo_lightning.rewards import FunctionReward
 from gopo_lightning.rollout import ConditionalBonus
 from gopo_lightning.rollout.conditional import helps
-from gopo_lightning.rollout.transforms import Context, Setting
+from gopo_lightning.rollout.transforms import Context
 from gopo_lightning.types import Rollout
-from tests.rollouts import rollout_of
+from tests.rollouts import rollout_of, setting_of
 from tests.runs import count_vowels, make_module
 from tests.test_module import fit
 
@@ -31,7 +31,7 @@ def marked(rewards: list[float], flags: list[int] = MARKED, **fields: Any) -> Ro
 
 def after(rollout: Rollout, **options: Any) -> list[float]:
     bonus = ConditionalBonus("[Dd]raw", **options)
-    bonus.set_up(Setting([FunctionReward(count_vowels, name="vowels")], 8, 8))
+    bonus.set_up(setting_of(FunctionReward(count_vowels, name="vowels")))
     return bonus(rollout, NOW).rewards_PG[0].tolist()  # type: ignore[no-any-return]
 
 

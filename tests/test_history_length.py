@@ -13,10 +13,10 @@ from lightning.pytorch import Callback
 from gopo_lightning.rewards import FunctionReward
 from gopo_lightning.rollout import HistoryLength, Transform
 from gopo_lightning.rollout.history import Lengths, key_of
-from gopo_lightning.rollout.transforms import Context, Setting
+from gopo_lightning.rollout.transforms import Context
 from gopo_lightning.types import Experience, Prompt, Rollout
 from tests.ranks import Case, assert_same_run, launch, on, read, run_case
-from tests.rollouts import rollout_of
+from tests.rollouts import rollout_of, setting_of
 from tests.runs import count_vowels, make_data, make_module, make_trainer
 from tests.test_resume import Die, Killed, assert_identical, train
 
@@ -123,7 +123,7 @@ def test_what_has_no_valid_score_earns_nothing() -> None:
     rollout = replace(group([1.0, 1.0, NAN], [50, 50, 50]), rewards_PGK=scores_PGK)
     transform = that_knows(100)
     transform._correct = HistoryLength(source="vowels")._correct
-    transform.set_up(Setting([FunctionReward(count_vowels, name="vowels")], 3, 300))
+    transform.set_up(setting_of(FunctionReward(count_vowels, name="vowels")))
     added = step(transform, rollout)
     assert added[:2] == pytest.approx([HALF, 0.0]) and math.isnan(added[2])
 
@@ -131,7 +131,7 @@ def test_what_has_no_valid_score_earns_nothing() -> None:
 def test_another_source_says_what_is_correct() -> None:
     """By rows 5.0 is wrong and 1.0 correct: the source says so, from 0.3 on."""
     transform = HistoryLength(source="vowels", tau=0.3)
-    transform.set_up(Setting([FunctionReward(count_vowels, name="vowels")], 2, 300))
+    transform.set_up(setting_of(FunctionReward(count_vowels, name="vowels")))
     rollout = replace(group([5.0, 1.0], [50, 100]), rewards_PGK=torch.tensor([[[0.2], [0.3]]]).double())
     step(transform, rollout)
     assert transform.state_dict()["known"] == {key_of(prompt_of(0)): (100, 100, 1)}

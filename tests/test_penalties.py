@@ -13,9 +13,9 @@ import torch
 from gopo_lightning.objectives.advantages import ordinal
 from gopo_lightning.rollout import OverlongPenalty, RepetitionPenalty, SamplingConfig
 from gopo_lightning.rollout.penalties import looped_share
-from gopo_lightning.rollout.transforms import Context, Setting
+from gopo_lightning.rollout.transforms import Context
 from gopo_lightning.types import Rollout
-from tests.rollouts import rollout_of
+from tests.rollouts import rollout_of, setting_of
 from tests.runs import make_module
 from tests.test_module import fit
 
@@ -155,8 +155,8 @@ def test_a_reward_that_is_not_valid_stays_so() -> None:
         (lambda: RepetitionPenalty(0.0), "coef=0.0 of RepetitionPenalty must be above 0 and finite. Leave"),
         (lambda: RepetitionPenalty(0.1, "adaptive"), "penalty='adaptive' of RepetitionPenalty is unknown"),
         (lambda: OverlongPenalty(4, NAN), "coef=nan of OverlongPenalty must be above 0"),
-        (lambda: OverlongPenalty(0).set_up(Setting([], 4, 20)), "buffer_tokens=0 .* between 1 and max_new_tokens=20"),
-        (lambda: OverlongPenalty(21).set_up(Setting([], 4, 20)), "buffer_tokens=21 of OverlongPenalty .* Try 4"),
+        (lambda: OverlongPenalty(0).set_up(setting_of()), "buffer_tokens=0 .* between 1 and max_new_tokens=20"),
+        (lambda: OverlongPenalty(21).set_up(setting_of()), "buffer_tokens=21 of OverlongPenalty .* Try 4"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(make: Any, message: str) -> None:

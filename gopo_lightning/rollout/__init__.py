@@ -9,6 +9,7 @@ from gopo_lightning.rollout.engines.transformers import TransformersEngine
 from gopo_lightning.rollout.engines.vllm import VLLMEngine
 from gopo_lightning.rollout.history import HistoryLength
 from gopo_lightning.rollout.penalties import OverlongPenalty, RepetitionPenalty
+from gopo_lightning.rollout.prefixes import PrefixScores
 from gopo_lightning.rollout.rejection import RejectionSample
 from gopo_lightning.rollout.semantic_entropy import SemanticEntropy
 from gopo_lightning.rollout.transforms import KLInReward, RankFilter, Transform
@@ -20,6 +21,7 @@ __all__ = [
     "KLInReward",
     "NearEmbeddings",
     "OverlongPenalty",
+    "PrefixScores",
     "RankFilter",
     "RecordedEngine",
     "RejectionSample",

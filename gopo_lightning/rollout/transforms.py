@@ -6,12 +6,13 @@ They are applied in their order, those of ``position = "rewards"`` before the ad
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from gopo_lightning.objectives.base import Mean, Needed
 from gopo_lightning.rewards import Source
@@ -38,6 +39,8 @@ class Setting(NamedTuple):
     """G."""
     max_new_tokens: int
     """Most tokens of a completion."""
+    tokenizer: Callable[[], PreTrainedTokenizerBase]
+    """The policy's; loaded when it is first asked for."""
 
 
 class Transform(ABC):

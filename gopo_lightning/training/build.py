@@ -1,7 +1,10 @@
 """What the groups of arguments describe, made of them."""
 
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from gopo_lightning.objectives import credit
 from gopo_lightning.rewards import combine
@@ -45,10 +48,14 @@ def build_advantage(rewards: RewardConfig, objective: ObjectiveConfig) -> Advant
 
 
 def build_shaping(
-    rollout: RolloutConfig, rewards: RewardConfig, objective: ObjectiveConfig, advantage: Advantage
+    rollout: RolloutConfig,
+    rewards: RewardConfig,
+    objective: ObjectiveConfig,
+    advantage: Advantage,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
 ) -> Shaping:
     """Transforms, advantage and credit."""
-    setting = Setting(rewards.sources, rollout.num_completions, rollout.sampling.max_new_tokens)
+    setting = Setting(rewards.sources, rollout.num_completions, rollout.sampling.max_new_tokens, tokenizer)
     for transform in rewards.transforms:
         transform.set_up(setting)
     name, options = name_and_options(objective.credit, "objective.credit")

@@ -87,6 +87,12 @@ def check_loss(objective: ObjectiveConfig, sources: Sequence[Source]) -> None:
                 f"objective.{option}={named} has no effect: {name} reads rewards or comparisons, and no advantage. "
                 f"Remove it or set it to {default}, or use a loss that reads advantages, such as ClippedSurrogate."
             )
+    advantage, credit = (name_and_options(getattr(objective, o), f"objective.{o}") for o in ("advantage", "credit"))
+    if credit[0] == "brpo" and advantage != ("ordinal", {}):
+        raise ValueError(
+            f"objective.advantage={objective.advantage} has no effect: credit brpo makes the advantages of the scores "
+            "of prefixes. Set it to ordinal, or use another credit."
+        )
     if loss.needs_rewards and not any(isinstance(source, RewardSource) for source in sources):
         raise ValueError(
             f"{name} reads differences of rewards, and {[source.name for source in sources]} only compare completions. "

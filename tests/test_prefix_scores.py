@@ -115,9 +115,22 @@ def test_what_the_credit_cannot_do_is_refused() -> None:
         brpo(scored(X, [4, 4]), num_cuts=4, prior="late")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="credit 'brpo' with init_args {}: missing a required argument: 'num_cuts'"):
         get_credit("brpo")
+
+
+@pytest.mark.parametrize(
+    ("cuts", "advantage", "message"),
+    [
+        ([4], "grpo", "objective.advantage=grpo has no effect: credit brpo"),
+        ([3], "ordinal", r"credit brpo has num_cuts=4, and the transforms PrefixScores have \[3\]"),
+        ([], "ordinal", r"PrefixScores have \[\]: it reads the scores of one of them, at the same cuts"),
+        ([4, 4], "ordinal", r"PrefixScores have \[4, 4\]"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(cuts: list[int], advantage: str, message: str) -> None:
+    transforms = [PrefixScores(FunctionReward(texts_so_far), num_cuts) for num_cuts in cuts]
     credit = {"function": "brpo", "init_args": {"num_cuts": 4}}
-    with pytest.raises(ValueError, match="objective.advantage=grpo has no effect: credit brpo"):
-        make_module(Path(), credit=credit, advantage="grpo")
+    with pytest.raises(ValueError, match=message):
+        make_module(Path(), credit=credit, advantage=advantage, transforms=transforms)
 
 
 # --- the transform ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.shaping import Shaping
 from gopo_lightning.rollout.transforms import Setting
 from gopo_lightning.training.advantage import Advantage
+from gopo_lightning.training.checks import check_prefixes
 from gopo_lightning.training.config import (
     Named,
     ObjectiveConfig,
@@ -55,6 +56,7 @@ def build_shaping(
     tokenizer: Callable[[], PreTrainedTokenizerBase],
 ) -> Shaping:
     """Transforms, advantage and credit."""
+    check_prefixes(objective, rewards.transforms)
     setting = Setting(rewards.sources, rollout.num_completions, rollout.sampling.max_new_tokens, tokenizer)
     for transform in rewards.transforms:
         transform.set_up(setting)

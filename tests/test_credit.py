@@ -121,7 +121,7 @@ def test_a_credit_is_found_by_name_or_path() -> None:
     assert torch.equal(credit.get_credit("reward_to_go", gamma=0.5)(ragged()), reward_to_go(ragged(), gamma=0.5))
     assert credit.get_credit("broadcast")(ragged()) is None
     assert torch.equal(credit.get_credit("tests.test_credit.named", name=2.0)(ragged()), torch.full((6, 4), 2.0))
-    with pytest.raises(ValueError, match=r"unknown credit 'gae'. Use one of \['broadcast', 'reward_to_go'\]"):
+    with pytest.raises(ValueError, match=r"unknown credit 'gae'. Use one of \['broadcast', 'brpo', 'reward_to_go'\]"):
         credit.get_credit("gae")
     with pytest.raises(
         ValueError, match="credit 'broadcast' with init_args {'gamma': 0.5}.*Its signature is broadcast"

@@ -21,7 +21,9 @@ from tests.test_resume import assert_identical
 from tests.use import commands
 
 METHODS = {path.stem: path.resolve() for path in sorted(Path("configs/methods").glob("*.yaml"))}
-NEEDS: dict[str, dict[str, Any]] = {}
+NEEDS: dict[str, dict[str, Any]] = {
+    "hapo": {"data": {"init_args": {"train": {"limit": 4}}}}
+}  # each prompt in each step
 """Overlays on the task, by the method's name: `{"model": {"init_args": …}}`."""
 SEED = os.environ.get("METHODS_SEED") or str(datetime.date.today().toordinal())
 CHOSEN = (
@@ -81,8 +83,8 @@ def updates_per_rollout(layers: list[Mapping[str, Any]]) -> int:
 
 
 def logged(path: Path) -> set[str]:
-    """Tags of the objective in a CSV file of metrics."""
-    return {tag for tag in path.read_text().splitlines()[0].split(",") if tag.startswith("train/")}
+    """Tags of the objective and the transforms in a CSV file of metrics."""
+    return {tag for tag in path.read_text().splitlines()[0].split(",") if tag.startswith(("train/", "transform/"))}
 
 
 def defined() -> set[str]:

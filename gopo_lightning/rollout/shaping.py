@@ -1,13 +1,15 @@
 """`Rollout` → `Experience`: transforms, advantages, credit. Nothing here runs in an evaluation."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from gopo_lightning.distributed.collectives import all_or_none
+from gopo_lightning.distributed.collectives import all_or_none, gather_objects
 from gopo_lightning.objectives.advantages import preferences
 from gopo_lightning.objectives.base import Needed
 from gopo_lightning.objectives.credit import Credit, broadcast
@@ -77,6 +79,21 @@ class Shaping:
         for transform in self.transforms:
             with all_or_none(f"commit of the transform {type(transform).__name__}"):
                 transform.commit(experience)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """`transform/<name>`, what the transforms measured in the last call, over all ranks; a collective.
+
+        What several of them call the same is one mean.
+        """
+        own = [
+            (name, float(mean.sum), float(mean.count))
+            for transform in self.transforms
+            for name, mean in transform.metrics().items()
+        ]
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+        for name, total, count in chain.from_iterable(gather_objects(own) if self.transforms else []):
+            sums[name] += torch.tensor([total, count], dtype=torch.float64)
+        return {f"transform/{name}": total / count for name, (total, count) in sums.items() if count > 0}
 
     def state_dict(self) -> dict[str, Any]:
         """The transforms' states, by place and class."""

@@ -6,14 +6,16 @@ They are applied in their order, those of ``position = "rewards"`` before the ad
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from gopo_lightning.objectives.base import Needed
+from gopo_lightning.objectives.base import Mean, Needed
+from gopo_lightning.rewards import Source
 from gopo_lightning.rollout.engines.streams import stream_seeds, uniforms
 from gopo_lightning.types import Experience, Rollout
 
@@ -28,6 +30,19 @@ class Context(NamedTuple):
     step: int
 
 
+class Setting(NamedTuple):
+    """The run that a transform is part of."""
+
+    sources: Sequence[Source]
+    """The K reward sources, in the order of ``rewards_PGK``."""
+    group_size: int
+    """G."""
+    max_new_tokens: int
+    """Most tokens of a completion."""
+    tokenizer: Callable[[], PreTrainedTokenizerBase]
+    """The policy's; loaded when it is first asked for."""
+
+
 class Transform(ABC):
     """Changes the rewards, weights or advantages of a rollout of this rank.
 
@@ -40,9 +55,16 @@ class Transform(ABC):
     needs: ClassVar[frozenset[Needed]] = frozenset()
     """Frozen log-probs that it reads; they are computed before, once, and not again in the update."""
 
+    def set_up(self, setting: Setting) -> None:  # noqa: B027 - most fit every run
+        """Before anything is loaded: ValueError for an option that cannot act in this run."""
+
     @abstractmethod
     def __call__(self, rollout: R, context: Context) -> R:
         """The changed rollout (`dataclasses.replace`), with the same prompts and completions."""
+
+    def metrics(self) -> Mapping[str, Mean]:
+        """What the last call measured; logged as `transform/<name>`, over all ranks."""
+        return {}
 
     def commit(self, experience: Experience) -> None:  # noqa: B027 - most have no state
         """After the updates on ``experience``: learn from it, if there is something to learn.
@@ -88,8 +110,7 @@ class KLInReward(Transform):
         if self.per == "token":
             earned_NT = 0.0 if rollout.token_rewards_NT is None else rollout.token_rewards_NT
             return replace(rollout, token_rewards_NT=(earned_NT - self.coef * kl_NT).float())
-        kl_PG = kl_NT.sum(-1).view_as(rollout.rewards_PG).to(rollout.rewards_PG.device)
-        return replace(rollout, rewards_PG=rollout.rewards_PG - self.coef * kl_PG)
+        return plus(rollout, -self.coef * kl_NT.sum(-1))
 
 
 class RankFilter(Transform):
@@ -153,6 +174,17 @@ def keeping(rollout: R, kept_PG: Tensor) -> R:
     """``rollout`` with the weights multiplied by ``kept_PG``, float32 0 or 1."""
     weights_PG = kept_PG if rollout.weights_PG is None else kept_PG.to(rollout.weights_PG) * rollout.weights_PG
     return replace(rollout, weights_PG=weights_PG.to(rollout.rewards_PG.device))
+
+
+def plus(rollout: R, bonus_N: Tensor) -> R:
+    """``rollout`` with ``bonus_N`` added to the rewards; one without a valid reward stays without."""
+    rewards_PG = rollout.rewards_PG
+    return replace(rollout, rewards_PG=rewards_PG + bonus_N.view_as(rewards_PG).to(rewards_PG))
+
+
+def mean_of(values: Tensor) -> Mean:
+    """Of all values."""
+    return Mean(values.sum(), torch.tensor(values.numel()))
 
 
 def rank_weights(weights: Literal["bon", "br", "bw"] | Sequence[float], num_ranked: int) -> Tensor:

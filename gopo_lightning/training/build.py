@@ -1,7 +1,10 @@
 """What the groups of arguments describe, made of them."""
 
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from gopo_lightning.objectives import credit
 from gopo_lightning.rewards import combine
@@ -9,7 +12,9 @@ from gopo_lightning.rollout import TransformersEngine
 from gopo_lightning.rollout.collector import Collector
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.shaping import Shaping
+from gopo_lightning.rollout.transforms import Setting
 from gopo_lightning.training.advantage import Advantage
+from gopo_lightning.training.checks import check_prefixes
 from gopo_lightning.training.config import (
     Named,
     ObjectiveConfig,
@@ -43,8 +48,18 @@ def build_advantage(rewards: RewardConfig, objective: ObjectiveConfig) -> Advant
     )
 
 
-def build_shaping(rewards: RewardConfig, objective: ObjectiveConfig, advantage: Advantage) -> Shaping:
+def build_shaping(
+    rollout: RolloutConfig,
+    rewards: RewardConfig,
+    objective: ObjectiveConfig,
+    advantage: Advantage,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+) -> Shaping:
     """Transforms, advantage and credit."""
+    check_prefixes(objective, rewards.transforms)
+    setting = Setting(rewards.sources, rollout.num_completions, rollout.sampling.max_new_tokens, tokenizer)
+    for transform in rewards.transforms:
+        transform.set_up(setting)
     name, options = name_and_options(objective.credit, "objective.credit")
     return Shaping(
         advantage,

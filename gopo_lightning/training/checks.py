@@ -14,6 +14,7 @@ from gopo_lightning._compat import save_interval
 from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.objectives.base import Needed, Objective
 from gopo_lightning.rewards import RewardSource, Source
+from gopo_lightning.rollout import PrefixScores, Transform
 from gopo_lightning.rollout.engines.base import SamplingConfig
 from gopo_lightning.rollout.engines.precision import cpu_computes_bfloat16
 from gopo_lightning.training.config import (
@@ -92,6 +93,24 @@ def check_loss(objective: ObjectiveConfig, sources: Sequence[Source]) -> None:
             f"{name} reads differences of rewards, and {[source.name for source in sources]} only compare completions. "
             "Add a source that scores them, or use a loss that reads comparisons, such as PairObjective with link: "
             "logistic."
+        )
+
+
+def check_prefixes(objective: ObjectiveConfig, transforms: Sequence[Transform]) -> None:
+    """ValueError where the credit brpo stands beside what it does not read, or without the scores that it does."""
+    credit, options = name_and_options(objective.credit, "objective.credit")
+    if credit != "brpo":
+        return
+    cuts = [transform.num_cuts for transform in transforms if isinstance(transform, PrefixScores)]
+    if cuts != [options.get("num_cuts")]:
+        raise ValueError(
+            f"credit brpo has num_cuts={options.get('num_cuts')}, and the transforms PrefixScores have {cuts}: it "
+            "reads the scores of one of them, at the same cuts. Make them equal."
+        )
+    if name_and_options(objective.advantage, "objective.advantage") != ("ordinal", {}):
+        raise ValueError(
+            f"objective.advantage={objective.advantage} has no effect: credit brpo makes the advantages of the scores "
+            "of prefixes. Set it to ordinal, or use another credit."
         )
 
 

@@ -73,8 +73,8 @@ class ObjectiveConfig:
     of your own function rewards_PG → advantages_PG. Where the only source is pairwise, `ordinal` reads its comparison
     matrices."""
     credit: Named = "broadcast"
-    """Advantages of completions → of tokens: `broadcast`, `reward_to_go`, or the dotted path of your own function
-    experience → advantages_NT."""
+    """Advantages of completions → of tokens: `broadcast`, `reward_to_go`, `brpo`, or the dotted path of your own
+    function experience → advantages_NT."""
     loss: Objective = field(default_factory=ClippedSurrogate)
     """Log-probs and advantages → the loss: ClippedSurrogate, or your own subclass of `objectives.base.Objective`."""
     iterate_every: int | None = None

@@ -122,7 +122,8 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.invalid = InvalidSteps(self.reward_names, self.reward_config.max_invalid_steps)
         self.collector = build_collector(self.rollout_config, self.reward_config, self.seed, self.phases)
         self.advantage = build_advantage(self.reward_config, self.objective_config)
-        self.shaping = build_shaping(self.reward_config, self.objective_config, self.advantage)
+        groups = self.rollout_config, self.reward_config, self.objective_config
+        self.shaping = build_shaping(*groups, self.advantage, partial(getattr, self, "tokenizer"))
         self.loss = self.objective_config.loss
         every = self.objective_config.iterate_every
         self.iterate = None if every is None else Iterate(every)
@@ -138,7 +139,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         )
         self._settings = {
             "seed": self.seed,
-            **describe_settings(self.rollout_config, self.reward_config, self.objective_config, self.update_config),
+            **describe_settings(*groups, self.update_config),
         }
         self.policy: Policy = cast(Policy, None)  # see configure_model
         self.reference = Reference(self.policy_config, self.placement)  # no module: hidden from state_dict and strategy
@@ -333,7 +334,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         return (groups_P for _ in range(self.update_config.num_inner_epochs) for groups_P in draw())
 
     def _log_training(self, experience: Experience, metrics: dict[str, Tensor], seconds: dict[str, float]) -> None:
-        self._log(metrics | rollout_metrics(experience, self.collector.sources, seconds))
+        self._log(metrics | rollout_metrics(experience, self.collector.sources, seconds) | self.shaping.metrics())
         log_histogram(self.trainer, "advantage/histogram", experience.advantages_PG)
 
     def _log(self, metrics: dict[str, Tensor]) -> None:

@@ -55,6 +55,7 @@ def sections() -> Iterator[tuple[str, list[tuple[str, Callable[..., Any]]]]]:
     yield "Reward sources: `rewards.sources`", list(public(rewards, "setup"))
     yield "Combining several rewards: `rewards.combine`", functions(rewards.combine.KIND.known)
     yield "Transforms: `rewards.transforms`", list(public(rollout, "position"))
+    yield "Completions that mean the same: `clusters` of `SemanticEntropy`", list(public(rollout, "labels"))
     yield "Advantages: `objective.advantage`", functions(KIND.known)
     yield "Losses: `objective.loss`", list(public(objectives, "denominator"))
     yield "Sampling engines: `rollout.engine`", list(public(rollout, "generate"))

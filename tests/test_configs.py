@@ -62,10 +62,19 @@ def test_a_method_is_laid_on_tasks_and_baselines(path: Path, tmp_path: Path) -> 
     task = TASKS[METHODS.index(path) % len(TASKS)]
     for below in ([task], [task, CONFIGS / "advantage" / "dr_grpo.yaml"]):
         module = instantiate([*below, path], f"--trainer.logger.init_args.save_dir={tmp_path}")
-        loss = init_args(path)["objective"]["loss"]
-        assert type(module.loss).__name__ == loss["class_path"].rpartition(".")[2]
-        assert {name: getattr(module.loss, name) for name in loss["init_args"]} == loss["init_args"]
-        assert module.objective_config.advantage == "ordinal"
+        objective = init_args(path).get("objective", {})
+        if loss := objective.get("loss"):
+            assert type(module.loss).__name__ == class_name(loss)
+            assert {name: getattr(module.loss, name) for name in loss["init_args"]} == loss["init_args"]
+        for name in objective.keys() & {"advantage", "credit"}:
+            assert getattr(module.objective_config, name) == objective[name]
+        transforms = init_args(path).get("rewards", {}).get("transforms", [])
+        assert [type(each).__name__ for each in module.reward_config.transforms] == [*map(class_name, transforms)]
+        assert loss or transforms
+
+
+def class_name(named: dict[str, Any]) -> str:
+    return str(named["class_path"].rpartition(".")[2])
 
 
 @pytest.mark.parametrize("path", TASKS, ids=str)

@@ -8,6 +8,7 @@ from gopo_lightning.rewards import combine
 from gopo_lightning.rollout import TransformersEngine
 from gopo_lightning.rollout.collector import Collector
 from gopo_lightning.rollout.phases import Phases
+from gopo_lightning.rollout.refill import Refill
 from gopo_lightning.rollout.shaping import Shaping
 from gopo_lightning.training.advantage import Advantage
 from gopo_lightning.training.config import (
@@ -32,6 +33,11 @@ def build_collector(rollout: RolloutConfig, rewards: RewardConfig, seed: int, ph
         phases,
         rewards.timeout_seconds,
     )
+
+
+def build_refill(rollout: RolloutConfig, collector: Collector, advantage: Advantage) -> Refill:
+    """Replaces groups without a signal."""
+    return Refill(collector, rollout.refill or 0, from_wins=advantage.from_wins)
 
 
 def build_advantage(rewards: RewardConfig, objective: ObjectiveConfig) -> Advantage:
@@ -61,7 +67,11 @@ def describe_settings(
 ) -> dict[str, Any]:
     """What a checkpoint says of a run: what a resume compares."""
     return {
-        "rollout": {"num_completions": rollout.num_completions, "sampling": asdict(rollout.sampling)},
+        "rollout": {
+            "num_completions": rollout.num_completions,
+            "sampling": asdict(rollout.sampling),
+            **({} if rollout.refill is None else {"refill": rollout.refill}),
+        },
         "rewards": {
             "sources": [source.name for source in rewards.sources],
             "combine": _named(rewards.combine),

@@ -16,6 +16,7 @@ from gopo_lightning.objectives.base import Needed, Objective
 from gopo_lightning.rewards import RewardSource, Source
 from gopo_lightning.rollout.engines.base import SamplingConfig
 from gopo_lightning.rollout.engines.precision import cpu_computes_bfloat16
+from gopo_lightning.rollout.refill import HasFurtherPrompts
 from gopo_lightning.training.config import (
     ObjectiveConfig,
     RewardConfig,
@@ -63,6 +64,7 @@ def check_groups(rollout: RolloutConfig, rewards: RewardConfig, update: UpdateCo
         num_inner_epochs=update.num_inner_epochs,
         num_minibatches=update.num_minibatches,
         micro_batch_tokens=1 if update.micro_batch_tokens is None else update.micro_batch_tokens,
+        refill=1 if rollout.refill is None else rollout.refill,
     )
     check_group_size(rollout.num_completions)
     check_sources(rewards.sources)
@@ -176,6 +178,15 @@ def check_minibatches(trainer: Trainer, num_minibatches: int) -> None:
         raise ValueError(
             f"num_minibatches={num_minibatches} must divide data.init_args.prompts_per_step={prompts_per_step}, so "
             "that minibatches are equal. Change either."
+        )
+
+
+def check_refill(trainer: Trainer, refill: int | None) -> None:
+    """Further prompts come from the data module."""
+    if refill is not None and not isinstance(getattr(trainer, "datamodule", None), HasFurtherPrompts):
+        raise ValueError(
+            f"rollout.refill={refill} reads further prompts in the order of a PromptDataModule, and these prompts come "
+            "from a loader of their own. Give the Trainer a PromptDataModule, or set refill to null."
         )
 
 

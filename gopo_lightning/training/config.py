@@ -43,6 +43,9 @@ class RolloutConfig:
     """Completions of one prompt in validation, test and predict."""
     engine: RolloutEngine | None = None
     """What samples the completions; TransformersEngine when null."""
+    refill: int | None = None
+    """Most rounds in which further prompts take the place of those whose completions all tie, or have no valid score
+    (DAPO's dynamic sampling); null for none."""
 
 
 @dataclass(frozen=True)

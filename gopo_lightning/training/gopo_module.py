@@ -27,7 +27,13 @@ from gopo_lightning.rollout.engines.base import ChecksSampling, HasState
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.transforms import Context
 from gopo_lightning.training import checks
-from gopo_lightning.training.build import build_advantage, build_collector, build_shaping, describe_settings
+from gopo_lightning.training.build import (
+    build_advantage,
+    build_collector,
+    build_refill,
+    build_shaping,
+    describe_settings,
+)
 from gopo_lightning.training.callbacks.predictions import PredictionWriter, prediction_records
 from gopo_lightning.training.callbacks.standard import standard_callbacks
 from gopo_lightning.training.callbacks.validate_first import ValidateFirst
@@ -122,6 +128,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.invalid = InvalidSteps(self.reward_names, self.reward_config.max_invalid_steps)
         self.collector = build_collector(self.rollout_config, self.reward_config, self.seed, self.phases)
         self.advantage = build_advantage(self.reward_config, self.objective_config)
+        self.refill = build_refill(self.rollout_config, self.collector, self.advantage)
         self.shaping = build_shaping(self.reward_config, self.objective_config, self.advantage)
         self.loss = self.objective_config.loss
         every = self.objective_config.iterate_every
@@ -215,6 +222,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.validation.stored.begin(self._made_by())
         if stage == "fit":
             checks.check_minibatches(self.trainer, self.update_config.num_minibatches)
+            checks.check_refill(self.trainer, self.rollout_config.refill)
             self.advantage.set_up()
             if "reference" in self.needs:
                 self.reference.load(self.trainer, keep=True)
@@ -243,13 +251,14 @@ class GOPOModule(TrainableState, OptimisedModule):
             self.iterate.refresh(self.policy, step)
         rollout = self.collector.collect(self._actor(), prompts, self.rollout_config.num_completions, step=step)
         self.invalid.update(step, rollout.rewards_PGK)
+        rollout, refilled = self.refill(rollout, self._actor(), getattr(self.trainer, "datamodule", None), step=step)
         if self.shaping.needs:
             autocast = self.trainer.precision_plugin.forward_context()  # the callback's hooks run outside of it
             with self.phases("logprobs", self.device), autocast, float32_default():
                 rollout = self._with_logprobs(rollout, self.shaping.needs)
         experience = self.shaping(rollout, Context(self.seed, step))
         self.phases.current = "train"
-        return {"experience": experience, "seconds": self.phases.seconds}
+        return {"experience": experience, "seconds": self.phases.seconds, "refilled": refilled}
 
     def validation_batch(self, prompts: PromptBatch) -> dict[str, Any]:
         """``rollout`` and win rates, with the ``seconds``; called by the rollout callback."""
@@ -307,7 +316,8 @@ class GOPOModule(TrainableState, OptimisedModule):
             metrics[difference] = updates[0][difference]  # later ones saw other weights
         self.shaping.commit(experience)
         seconds = {**batch["seconds"], "train": perf_counter() - start}  # the metrics have synchronised the device
-        self._log_training(experience, metrics, seconds)
+        self._log(metrics | rollout_metrics(experience, self.collector.sources, seconds, batch["refilled"]))
+        log_histogram(self.trainer, "advantage/histogram", experience.advantages_PG)
 
     def _with_logprobs(self, rollout: R, needs: frozenset[Needed]) -> R:
         """Adds the frozen log-probs that are needed, before the first update, and are not there. A collective."""
@@ -331,10 +341,6 @@ class GOPOModule(TrainableState, OptimisedModule):
         num_minibatches = self.update_config.num_minibatches
         draw = partial(minibatches, len(experience), num_minibatches, generator, rank(), world_size())
         return (groups_P for _ in range(self.update_config.num_inner_epochs) for groups_P in draw())
-
-    def _log_training(self, experience: Experience, metrics: dict[str, Tensor], seconds: dict[str, float]) -> None:
-        self._log(metrics | rollout_metrics(experience, self.collector.sources, seconds))
-        log_histogram(self.trainer, "advantage/histogram", experience.advantages_PG)
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         """All curves are drawn over optimiser steps, not batches."""

@@ -21,7 +21,10 @@ from tests.test_resume import assert_identical
 from tests.use import commands
 
 METHODS = {path.stem: path.resolve() for path in sorted(Path("configs/methods").glob("*.yaml"))}
-NEEDS: dict[str, dict[str, Any]] = {}
+VOWELS = {"class_path": "gopo_lightning.rewards.FunctionReward", "init_args": {"function": "tests.runs.count_vowels"}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "zo_ranksgd": {"model": {"init_args": {"rewards": {"sources": [VOWELS]}}}},  # few scores may rank no two policies
+}
 """Overlays on the task, by the method's name: `{"model": {"init_args": …}}`."""
 SEED = os.environ.get("METHODS_SEED") or str(datetime.date.today().toordinal())
 CHOSEN = (

@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gopo_lightning.data.sampler import Place, PromptSampler
 from gopo_lightning.rewards import FunctionComparator, FunctionReward
-from gopo_lightning.rollout.refill import has_signal, joined
+from gopo_lightning.rollout.joining import joined
+from gopo_lightning.rollout.refill import has_signal
 from gopo_lightning.types import Completions, Rollout
 from tests.ranks import Case, Record, assert_same_run, launch, on, read, run_case
 from tests.rollouts import rollout_of

@@ -5,17 +5,16 @@ batches and drop what is over), rounds are bounded, and what is left after the l
 """
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from gopo_lightning.distributed.collectives import all_or_none, all_reduce_sum, gather_objects, rank, world_size
 from gopo_lightning.objectives.advantages import preferences
 from gopo_lightning.rollout.collector import Actor, Collector
-from gopo_lightning.types import Completions, PromptBatch, Rollout
+from gopo_lightning.rollout.joining import joined
+from gopo_lightning.types import PromptBatch, Rollout
 
 
 @runtime_checkable
@@ -119,35 +118,3 @@ def _replaced(rollout: Rollout, places_n: Tensor, found: Rollout, alive_n: Tenso
     index_P = torch.arange(len(rollout))
     index_P[places_n[alive_n]] = len(rollout) + alive_n.nonzero()[:, 0]
     return joined(rollout, found).select(index_P)
-
-
-def joined(first: Rollout, second: Rollout) -> Rollout:
-    """The groups of both, as they come from a collector."""
-    changed: dict[str, Any] = {
-        "prompts": PromptBatch(
-            first.prompts.prompts + second.prompts.prompts,
-            *(
-                _cat(getattr(first.prompts, name), getattr(second.prompts, name), left=True)
-                for name in ("tokens_PL", "mask_PL")
-            ),
-        ),
-        "completions": Completions(
-            **{
-                f.name: _cat(getattr(first.completions, f.name), getattr(second.completions, f.name))
-                for f in fields(Completions)
-            }
-        ),
-    }
-    for name in ("rewards_PGK", "rewards_PG", "wins_PGGK"):
-        changed[name] = _cat(getattr(first, name), getattr(second, name))
-    return replace(first, **changed)
-
-
-def _cat(first: Any, second: Any, *, left: bool = False) -> Any:
-    """Rows of both; of two widths, the narrower rows are filled up with 0, which no mask reads."""
-    if first is None or isinstance(first, tuple):
-        return None if first is None else first + second
-    if first.dim() == 2:
-        width = max(first.shape[1], second.shape[1])
-        first, second = (pad(t, (width - t.shape[1], 0) if left else (0, width - t.shape[1])) for t in (first, second))
-    return torch.cat([first, second])

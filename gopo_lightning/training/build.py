@@ -82,11 +82,13 @@ def describe_settings(
             "credit": _named(objective.credit),
             "loss": _described(objective.loss),
             "iterate_every": objective.iterate_every,
+            **({"also": {term.name: _described(term) for term in objective.also}} if objective.also else {}),
         },
         "update": {
             "num_inner_epochs": update.num_inner_epochs,
             "num_minibatches": update.num_minibatches,
             "max_grad_norm": update.max_grad_norm,
+            **({} if update.rule is None else {"rule": _described(update.rule)}),
         },
     }
 

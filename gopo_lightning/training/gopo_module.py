@@ -52,9 +52,11 @@ from gopo_lightning.training.loggers import log_histogram
 from gopo_lightning.training.micro_batches import minibatches
 from gopo_lightning.training.optimisation import OptimisedModule
 from gopo_lightning.training.placement import PlacementConfig, Reference, load_placed_policy, set_up_source
+from gopo_lightning.training.recorded_stream import build_streams
 from gopo_lightning.training.resume import OnSettingChange, plain
 from gopo_lightning.training.schedules import Schedule
-from gopo_lightning.training.update import GradientUpdate
+from gopo_lightning.training.update import build_update
+from gopo_lightning.training.update_rule import Part, Term
 from gopo_lightning.training.validation import EvaluationMetrics, Validation
 from gopo_lightning.types import Experience, PromptBatch, Rollout
 
@@ -90,7 +92,7 @@ class GOPOModule(TrainableState, OptimisedModule):
     """
 
     kind = "policy"
-    fixed_settings = ("seed", "rollout.num_completions", "objective.advantage", "optimizer.class", "policy")
+    fixed_settings = ("seed", "rollout.num_completions", "objective.advantage", "optimizer.class", "policy", "also")
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         checks.check_groups(self.rollout_config, self.reward_config, self.update_config)
         checks.check_loss(self.objective_config, self.reward_config.sources)
+        checks.check_rule(self.update_config, self.objective_config, self.reward_config)
         self.optimizer_callable = self.update_config.optimizer or default_optimizer
         self.schedule = Schedule(
             self.update_config.lr_schedule,
@@ -127,22 +130,20 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.reward_names = [source.name for source in self.reward_config.sources]
         self.invalid = InvalidSteps(self.reward_names, self.reward_config.max_invalid_steps)
         self.collector = build_collector(self.rollout_config, self.reward_config, self.seed, self.phases)
+        self.forward_pass = PolicyForward(
+            self.sampling.temperature, self.update_config.micro_batch_tokens, self.update_config.prefix_sharing
+        )
+        self.update = build_update(self.update_config, self.objective_config, self.forward_pass, self.seed)
+        self.collector.engine = self.update.engine(self.collector.engine)
         self.advantage = build_advantage(self.reward_config, self.objective_config)
         self.refill = build_refill(self.rollout_config, self.collector, self.advantage)
         self.shaping = build_shaping(self.reward_config, self.objective_config, self.advantage)
         self.loss = self.objective_config.loss
         every = self.objective_config.iterate_every
         self.iterate = None if every is None else Iterate(every)
+        self.streams = build_streams(self.objective_config, self.update_config, self.sampling, self.seed)
+        self.terms = [Term(self.loss), *(stream.term for stream in self.streams)]
         checks.check_iterate(self.needs, every)
-        self.forward_pass = PolicyForward(
-            self.sampling.temperature, self.update_config.micro_batch_tokens, self.update_config.prefix_sharing
-        )
-        self.update = GradientUpdate(
-            self.loss,
-            self.forward_pass,
-            max_grad_norm=self.update_config.max_grad_norm,
-            log_entropy=self.objective_config.log_entropy,
-        )
         self._settings = {
             "seed": self.seed,
             **describe_settings(self.rollout_config, self.reward_config, self.objective_config, self.update_config),
@@ -183,14 +184,21 @@ class GOPOModule(TrainableState, OptimisedModule):
     @property
     def needs(self) -> frozenset[Needed]:
         """Frozen log-probs that something reads."""
-        needs = self.loss.needs | self.shaping.needs
-        return needs | {"reference"} if self.objective_config.log_reference_kl else needs
+        return frozenset().union(*self._needs_of_terms)
+
+    @property
+    def _needs_of_terms(self) -> list[frozenset[Needed]]:
+        """The same of each stream of experience, the rollout first."""
+        ours = self.loss.needs | self.shaping.needs
+        logged = {"reference"} if self.objective_config.log_reference_kl else set()
+        return [ours | logged, *(stream.term.objective.needs for stream in self.streams)]
 
     def configure_callbacks(self) -> list[Callback]:
         checks.check_trainer(
             self.trainer, updates_per_rollout=self.updates_per_batch, policy_dtype=self.policy_config.dtype
         )
         self.placement.check(self.trainer)
+        self.update.check(self.trainer)
         if self.trainer.state.fn == "fit":
             checks.check_sampling(self.sampling, updates_per_rollout=self.updates_per_batch)
         ours = [*super().configure_callbacks(), *standard_callbacks(self.trainer, self.rollout_config)]
@@ -224,6 +232,8 @@ class GOPOModule(TrainableState, OptimisedModule):
             checks.check_minibatches(self.trainer, self.update_config.num_minibatches)
             checks.check_refill(self.trainer, self.rollout_config.refill)
             self.advantage.set_up()
+            for stream in self.streams:
+                self._settings.setdefault("also", {})[stream.term.name] = stream.set_up(self.trainer)
             if "reference" in self.needs:
                 self.reference.load(self.trainer, keep=True)
 
@@ -247,6 +257,7 @@ class GOPOModule(TrainableState, OptimisedModule):
     def training_batch(self, prompts: PromptBatch, *, step: int) -> dict[str, Any]:
         """``experience`` and the ``seconds`` of its phases; called by the rollout callback."""
         self.phases.begin()
+        self.update.begin(step)
         if self.iterate is not None:
             self.iterate.refresh(self.policy, step)
         rollout = self.collector.collect(self._actor(), prompts, self.rollout_config.num_completions, step=step)
@@ -258,7 +269,9 @@ class GOPOModule(TrainableState, OptimisedModule):
                 rollout = self._with_logprobs(rollout, self.shaping.needs)
         experience = self.shaping(rollout, Context(self.seed, step))
         self.phases.current = "train"
-        return {"experience": experience, "seconds": self.phases.seconds, "refilled": refilled}
+        recorded = [stream.experience(self._actor(), step) for stream in self.streams]
+        seconds = self.phases.seconds
+        return {"experience": experience, "recorded": recorded, "seconds": seconds, "refilled": refilled}
 
     def validation_batch(self, prompts: PromptBatch) -> dict[str, Any]:
         """``rollout`` and win rates, with the ``seconds``; called by the rollout callback."""
@@ -283,6 +296,7 @@ class GOPOModule(TrainableState, OptimisedModule):
             "invalid": self.invalid.state_dict(),
             "transforms": self.shaping.state_dict(),
             "shares_prefix": self.forward_pass.shares_prefix,
+            "streams": [stream.state_dict() for stream in self.streams],
         }
         if isinstance(self.collector.engine, HasState):
             state["engine"] = self.collector.engine.state_dict()
@@ -296,6 +310,8 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.invalid.load_state_dict(state.get("invalid", {}))
         self.shaping.load_state_dict(state.get("transforms", {}))
         self.forward_pass.restore(state.get("shares_prefix"))
+        for stream, place in zip(self.streams, state.get("streams", []), strict=False):
+            stream.load_state_dict(place)
         if isinstance(self.collector.engine, HasState) and "engine" in state:
             self.collector.engine.load_state_dict(state["engine"])
         if self.iterate is not None and "iterate" in state:
@@ -306,11 +322,14 @@ class GOPOModule(TrainableState, OptimisedModule):
     @float32_default()
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         start = perf_counter()
-        experience = self._with_logprobs(batch["experience"], self.needs)
+        streams = zip([batch["experience"], *batch["recorded"]], self._needs_of_terms, strict=True)
+        experiences = [self._with_logprobs(each, needs) for each, needs in streams]
         updates = []
-        for groups_P in self._minibatches(experience):
-            updates.append(self.update(self, self.policy, experience, groups_P))
+        for groups in zip(*map(self._minibatches, experiences), strict=True):
+            parts = [Part(*part) for part in zip(self.terms, experiences, groups, strict=True)]
+            updates.append(self.update(self, self.policy, parts))
             self.policy_is_initial = False
+        experience = experiences[0]
         metrics = {key: torch.stack([update[key] for update in updates]).mean() for key in updates[0]}
         if (difference := "train/sampler_logprob_diff") in metrics:
             metrics[difference] = updates[0][difference]  # later ones saw other weights

@@ -164,9 +164,8 @@ class PromptDataModule(FingerprintedDataModule):
 
     def training_prompts(self, rows: Sequence[int]) -> PromptBatch:
         """The training prompts of ``rows``, as a step gets them."""
-        assert self.trainer is not None
-        dataset = self._datasets["train"]
-        pad_token_id = self.trainer.lightning_module.tokenizer.pad_token_id
+        trainer: Any = self.trainer
+        dataset, pad_token_id = self._datasets["train"], trainer.lightning_module.tokenizer.pad_token_id
         return PromptBatch.collate([dataset[row][0] for row in rows], pad_token_id)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

@@ -107,7 +107,9 @@ def check_rule(update: UpdateConfig, objective: ObjectiveConfig, rewards: Reward
     """
     if update.rule is None or update.rule.reads_loss:
         return
-    options = {"objective": ("advantage", "credit", "loss", "iterate_every", "log_reference_kl", "also")}
+    options: dict[str, tuple[str, ...]] = {
+        "objective": ("advantage", "credit", "loss", "iterate_every", "log_reference_kl", "also")
+    }
     options["update"] = ("num_inner_epochs", "num_minibatches", "micro_batch_tokens", "prefix_sharing")
     name = type(update.rule).__name__
     given: dict[str, tuple[Any, Any]] = {

@@ -190,7 +190,7 @@ class GOPOModule(TrainableState, OptimisedModule):
     def _needs_of_terms(self) -> list[frozenset[Needed]]:
         """The same of each stream of experience, the rollout first."""
         ours = self.loss.needs | self.shaping.needs
-        logged = {"reference"} if self.objective_config.log_reference_kl else set()
+        logged: frozenset[Needed] = frozenset({"reference"} if self.objective_config.log_reference_kl else ())
         return [ours | logged, *(stream.term.objective.needs for stream in self.streams)]
 
     def configure_callbacks(self) -> list[Callback]:
@@ -262,7 +262,8 @@ class GOPOModule(TrainableState, OptimisedModule):
             self.iterate.refresh(self.policy, step)
         rollout = self.collector.collect(self._actor(), prompts, self.rollout_config.num_completions, step=step)
         self.invalid.update(step, rollout.rewards_PGK)
-        rollout, refilled = self.refill(rollout, self._actor(), getattr(self.trainer, "datamodule", None), step=step)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        rollout, refilled = self.refill(rollout, self._actor(), data, step=step)
         if self.shaping.needs:
             autocast = self.trainer.precision_plugin.forward_context()  # the callback's hooks run outside of it
             with self.phases("logprobs", self.device), autocast, float32_default():

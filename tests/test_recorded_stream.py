@@ -153,7 +153,8 @@ def test_each_stream_goes_on_where_it_was(results: Path) -> None:
         assert_identical(rest[1][key], whole[1][key])
     places = whole[1]["callbacks"]["RolloutCallback"]["streams"]
     assert rest[1]["callbacks"]["RolloutCallback"]["streams"] == places
-    assert places == [{"step": 3, "epoch": 1, "offset": 0}, {"step": 3, "epoch": 0, "offset": 6}]
+    expected = {"gepo": {"step": 3, "epoch": 1, "offset": 0}, "likelihood": {"step": 3, "epoch": 0, "offset": 6}}
+    assert places == expected
 
 
 def test_other_data_are_refused_on_resume(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gopo_lightning._compat import attached_trainer
+from gopo_lightning.data.sources import load_rows
 from gopo_lightning.distributed.checkpoints import TrainableState, install_atomic_saving
 from gopo_lightning.distributed.collectives import all_or_none, rank, world_size
 from gopo_lightning.objectives.base import Needed
@@ -219,6 +220,10 @@ class GOPOModule(TrainableState, OptimisedModule):
         super().on_load_checkpoint(checkpoint)
         self.policy_is_initial = False
 
+    def prepare_data(self) -> None:
+        for stream in self.streams:
+            load_rows(stream.config.data)  # what is not local, on one process per node
+
     def setup(self, stage: str) -> None:
         install_atomic_saving(self.trainer)
         engine = self.collector.engine
@@ -297,7 +302,7 @@ class GOPOModule(TrainableState, OptimisedModule):
             "invalid": self.invalid.state_dict(),
             "transforms": self.shaping.state_dict(),
             "shares_prefix": self.forward_pass.shares_prefix,
-            "streams": [stream.state_dict() for stream in self.streams],
+            "streams": {stream.term.name: stream.state_dict() for stream in self.streams},
         }
         if isinstance(self.collector.engine, HasState):
             state["engine"] = self.collector.engine.state_dict()
@@ -311,8 +316,8 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.invalid.load_state_dict(state.get("invalid", {}))
         self.shaping.load_state_dict(state.get("transforms", {}))
         self.forward_pass.restore(state.get("shares_prefix"))
-        for stream, place in zip(self.streams, state.get("streams", []), strict=False):
-            stream.load_state_dict(place)
+        for stream in self.streams:
+            stream.load_state_dict(state.get("streams", {}).get(stream.term.name, {}))
         if isinstance(self.collector.engine, HasState) and "engine" in state:
             self.collector.engine.load_state_dict(state["engine"])
         if self.iterate is not None and "iterate" in state:

@@ -95,7 +95,7 @@ class RecordedStream:
         return asdict(place)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What ``state_dict`` gave."""
+        """What ``state_dict`` gave; nothing of one that the checkpoint does not know."""
         self._origin = Place(**state)
 
 

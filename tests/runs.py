@@ -30,9 +30,9 @@ def some_invalid(prompts: list[str], completions: list[str]) -> list[float | Non
 
 
 GROUPS = {
-    "rollout": ("sampling", "num_completions", "eval_num_completions", "engine"),
+    "rollout": ("sampling", "num_completions", "eval_num_completions", "engine", "refill"),
     "rewards": ("sources", "combine", "transforms", "timeout_seconds", "max_invalid_steps"),
-    "objective": ("advantage", "credit", "loss", "iterate_every", "log_entropy", "log_reference_kl"),
+    "objective": ("advantage", "credit", "loss", "iterate_every", "log_entropy", "log_reference_kl", "also"),
     "update": (
         "optimizer",
         "lr_schedule",
@@ -43,6 +43,7 @@ GROUPS = {
         "num_inner_epochs",
         "num_minibatches",
         "micro_batch_tokens",
+        "rule",
         "prefix_sharing",
     ),
 }

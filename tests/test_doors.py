@@ -15,6 +15,7 @@ from gopo_lightning.objectives import Loss, Mean, Objective
 from gopo_lightning.rewards import RewardSource
 from gopo_lightning.rollout import Transform, TransformersEngine
 from gopo_lightning.rollout.transforms import Context
+from gopo_lightning.training.update import GradientUpdate
 from gopo_lightning.types import Experience, Rollout
 
 
@@ -42,6 +43,14 @@ class NamesItLoss(Regression):
     def __call__(self, logprobs_NT: Tensor, experience: Experience, mask_NT: Tensor, total: Tensor) -> Loss:
         loss = super().__call__(logprobs_NT, experience, mask_NT, total)
         return Loss(loss.value, {"loss": loss.metrics["error"]})
+
+
+class Twice(GradientUpdate):
+    """Twice the gradient, and a metric of its own."""
+
+    def __call__(self, module: Any, policy: Any, parts: Any) -> dict[str, Tensor]:
+        doubled = [part._replace(term=replace(part.term, weight=2 * part.term.weight)) for part in parts]
+        return {**super().__call__(module, policy, doubled), "train/twice": torch.tensor(2.0)}
 
 
 class CountsSteps(Transform):
@@ -99,6 +108,7 @@ DOORS: dict[str, dict[str, Any]] = {
     "transform": {"rewards": {"transforms": [{"class_path": "tests.test_doors.CountsSteps"}]}},
     "combine": {"rewards": {"combine": "tests.test_doors.only_the_first"}},
     "reward": {"rewards": {"sources": [{"class_path": "tests.test_doors.Length"}]}},
+    "update": {"update": {"rule": {"class_path": "tests.test_doors.Twice"}, "num_minibatches": 2}},
     "engine": {"rollout": {"engine": {"class_path": "tests.test_doors.Engine"}}},
 }
 
@@ -144,6 +154,7 @@ def test_a_method_is_named_in_yaml_and_trains(door: str, tiny_policy: Path, prom
     assert module.trainer.global_step == 2
     text = (tmp_path / "run" / "a" / "metrics.csv").read_text()
     assert "train/loss" in text and ("train/error" in text) == (door == "objective")
+    assert ("train/twice" in text) == (door == "update")
 
 
 def test_a_metric_that_is_called_like_one_of_ours_is_refused(

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from gopo_lightning.data.fingerprint import Digest
 from gopo_lightning.data.preferences import PreferenceDataModule
-from gopo_lightning.data.prompts import PromptDataset
+from gopo_lightning.data.prompt_dataset import PromptDataset
 from gopo_lightning.data.rendering import PromptRenderer
 from gopo_lightning.data.sources import PromptSource, load_rows
 from tests.conftest import byte_tokenizer

@@ -21,9 +21,11 @@ from tests.test_resume import assert_identical
 from tests.use import commands
 
 METHODS = {path.stem: path.resolve() for path in sorted(Path("configs/methods").glob("*.yaml"))}
+VOWELS = {"class_path": "gopo_lightning.rewards.FunctionReward", "init_args": {"function": "tests.runs.count_vowels"}}
 NEEDS: dict[str, dict[str, Any]] = {
-    "hapo": {"data": {"init_args": {"train": {"limit": 4}}}}
-}  # each prompt in each step
+    "hapo": {"data": {"init_args": {"train": {"limit": 4}}}},  # each prompt in each step
+    "zo_ranksgd": {"model": {"init_args": {"rewards": {"sources": [VOWELS]}}}},  # few scores may rank no two policies
+}
 """Overlays on the task, by the method's name: `{"model": {"init_args": …}}`."""
 SEED = os.environ.get("METHODS_SEED") or str(datetime.date.today().toordinal())
 CHOSEN = (

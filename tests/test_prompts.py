@@ -14,7 +14,8 @@ from lightning import LightningModule, Trainer
 from transformers import AutoTokenizer
 
 from gopo_lightning.data import ratings
-from gopo_lightning.data.prompts import PromptDataModule, PromptDataset
+from gopo_lightning.data.prompt_dataset import PromptDataset
+from gopo_lightning.data.prompts import PromptDataModule
 from gopo_lightning.data.rendering import PromptRenderer
 from gopo_lightning.data.sources import PromptSource, load_rows
 

@@ -2,110 +2,22 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
 
 from gopo_lightning._compat import batches_processed, uses_distributed_sampler
 from gopo_lightning.data.batch import collate_with
-from gopo_lightning.data.fingerprint import Digest, FingerprintedDataModule, OnDataChange
+from gopo_lightning.data.fingerprint import FingerprintedDataModule, OnDataChange
+from gopo_lightning.data.prompt_dataset import Overlong, PromptDataset
 from gopo_lightning.data.rendering import PromptRenderer, Template
 from gopo_lightning.data.sampler import InOrderSampler, Place, PromptSampler
 from gopo_lightning.data.sources import PromptSource, columns_of, load_rows
-from gopo_lightning.types import Prompt
-
-Overlong = Literal["error", "drop", "truncate_left"]
-
-
-class PromptDataset(Dataset[tuple[Prompt, bool]]):
-    """Rows as prompts, rendered when asked for; every row is checked once at the start.
-
-    Item ``i`` is (prompt, is padding): numbers from ``len`` on are padding, see ``InOrderSampler``.
-
-    Args:
-        rows: of the source.
-        render: row number and row -> prompt.
-        max_prompt_tokens: longer prompts are ``overlong``; None is no limit.
-        overlong: what to do with those.
-
-    Attributes:
-        num_overlong: how many rows were too long.
-        longest: tokens of the longest prompt, and its row.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        render: PromptRenderer,
-        *,
-        max_prompt_tokens: int | None = None,
-        overlong: Overlong = "error",
-    ) -> None:
-        self.rows, self.render = rows, render
-        self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
-        self.num_overlong, self.longest = 0, (0, 0)
-        self._rows_digest, self._tokens_digest = Digest(), Digest()
-        silent = None if rank_zero_only.rank == 0 else True  # type: ignore[attr-defined]  # None: off a terminal
-        indices = tqdm(range(len(rows)), f"prompts of {render.source.path}", delay=2, leave=False, disable=silent)
-        self._kept = [index for index in indices if self._keeps(index)]
-        if not self._kept:
-            raise ValueError(
-                f"all {len(rows)} prompts of {render.source.path} are longer than max_prompt_tokens="
-                f"{max_prompt_tokens} and were dropped. Raise it, or use overlong: truncate_left."
-            )
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, item: int) -> tuple[Prompt, bool]:
-        index = self._kept[item % len(self)]
-        prompt = self.render(index, self.rows[index])
-        if self.max_prompt_tokens is not None and len(prompt.token_ids) > self.max_prompt_tokens:
-            prompt = _truncated_left(prompt, self.max_prompt_tokens, self.render.tokenizer.bos_token_id)
-        return prompt, item >= len(self)
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """Tells whether another process reads the same prompts."""
-        return {
-            "path": self.render.source.path,
-            "num_prompts": len(self),
-            "rows": self._rows_digest.value,
-            "tokens": self._tokens_digest.value,
-            "cut_to_tokens": self.max_prompt_tokens if self.num_overlong else None,
-        }
-
-    def _keeps(self, index: int) -> bool:
-        """Check the row, count it if overlong, and say whether it stays."""
-        token_ids = self.render(index, self.rows[index]).token_ids
-        self._rows_digest.add(self.rows[index])
-        self._tokens_digest.add(token_ids)
-        num_tokens = len(token_ids)
-        if self.max_prompt_tokens is None or num_tokens <= self.max_prompt_tokens:
-            self.longest = max(self.longest, (num_tokens, index))
-            return True
-        self.num_overlong += 1
-        if self.overlong == "error":
-            raise ValueError(
-                f"row {index} (counted from 0) of {self.render.source.path} has {num_tokens} tokens, more than "
-                f"max_prompt_tokens={self.max_prompt_tokens}. Raise it, or set overlong to drop or truncate_left."
-            )
-        if self.overlong == "truncate_left":
-            self.longest = max(self.longest, (self.max_prompt_tokens, index))
-        return self.overlong == "truncate_left"
-
-
-def _truncated_left(prompt: Prompt, max_tokens: int, bos_token_id: int | None) -> Prompt:
-    """The last ``max_tokens`` tokens; a BOS at the front stays there and counts."""
-    ids = prompt.token_ids
-    head = ids[:1] if bos_token_id is not None and ids[0] == bos_token_id and max_tokens > 1 else ()
-    kept = head + ids[len(ids) - (max_tokens - len(head)) :]
-    return replace(prompt, token_ids=kept)
+from gopo_lightning.types import PromptBatch
 
 
 class PromptDataModule(FingerprintedDataModule):
@@ -241,6 +153,20 @@ class PromptDataModule(FingerprintedDataModule):
             **self._shard(),
         )
         return self._loader(self._datasets["train"], self._sampler)
+
+    def further_prompts(self, count: int) -> list[int]:
+        """Rows of the next ``count`` training prompts for this step, over all ranks; the next step begins after them.
+
+        The same on every rank; fewer where the step has read all prompts.
+        """
+        assert self._sampler is not None
+        return self._sampler.further(count)
+
+    def training_prompts(self, rows: Sequence[int]) -> PromptBatch:
+        """The training prompts of ``rows``, as a step gets them."""
+        trainer: Any = self.trainer
+        dataset, pad_token_id = self._datasets["train"], trainer.lightning_module.tokenizer.pad_token_id
+        return PromptBatch.collate([dataset[row][0] for row in rows], pad_token_id)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """All validation prompts in order; nothing if none are given."""

@@ -5,7 +5,7 @@ needs no sampler of its own (``use_distributed_sampler: false``). P prompts of a
 takes ``[r::W]``, so that one process and many ranks train on the same prompts in the same step.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,8 @@ class PromptSampler(Sampler[list[int]]):
     done so far, so a run that was interrupted in mid-epoch or at its end continues with the prompts that the
     uninterrupted one would have read; Lightning's own epoch counters do not enter (they differ between checkpoints
     saved after the last batch and after the epoch). With another P it continues after the same prompts: the origin of
-    a resumed run is a place in prompts, not in steps.
+    a resumed run is a place in prompts, not in steps. A step may read ``further`` prompts of the order; the next one
+    then begins after these, and `place` says so.
 
     Args:
         num_prompts: rows of the dataset.
@@ -71,6 +72,10 @@ class PromptSampler(Sampler[list[int]]):
         self.world_size = world_size
         self.position = position
         self.origin = origin
+        self._moved: tuple[Place, ...] = ()
+        """The step that read further prompts last, and the next one."""
+        self._read: set[int] = set()
+        """Rows that it has read, over all ranks."""
 
     def __len__(self) -> int:
         """Steps per epoch."""
@@ -83,18 +88,51 @@ class PromptSampler(Sampler[list[int]]):
 
     def step(self, number: int) -> list[int]:
         """This rank's rows in step ``number`` of the run, counted from 0."""
-        place = self.place(number)
-        order = torch.randperm(self.num_prompts, generator=torch.Generator().manual_seed(self.seed + place.epoch))
-        return order[place.offset : place.offset + self.prompts_per_step][self.rank :: self.world_size].tolist()
+        return self._rows(number)[self.rank :: self.world_size]
 
     def place(self, number: int) -> Place:
         """Where step ``number``, the origin's or a later one, begins."""
-        origin, P = self.origin(), self.prompts_per_step
+        P, known = self.prompts_per_step, [place for place in self._moved if place.step <= number]
+        origin = known[-1] if known else self.origin()
         steps, left = number - origin.step, (self.num_prompts - origin.offset) // P
         if steps < left:
             return Place(number, origin.epoch, origin.offset + steps * P)
         epoch, within = divmod(steps - left, len(self))
         return Place(number, origin.epoch + 1 + epoch, within * P)
+
+    def further(self, count: int) -> list[int]:
+        """The next ``count`` rows of the order for the present step, over all ranks, and the same on each.
+
+        A step reads no row twice, so there are fewer where it has read all others.
+        """
+        number = self.position()
+        if not self._moved or self._moved[-1].step != number + 1:
+            self._moved, self._read = (self.place(number), self.place(number + 1)), set(self._rows(number))
+        rows, after = self._following(self._moved[-1], count, self._read)
+        self._moved = (self._moved[0], after)
+        self._read.update(rows)
+        return rows
+
+    def _rows(self, number: int) -> list[int]:
+        """Of all ranks."""
+        place = self.place(number)
+        return self._order(place.epoch)[place.offset : place.offset + self.prompts_per_step]
+
+    def _order(self, epoch: int) -> list[int]:
+        return torch.randperm(self.num_prompts, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+
+    def _following(self, start: Place, count: int, besides: Collection[int]) -> tuple[list[int], Place]:
+        """``count`` rows from ``start`` on, but those of ``besides``; and the place after them."""
+        count = min(count, self.num_prompts - len(besides))
+        rows: list[int] = []
+        epoch, offset, order = start.epoch, start.offset, self._order(start.epoch)
+        while len(rows) < count:
+            if offset == self.num_prompts:
+                epoch, offset, order = epoch + 1, 0, self._order(epoch + 1)
+            if order[offset] not in besides and order[offset] not in rows:
+                rows.append(order[offset])
+            offset += 1
+        return rows, Place(start.step, epoch, offset)
 
 
 class InOrderSampler(Sampler[list[int]]):

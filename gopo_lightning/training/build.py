@@ -11,6 +11,7 @@ from gopo_lightning.rewards import combine
 from gopo_lightning.rollout import TransformersEngine
 from gopo_lightning.rollout.collector import Collector
 from gopo_lightning.rollout.phases import Phases
+from gopo_lightning.rollout.refill import Refill
 from gopo_lightning.rollout.shaping import Shaping
 from gopo_lightning.rollout.transforms import Setting
 from gopo_lightning.training.advantage import Advantage
@@ -37,6 +38,11 @@ def build_collector(rollout: RolloutConfig, rewards: RewardConfig, seed: int, ph
         phases,
         rewards.timeout_seconds,
     )
+
+
+def build_refill(rollout: RolloutConfig, collector: Collector, advantage: Advantage) -> Refill:
+    """Replaces groups without a signal."""
+    return Refill(collector, rollout.refill or 0, from_wins=advantage.from_wins)
 
 
 def build_advantage(rewards: RewardConfig, objective: ObjectiveConfig) -> Advantage:
@@ -76,7 +82,11 @@ def describe_settings(
 ) -> dict[str, Any]:
     """What a checkpoint says of a run: what a resume compares."""
     return {
-        "rollout": {"num_completions": rollout.num_completions, "sampling": asdict(rollout.sampling)},
+        "rollout": {
+            "num_completions": rollout.num_completions,
+            "sampling": asdict(rollout.sampling),
+            **({} if rollout.refill is None else {"refill": rollout.refill}),
+        },
         "rewards": {
             "sources": [source.name for source in rewards.sources],
             "combine": _named(rewards.combine),
@@ -87,11 +97,13 @@ def describe_settings(
             "credit": _named(objective.credit),
             "loss": _described(objective.loss),
             "iterate_every": objective.iterate_every,
+            **({"also": {term.name: _described(term) for term in objective.also}} if objective.also else {}),
         },
         "update": {
             "num_inner_epochs": update.num_inner_epochs,
             "num_minibatches": update.num_minibatches,
             "max_grad_norm": update.max_grad_norm,
+            **({} if update.rule is None else {"rule": _described(update.rule)}),
         },
     }
 

@@ -1,8 +1,10 @@
 """Refuses, before anything is loaded, what the module would otherwise have to ignore."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import PurePath
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -13,12 +15,14 @@ from torch import Tensor
 from gopo_lightning._compat import save_interval
 from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.objectives.base import Needed, Objective
-from gopo_lightning.rewards import RewardSource, Source
+from gopo_lightning.rewards import RecordedReward, RewardSource, Source
 from gopo_lightning.rollout import PrefixScores, Transform
 from gopo_lightning.rollout.engines.base import SamplingConfig
 from gopo_lightning.rollout.engines.precision import cpu_computes_bfloat16
+from gopo_lightning.rollout.refill import HasFurtherPrompts
 from gopo_lightning.training.config import (
     ObjectiveConfig,
+    RecordedTerm,
     RewardConfig,
     RolloutConfig,
     UpdateConfig,
@@ -64,6 +68,7 @@ def check_groups(rollout: RolloutConfig, rewards: RewardConfig, update: UpdateCo
         num_inner_epochs=update.num_inner_epochs,
         num_minibatches=update.num_minibatches,
         micro_batch_tokens=1 if update.micro_batch_tokens is None else update.micro_batch_tokens,
+        refill=1 if rollout.refill is None else rollout.refill,
     )
     check_group_size(rollout.num_completions)
     check_sources(rewards.sources)
@@ -112,6 +117,59 @@ def check_prefixes(objective: ObjectiveConfig, transforms: Sequence[Transform]) 
             f"objective.advantage={objective.advantage} has no effect: credit brpo makes the advantages of the scores "
             "of prefixes. Set it to ordinal, or use another credit."
         )
+
+
+def check_rule(update: UpdateConfig, objective: ObjectiveConfig, rewards: RewardConfig) -> None:
+    """ValueError for options of what an update rule that reads no loss would pass over.
+
+    (`log_entropy` is on by default, and there is no forward to measure it in.)
+    """
+    if update.rule is None or update.rule.reads_loss:
+        return
+    options: dict[str, tuple[str, ...]] = {
+        "objective": ("advantage", "credit", "loss", "iterate_every", "log_reference_kl", "also")
+    }
+    options["update"] = ("num_inner_epochs", "num_minibatches", "micro_batch_tokens", "prefix_sharing")
+    name = type(update.rule).__name__
+    given: dict[str, tuple[Any, Any]] = {
+        "objective": (objective, ObjectiveConfig()),
+        "update": (update, UpdateConfig()),
+    }
+    for group, fields in options.items():
+        mine, default = given[group]
+        for field in fields:
+            if (value := getattr(mine, field)) != getattr(default, field):
+                raise ValueError(
+                    f"{group}.{field}={value} has no effect: update.rule {name} reads no loss, and a rollout makes one "
+                    f"step. Set it to {getattr(default, field)}, or remove the rule."
+                )
+    if late := [type(each).__name__ for each in rewards.transforms if each.position == "advantages"]:
+        raise ValueError(f"rewards.transforms has {late}, which change advantages: update.rule {name} reads none.")
+
+
+def check_streams(terms: Sequence[RecordedTerm], num_minibatches: int) -> None:
+    """ValueError for recorded streams that cannot be told apart or weighed, or that nothing can be made of."""
+    names = [term.name for term in terms]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"objective.also has {doubled} several times, which share their curves then; set `name` of each"
+        )
+    for term in terms:
+        place = f"objective.also '{term.name}'"
+        check_loss(ObjectiveConfig(advantage=term.advantage, loss=term.loss), [RecordedReward()])
+        if not re.fullmatch(r"\w+", term.name):
+            raise ValueError(f"{place}: a name is letters, digits and underscores, as its curves are train/<name>/…")
+        if not 0 < term.weight < math.inf:
+            raise ValueError(f"{place}: weight={term.weight} must be above 0 and finite. Leave it out for none.")
+        if term.num_completions < 2:
+            raise ValueError(f"{place}: num_completions={term.num_completions} must be at least 2 to be compared.")
+        if term.loss.reads_sampler:
+            raise ValueError(f"{place}: its loss reads the sampler's log-probs, and nothing was sampled.")
+        if term.prompts_per_step % num_minibatches:
+            raise ValueError(
+                f"{place}: update.num_minibatches={num_minibatches} must divide its prompts_per_step="
+                f"{term.prompts_per_step}, so that minibatches are equal. Change either."
+            )
 
 
 def check_iterate(needs: frozenset[Needed], iterate_every: int | None) -> None:
@@ -195,6 +253,15 @@ def check_minibatches(trainer: Trainer, num_minibatches: int) -> None:
         raise ValueError(
             f"num_minibatches={num_minibatches} must divide data.init_args.prompts_per_step={prompts_per_step}, so "
             "that minibatches are equal. Change either."
+        )
+
+
+def check_refill(trainer: Trainer, refill: int | None) -> None:
+    """Further prompts come from the data module."""
+    if refill is not None and not isinstance(getattr(trainer, "datamodule", None), HasFurtherPrompts):
+        raise ValueError(
+            f"rollout.refill={refill} reads further prompts in the order of a PromptDataModule, and these prompts come "
+            "from a loader of their own. Give the Trainer a PromptDataModule, or set refill to null."
         )
 
 

@@ -19,12 +19,14 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 from torch.optim import Optimizer
 
+from gopo_lightning.data.sources import PromptSource
 from gopo_lightning.objectives.base import Objective
 from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.policy.prefix_sharing import PrefixSharing
 from gopo_lightning.rewards import PairwiseSource, RewardSource
 from gopo_lightning.rollout import RolloutEngine, SamplingConfig, Transform
 from gopo_lightning.training.schedules import WarmupStart
+from gopo_lightning.training.update_rule import UpdateRule
 
 C = TypeVar("C")
 Named = str | dict[str, Any]
@@ -43,6 +45,9 @@ class RolloutConfig:
     """Completions of one prompt in validation, test and predict."""
     engine: RolloutEngine | None = None
     """What samples the completions; TransformersEngine when null."""
+    refill: int | None = None
+    """Most rounds in which further prompts take the place of those whose completions all tie, or have no valid score
+    (DAPO's dynamic sampling); null for none."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,26 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class RecordedTerm:
+    """A loss of recorded groups that is added to that of the rollout."""
+
+    data: PromptSource
+    """Prompts with rated answers in their rows, in a format of comparisons; rendered as the data module renders."""
+    loss: Objective
+    """Log-probs and ratings → the loss."""
+    weight: float = 1.0
+    """What it is multiplied by."""
+    name: str = "recorded"
+    """Its metrics are `train/<name>/…`."""
+    prompts_per_step: int = 8
+    """Prompts of one rollout's updates over all ranks, read in an order of their own."""
+    num_completions: int = 2
+    """Answers of a prompt, at least 2; of a row with more, so many are drawn at each step."""
+    advantage: Named = "ordinal"
+    """Ratings → advantages, for a loss that reads them."""
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """What is minimised."""
 
@@ -83,6 +108,12 @@ class ObjectiveConfig:
     """Log the policy's entropy."""
     log_reference_kl: bool = False
     """Log the KL divergence to the reference although the loss does not read it (one more forward a step)."""
+    also: Sequence[RecordedTerm] = ()
+    """Losses of recorded groups that are added to this one, each with its data, weight and denominator."""
+
+    def __post_init__(self) -> None:
+        also = tuple(as_config(RecordedTerm, each, "objective.also") for each in self.also)
+        object.__setattr__(self, "also", also)
 
 
 def default_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
@@ -114,6 +145,8 @@ class UpdateConfig:
     micro_batch_tokens: int | None = None
     """Most tokens of one forward and backward, in whole groups (a larger one goes alone); null takes a minibatch at
     once. The result does not depend on it, memory does."""
+    rule: UpdateRule | None = None
+    """What makes an optimiser step of a minibatch; the gradient of the loss (`GradientUpdate`) when null."""
     prefix_sharing: PrefixSharing = "auto"
     """`always` forwards a group's prompt once, `never` with each completion; `auto` shares after comparing both on the
     first step, and else says why not."""

@@ -8,11 +8,12 @@ from torch import Tensor
 from gopo_lightning.distributed.collectives import gather_rows
 from gopo_lightning.rewards import Source, comparison_metrics
 from gopo_lightning.rewards.metrics import completion_metrics, reward_metrics
+from gopo_lightning.rollout.refill import Refilled
 from gopo_lightning.types import Experience
 
 
 def rollout_metrics(
-    experience: Experience, sources: Sequence[Source], seconds: Mapping[str, float]
+    experience: Experience, sources: Sequence[Source], seconds: Mapping[str, float], refilled: Refilled
 ) -> dict[str, Tensor]:
     """Rewards, comparisons, lengths, and how fast this rank was; a collective.
 
@@ -20,6 +21,7 @@ def rollout_metrics(
         experience: of this rank.
         sources: of its rewards.
         seconds: by phase, ``rollout``, ``reward`` and ``train``.
+        refilled: what was sampled beside the experience.
     """
     rewards_PG = gather_rows(experience.rewards_PG)
     lengths_N = gather_rows(experience.completions.lengths_N)
@@ -28,6 +30,6 @@ def rollout_metrics(
     if experience.wins_PGGK is not None:
         metrics |= comparison_metrics(sources, gather_rows(experience.wins_PGGK))
     metrics |= completion_metrics(lengths_N, gather_rows(experience.completions.truncated_N))
-    for phase in ("rollout", "train"):
-        metrics[f"throughput/{phase}_tokens_per_second"] = lengths_N.sum() / seconds[phase]
-    return metrics | {f"seconds/{phase}": torch.tensor(value) for phase, value in seconds.items()}
+    for phase, num_tokens in {"rollout": lengths_N.sum() + refilled.tokens, "train": lengths_N.sum()}.items():
+        metrics[f"throughput/{phase}_tokens_per_second"] = num_tokens / seconds[phase]
+    return metrics | refilled.metrics | {f"seconds/{phase}": torch.tensor(value) for phase, value in seconds.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gopo_lightning._compat import attached_trainer
+from gopo_lightning.data.sources import load_rows
 from gopo_lightning.distributed.checkpoints import TrainableState, install_atomic_saving
 from gopo_lightning.distributed.collectives import all_or_none, rank, world_size
 from gopo_lightning.objectives.base import Needed
@@ -27,7 +28,13 @@ from gopo_lightning.rollout.engines.base import ChecksSampling, HasState
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.transforms import Context
 from gopo_lightning.training import checks
-from gopo_lightning.training.build import build_advantage, build_collector, build_shaping, describe_settings
+from gopo_lightning.training.build import (
+    build_advantage,
+    build_collector,
+    build_refill,
+    build_shaping,
+    describe_settings,
+)
 from gopo_lightning.training.callbacks.predictions import PredictionWriter, prediction_records
 from gopo_lightning.training.callbacks.standard import standard_callbacks
 from gopo_lightning.training.callbacks.validate_first import ValidateFirst
@@ -46,9 +53,11 @@ from gopo_lightning.training.loggers import log_histogram
 from gopo_lightning.training.micro_batches import minibatches
 from gopo_lightning.training.optimisation import OptimisedModule
 from gopo_lightning.training.placement import PlacementConfig, Reference, load_placed_policy, set_up_source
+from gopo_lightning.training.recorded_stream import build_streams
 from gopo_lightning.training.resume import OnSettingChange, plain
 from gopo_lightning.training.schedules import Schedule
-from gopo_lightning.training.update import GradientUpdate
+from gopo_lightning.training.update import build_update
+from gopo_lightning.training.update_rule import Part, Term
 from gopo_lightning.training.validation import EvaluationMetrics, Validation
 from gopo_lightning.types import Experience, PromptBatch, Rollout
 
@@ -84,7 +93,7 @@ class GOPOModule(TrainableState, OptimisedModule):
     """
 
     kind = "policy"
-    fixed_settings = ("seed", "rollout.num_completions", "objective.advantage", "optimizer.class", "policy")
+    fixed_settings = ("seed", "rollout.num_completions", "objective.advantage", "optimizer.class", "policy", "also")
 
     def __init__(
         self,
@@ -110,6 +119,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         checks.check_groups(self.rollout_config, self.reward_config, self.update_config)
         checks.check_loss(self.objective_config, self.reward_config.sources)
+        checks.check_rule(self.update_config, self.objective_config, self.reward_config)
         self.optimizer_callable = self.update_config.optimizer or default_optimizer
         self.schedule = Schedule(
             self.update_config.lr_schedule,
@@ -121,22 +131,22 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.reward_names = [source.name for source in self.reward_config.sources]
         self.invalid = InvalidSteps(self.reward_names, self.reward_config.max_invalid_steps)
         self.collector = build_collector(self.rollout_config, self.reward_config, self.seed, self.phases)
-        self.advantage = build_advantage(self.reward_config, self.objective_config)
-        groups = self.rollout_config, self.reward_config, self.objective_config
-        self.shaping = build_shaping(*groups, self.advantage, partial(getattr, self, "tokenizer"))
-        self.loss = self.objective_config.loss
-        every = self.objective_config.iterate_every
-        self.iterate = None if every is None else Iterate(every)
-        checks.check_iterate(self.needs, every)
         self.forward_pass = PolicyForward(
             self.sampling.temperature, self.update_config.micro_batch_tokens, self.update_config.prefix_sharing
         )
-        self.update = GradientUpdate(
-            self.loss,
-            self.forward_pass,
-            max_grad_norm=self.update_config.max_grad_norm,
-            log_entropy=self.objective_config.log_entropy,
-        )
+        self.update = build_update(self.update_config, self.objective_config, self.forward_pass, self.seed)
+        self.collector.engine = self.update.engine(self.collector.engine)
+        self.advantage = build_advantage(self.reward_config, self.objective_config)
+        self.refill = build_refill(self.rollout_config, self.collector, self.advantage)
+        groups = self.rollout_config, self.reward_config, self.objective_config
+        tokenizer = partial(getattr, self, "tokenizer")
+        self.shaping = build_shaping(*groups, self.advantage, tokenizer)
+        self.loss = self.objective_config.loss
+        every = self.objective_config.iterate_every
+        self.iterate = None if every is None else Iterate(every)
+        self.streams = build_streams(self.objective_config, self.update_config, self.sampling, self.seed, tokenizer)
+        self.terms = [Term(self.loss), *(stream.term for stream in self.streams)]
+        checks.check_iterate(self.needs, every)
         self._settings = {
             "seed": self.seed,
             **describe_settings(*groups, self.update_config),
@@ -177,14 +187,21 @@ class GOPOModule(TrainableState, OptimisedModule):
     @property
     def needs(self) -> frozenset[Needed]:
         """Frozen log-probs that something reads."""
-        needs = self.loss.needs | self.shaping.needs
-        return needs | {"reference"} if self.objective_config.log_reference_kl else needs
+        return frozenset().union(*self._needs_of_terms)
+
+    @property
+    def _needs_of_terms(self) -> list[frozenset[Needed]]:
+        """The same of each stream of experience, the rollout first."""
+        ours = self.loss.needs | self.shaping.needs
+        logged: frozenset[Needed] = frozenset({"reference"} if self.objective_config.log_reference_kl else ())
+        return [ours | logged, *(stream.term.objective.needs for stream in self.streams)]
 
     def configure_callbacks(self) -> list[Callback]:
         checks.check_trainer(
             self.trainer, updates_per_rollout=self.updates_per_batch, policy_dtype=self.policy_config.dtype
         )
         self.placement.check(self.trainer)
+        self.update.check(self.trainer)
         if self.trainer.state.fn == "fit":
             checks.check_sampling(self.sampling, updates_per_rollout=self.updates_per_batch)
         ours = [*super().configure_callbacks(), *standard_callbacks(self.trainer, self.rollout_config)]
@@ -205,6 +222,10 @@ class GOPOModule(TrainableState, OptimisedModule):
         super().on_load_checkpoint(checkpoint)
         self.policy_is_initial = False
 
+    def prepare_data(self) -> None:
+        for stream in self.streams:
+            load_rows(stream.config.data)  # what is not local, on one process per node
+
     def setup(self, stage: str) -> None:
         install_atomic_saving(self.trainer)
         engine = self.collector.engine
@@ -216,7 +237,10 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.validation.stored.begin(self._made_by())
         if stage == "fit":
             checks.check_minibatches(self.trainer, self.update_config.num_minibatches)
+            checks.check_refill(self.trainer, self.rollout_config.refill)
             self.advantage.set_up()
+            for stream in self.streams:
+                self._settings.setdefault("also", {})[stream.term.name] = stream.set_up(self.trainer)
             if "reference" in self.needs:
                 self.reference.load(self.trainer, keep=True)
 
@@ -240,17 +264,22 @@ class GOPOModule(TrainableState, OptimisedModule):
     def training_batch(self, prompts: PromptBatch, *, step: int) -> dict[str, Any]:
         """``experience`` and the ``seconds`` of its phases; called by the rollout callback."""
         self.phases.begin()
+        self.update.begin(step)
         if self.iterate is not None:
             self.iterate.refresh(self.policy, step)
         rollout = self.collector.collect(self._actor(), prompts, self.rollout_config.num_completions, step=step)
         self.invalid.update(step, rollout.rewards_PGK)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        rollout, refilled = self.refill(rollout, self._actor(), data, step=step)
         if self.shaping.needs:
             autocast = self.trainer.precision_plugin.forward_context()  # the callback's hooks run outside of it
             with self.phases("logprobs", self.device), autocast, float32_default():
                 rollout = self._with_logprobs(rollout, self.shaping.needs)
         experience = self.shaping(rollout, Context(self.seed, step))
         self.phases.current = "train"
-        return {"experience": experience, "seconds": self.phases.seconds}
+        recorded = [stream.experience(self._actor(), step) for stream in self.streams]
+        seconds = self.phases.seconds
+        return {"experience": experience, "recorded": recorded, "seconds": seconds, "refilled": refilled}
 
     def validation_batch(self, prompts: PromptBatch) -> dict[str, Any]:
         """``rollout`` and win rates, with the ``seconds``; called by the rollout callback."""
@@ -275,6 +304,7 @@ class GOPOModule(TrainableState, OptimisedModule):
             "invalid": self.invalid.state_dict(),
             "transforms": self.shaping.state_dict(),
             "shares_prefix": self.forward_pass.shares_prefix,
+            "streams": {stream.term.name: stream.state_dict() for stream in self.streams},
         }
         if isinstance(self.collector.engine, HasState):
             state["engine"] = self.collector.engine.state_dict()
@@ -288,6 +318,8 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.invalid.load_state_dict(state.get("invalid", {}))
         self.shaping.load_state_dict(state.get("transforms", {}))
         self.forward_pass.restore(state.get("shares_prefix"))
+        for stream in self.streams:
+            stream.load_state_dict(state.get("streams", {}).get(stream.term.name, {}))
         if isinstance(self.collector.engine, HasState) and "engine" in state:
             self.collector.engine.load_state_dict(state["engine"])
         if self.iterate is not None and "iterate" in state:
@@ -298,17 +330,22 @@ class GOPOModule(TrainableState, OptimisedModule):
     @float32_default()
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         start = perf_counter()
-        experience = self._with_logprobs(batch["experience"], self.needs)
+        streams = zip([batch["experience"], *batch["recorded"]], self._needs_of_terms, strict=True)
+        experiences = [self._with_logprobs(each, needs) for each, needs in streams]
         updates = []
-        for groups_P in self._minibatches(experience):
-            updates.append(self.update(self, self.policy, experience, groups_P))
+        for groups in zip(*map(self._minibatches, experiences), strict=True):
+            parts = [Part(*part) for part in zip(self.terms, experiences, groups, strict=True)]
+            updates.append(self.update(self, self.policy, parts))
             self.policy_is_initial = False
+        experience = experiences[0]
         metrics = {key: torch.stack([update[key] for update in updates]).mean() for key in updates[0]}
         if (difference := "train/sampler_logprob_diff") in metrics:
             metrics[difference] = updates[0][difference]  # later ones saw other weights
         self.shaping.commit(experience)
         seconds = {**batch["seconds"], "train": perf_counter() - start}  # the metrics have synchronised the device
-        self._log_training(experience, metrics, seconds)
+        measured = rollout_metrics(experience, self.collector.sources, seconds, batch["refilled"])
+        self._log(metrics | measured | self.shaping.metrics())
+        log_histogram(self.trainer, "advantage/histogram", experience.advantages_PG)
 
     def _with_logprobs(self, rollout: R, needs: frozenset[Needed]) -> R:
         """Adds the frozen log-probs that are needed, before the first update, and are not there. A collective."""
@@ -332,10 +369,6 @@ class GOPOModule(TrainableState, OptimisedModule):
         num_minibatches = self.update_config.num_minibatches
         draw = partial(minibatches, len(experience), num_minibatches, generator, rank(), world_size())
         return (groups_P for _ in range(self.update_config.num_inner_epochs) for groups_P in draw())
-
-    def _log_training(self, experience: Experience, metrics: dict[str, Tensor], seconds: dict[str, float]) -> None:
-        self._log(metrics | rollout_metrics(experience, self.collector.sources, seconds) | self.shaping.metrics())
-        log_histogram(self.trainer, "advantage/histogram", experience.advantages_PG)
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         """All curves are drawn over optimiser steps, not batches."""

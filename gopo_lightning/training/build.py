@@ -15,7 +15,7 @@ from gopo_lightning.rollout.refill import Refill
 from gopo_lightning.rollout.shaping import Shaping
 from gopo_lightning.rollout.transforms import Setting
 from gopo_lightning.training.advantage import Advantage
-from gopo_lightning.training.checks import check_prefixes
+from gopo_lightning.training.argument_checks import check_prefixes
 from gopo_lightning.training.config import (
     Named,
     ObjectiveConfig,

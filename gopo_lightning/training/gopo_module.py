@@ -27,7 +27,7 @@ from gopo_lightning.rollout.collector import EVALUATION_STEP, Actor
 from gopo_lightning.rollout.engines.base import ChecksSampling, HasState
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.transforms import Context
-from gopo_lightning.training import checks
+from gopo_lightning.training import argument_checks, checks
 from gopo_lightning.training.build import (
     build_advantage,
     build_collector,
@@ -117,16 +117,12 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.placement = as_config(PlacementConfig, placement, "placement")
         self.on_setting_change: OnSettingChange = on_setting_change
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        checks.check_groups(self.rollout_config, self.reward_config, self.update_config)
-        checks.check_loss(self.objective_config, self.reward_config.sources)
-        checks.check_rule(self.update_config, self.objective_config, self.reward_config)
+        groups = self.rollout_config, self.reward_config, self.objective_config
+        argument_checks.check_arguments(*groups, self.update_config)
         self.optimizer_callable = self.update_config.optimizer or default_optimizer
-        self.schedule = Schedule(
-            self.update_config.lr_schedule,
-            self.update_config.warmup_steps,
-            self.update_config.warmup_start,
-            self.update_config.lr_schedule_options or {},
-        )
+        options = self.update_config.lr_schedule_options or {}
+        warmup = self.update_config.warmup_steps, self.update_config.warmup_start
+        self.schedule = Schedule(self.update_config.lr_schedule, *warmup, options)
         self.phases, self.policy_is_initial = Phases(), False
         self.reward_names = [source.name for source in self.reward_config.sources]
         self.invalid = InvalidSteps(self.reward_names, self.reward_config.max_invalid_steps)
@@ -138,7 +134,6 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.collector.engine = self.update.engine(self.collector.engine)
         self.advantage = build_advantage(self.reward_config, self.objective_config)
         self.refill = build_refill(self.rollout_config, self.collector, self.advantage)
-        groups = self.rollout_config, self.reward_config, self.objective_config
         tokenizer = partial(getattr, self, "tokenizer")
         self.shaping = build_shaping(*groups, self.advantage, tokenizer)
         self.loss = self.objective_config.loss
@@ -146,11 +141,8 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.iterate = None if every is None else Iterate(every)
         self.streams = build_streams(self.objective_config, self.update_config, self.sampling, self.seed, tokenizer)
         self.terms = [Term(self.loss), *(stream.term for stream in self.streams)]
-        checks.check_iterate(self.needs, every)
-        self._settings = {
-            "seed": self.seed,
-            **describe_settings(*groups, self.update_config),
-        }
+        argument_checks.check_iterate(self.needs, every)
+        self._settings = {"seed": self.seed, **describe_settings(*groups, self.update_config)}
         self.policy: Policy = cast(Policy, None)  # see configure_model
         self.reference = Reference(self.policy_config, self.placement)  # no module: hidden from state_dict and strategy
         self.validation = Validation(self.collector, self.rollout_config.eval_num_completions, self.reference)

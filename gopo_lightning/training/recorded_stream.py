@@ -21,8 +21,8 @@ from gopo_lightning.rollout import RecordedEngine, SamplingConfig
 from gopo_lightning.rollout.collector import Actor
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.transforms import Context
+from gopo_lightning.training.argument_checks import check_streams
 from gopo_lightning.training.build import build_advantage, build_collector, build_shaping
-from gopo_lightning.training.checks import check_streams
 from gopo_lightning.training.config import (
     ObjectiveConfig,
     RecordedTerm,

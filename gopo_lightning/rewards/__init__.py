@@ -1,6 +1,7 @@
 """Reward sources: anything that scores or compares completions, and ways to combine several."""
 
 from gopo_lightning.rewards import combine
+from gopo_lightning.rewards.anchor import AnchorReward
 from gopo_lightning.rewards.base import HoldsModels, RewardSource, SourceConfigError, score
 from gopo_lightning.rewards.classifier import SequenceClassifierReward
 from gopo_lightning.rewards.comparators import FunctionComparator, RankingOracle, RewardModelComparator
@@ -20,6 +21,7 @@ from gopo_lightning.rewards.scoring import (
 )
 
 __all__ = [
+    "AnchorReward",
     "FunctionComparator",
     "FunctionReward",
     "GroupScores",

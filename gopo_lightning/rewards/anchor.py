@@ -44,7 +44,9 @@ class AnchorReward(RewardSource):
         check_choice("scale", scale, get_args(Scale))
         self.name = name or comparator.name
         if comparator.reads_endings or comparator.waits_for_people:
-            why = "reads how texts ended, which of an anchor is not known" if comparator.reads_endings else "asks people"
+            why = (
+                "reads how texts ended, which of an anchor is not known" if comparator.reads_endings else "asks people"
+            )
             raise ValueError(f"AnchorReward '{self.name}': its comparator {why}. Use a comparator that does not.")
         self.comparator, self.anchor, self.scale = comparator, anchor, scale
 

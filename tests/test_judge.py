@@ -26,9 +26,8 @@ from gopo_lightning.data import assets
 from gopo_lightning.data.json_lines import write_jsonl
 from gopo_lightning.rewards import LLMJudge, SourceConfigError, score_groups
 from gopo_lightning.rewards.judge_forms import CRITERIA, FORMS
-from gopo_lightning.rewards.judge_prompt import fence_for, fenced
+from gopo_lightning.rewards.judge_prompt import fence_for, fenced, read_verdict
 from gopo_lightning.rewards.judge_server import retry_after
-from gopo_lightning.rewards.llm_judge import read_verdict
 from gopo_lightning.rewards.verdict_cache import VerdictCache
 from tests.loopback import PARTS, Handler, Server, longer, serving, verdict
 from tests.runs import make_module
@@ -262,7 +261,7 @@ def test_the_default_form_asks_what_it_always_did(server: Server) -> None:
     """Verdicts on disk are known by the hash of the question: this one is from before there were forms."""
     judge = LLMJudge("m", base_url="http://localhost:8000/v1", api_key_env=None, cache_dir=None)
     assert (
-        judge._key(*judge._question(prompt("p"), "aa", "b"))
+        judge.asker.key(judge._question(prompt("p"), "aa", "b")[0])
         == "131de2dace07851b264276e8a215f3759846faa0cda92c78e8ab6d2ecf0771d3"
     )
 

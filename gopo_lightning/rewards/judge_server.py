@@ -28,6 +28,11 @@ class Reply:
     text: str | None
     finish_reason: str | None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is a text, and nothing cut it off."""
+        return self.text is not None and self.finish_reason not in ("length", "content_filter")
+
 
 class RequestFailedError(Exception):
     """No reply after all attempts."""

@@ -15,15 +15,26 @@ from gopo_lightning.rewards import (
     FunctionReward,
     HumanRanking,
     LLMJudge,
+    LLMScore,
     RankingOracle,
     RecordedReward,
+    RubricJudge,
 )
 from gopo_lightning.rollout import TransformersEngine
 from gopo_lightning.training.gopo_module import GOPOModule
 
 _PROCESS = {"gpu": 1.5e9, "cpu": 0.55e9}
 """Bytes of a process beside its tensors: a GPU's context and libraries; Python and its libraries in CPU memory."""
-_WITHOUT_MODELS = (FunctionReward, FunctionComparator, RankingOracle, RecordedReward, LLMJudge, HumanRanking)
+_WITHOUT_MODELS = (
+    FunctionReward,
+    FunctionComparator,
+    RankingOracle,
+    RecordedReward,
+    LLMJudge,
+    LLMScore,
+    RubricJudge,
+    HumanRanking,
+)
 _ASSUMED_PROMPT = 512
 
 

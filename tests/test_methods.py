@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+from tests import meta_judge
 from tests.loopback import serving
 from tests.test_resume import assert_identical
 from tests.use import commands
@@ -110,7 +111,9 @@ def test_a_method_trains_on_two_ranks_as_on_one_and_resumes(
     overlay, server = METHODS[name].read_text(), contextlib.ExitStack()
     if JUDGE_URL in overlay:
         pytest.importorskip("openai")
-        overlay = overlay.replace(JUDGE_URL, server.enter_context(serving()).url)
+        judge = server.enter_context(serving())
+        judge.answer = meta_judge.answer
+        overlay = overlay.replace(JUDGE_URL, judge.url).replace("every: 10\n", "every: 1\n")
     with server:
         check_method(name, overlay, tiny_policy, prompts_file, tmp_path)
 

@@ -6,8 +6,10 @@ from gopo_lightning.rewards.base import HoldsModels, RewardSource, SourceConfigE
 from gopo_lightning.rewards.chat_model import ChatModel
 from gopo_lightning.rewards.classifier import SequenceClassifierReward
 from gopo_lightning.rewards.comparators import FunctionComparator, RankingOracle, RewardModelComparator
+from gopo_lightning.rewards.evolving_rubric import EvolvingRubric
 from gopo_lightning.rewards.function import FunctionReward
 from gopo_lightning.rewards.human import HumanRanking
+from gopo_lightning.rewards.learning import LearnsFromRollouts
 from gopo_lightning.rewards.llm_judge import LLMJudge
 from gopo_lightning.rewards.llm_score import LLMScore, RubricJudge
 from gopo_lightning.rewards.local_judge import LocalJudge
@@ -25,6 +27,7 @@ from gopo_lightning.rewards.scoring import (
 __all__ = [
     "AnchorReward",
     "ChatModel",
+    "EvolvingRubric",
     "FunctionComparator",
     "FunctionReward",
     "GroupScores",
@@ -32,6 +35,7 @@ __all__ = [
     "HumanRanking",
     "LLMJudge",
     "LLMScore",
+    "LearnsFromRollouts",
     "LocalJudge",
     "PairComparator",
     "PairwiseSource",

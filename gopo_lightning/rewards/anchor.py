@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gopo_lightning.objectives.named import check_choice
 from gopo_lightning.rewards.base import HoldsModels, RewardSource, SourceConfigError
+from gopo_lightning.rewards.learning import refuse_learner
 from gopo_lightning.rewards.pairwise import PairwiseSource
 from gopo_lightning.types import Prompt
 
@@ -42,6 +43,7 @@ class AnchorReward(RewardSource):
         self, comparator: PairwiseSource, anchor: str = "anchor", scale: Scale = "probability", name: str | None = None
     ) -> None:
         check_choice("scale", scale, get_args(Scale))
+        refuse_learner(comparator, "AnchorReward")
         self.name = name or comparator.name
         if comparator.reads_endings or comparator.waits_for_people:
             why = (

@@ -222,11 +222,12 @@ def test_a_resumed_run_is_the_whole_one(server: Server, tiny_policy: Path, promp
     assert_identical(rest["state_dict"], whole["state_dict"])
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_the_rubric_of_one(
     server: Server, tiny_policy: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     def case(name: str, strategy: str) -> Case:
-        source = EvolvingRubric(model(server), FIRST, every=1, num_samples=5)
+        source = EvolvingRubric(model(server), ["It is honest.", "It is vivid."], every=1, num_samples=5)
         return Case(name, strategy, max_steps=3, module={"rewards": [source]})
 
     run_case(case("one", "auto"), tiny_policy, prompts_file, tmp_path, 1)

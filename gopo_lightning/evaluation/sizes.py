@@ -13,7 +13,14 @@ from gopo_lightning.distributed.decoder_layers import base_of
 from gopo_lightning.evaluation.footprint import Decoder
 from gopo_lightning.policy.loading import finding, locate
 from gopo_lightning.policy.model import PolicyConfig, load_policy
-from gopo_lightning.rewards import AnchorReward, LocalJudge, RewardModelComparator, SequenceClassifierReward, Source
+from gopo_lightning.rewards import (
+    AnchorReward,
+    BudgetedComparisons,
+    LocalJudge,
+    RewardModelComparator,
+    SequenceClassifierReward,
+    Source,
+)
 
 
 def policy_sizes(config: PolicyConfig) -> tuple[Decoder, int]:
@@ -43,7 +50,7 @@ def innermost(source: Source) -> Source:
     """What a source that only wraps another one asks; any other source itself."""
     if isinstance(source, RewardModelComparator):
         return innermost(source.reward)
-    return innermost(source.comparator) if isinstance(source, AnchorReward) else source
+    return innermost(source.comparator) if isinstance(source, AnchorReward | BudgetedComparisons) else source
 
 
 def _on_meta(

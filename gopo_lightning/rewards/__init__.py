@@ -3,6 +3,7 @@
 from gopo_lightning.rewards import combine
 from gopo_lightning.rewards.anchor import AnchorReward
 from gopo_lightning.rewards.base import HoldsModels, RewardSource, SourceConfigError, score
+from gopo_lightning.rewards.budgeted import BudgetedComparisons
 from gopo_lightning.rewards.chat_model import ChatModel
 from gopo_lightning.rewards.classifier import SequenceClassifierReward
 from gopo_lightning.rewards.comparators import FunctionComparator, RankingOracle, RewardModelComparator
@@ -26,6 +27,7 @@ from gopo_lightning.rewards.scoring import (
 
 __all__ = [
     "AnchorReward",
+    "BudgetedComparisons",
     "ChatModel",
     "EvolvingRubric",
     "FunctionComparator",

@@ -4,8 +4,9 @@
 
 Each group has G completions of strengths drawn from N(0, 1), whose ordinal advantages are the truth. A synthetic judge
 answers each pair once and for all: i beats j with probability σ(k (θ_i − θ_j)); k = ∞ is without noise. The same
-answers are given to the round-robin of `num_opponents` and to `BudgetedComparisons` of as many pairs. The regret is
-Σ_i |A_i − A_i*| / G, of advantages between −2 and 2; with 95 % intervals over groups, and of the paired difference.
+answers are given to the round-robin of `num_opponents`, to the same with the other pairs inferred as by
+`BudgetedComparisons`, and to this, which also chooses the pairs. The regret is Σ_i |A_i − A_i*| / G, of advantages
+between −2 and 2; with 95 % intervals over groups, and of the paired difference between the first and the last.
 """
 
 import argparse
@@ -21,8 +22,12 @@ from torch import Tensor
 from gopo_lightning.evaluation.intervals import paired, student
 from gopo_lightning.objectives.advantages import ordinal, ordinal_from_wins
 from gopo_lightning.rewards import BudgetedComparisons, PairComparator, PairwiseSource
+from gopo_lightning.rewards.budgeted import with_inferred
 from gopo_lightning.rewards.pairwise import round_robin
 from gopo_lightning.types import Prompt
+
+SPREAD = 1.5
+"""Of the strengths before any answer; the default of `BudgetedComparisons`."""
 
 
 class SyntheticJudge(PairComparator):
@@ -48,11 +53,19 @@ def draw(P: int, G: int, k: float, seed: int) -> tuple[Tensor, Tensor]:
     return ordinal(theta_PG).double(), wins_PGG + (1 - wins_PGG).mT.tril(-1)
 
 
-def regrets(source: PairwiseSource, truth_PG: Tensor) -> list[float]:
+def wins_of(source: PairwiseSource, P: int, G: int) -> Tensor:
+    """wins_PGG of all groups."""
+    return source([Prompt(p, (1,), "") for p in range(P)], [[str(i) for i in range(G)]] * P)
+
+
+def completed(wins_PGG: Tensor) -> Tensor:
+    """With what the answers imply of the other pairs."""
+    mirrored_PGG = torch.where(wins_PGG.isnan(), 1 - wins_PGG.mT, wins_PGG)
+    return torch.stack([with_inferred(wins_GG, SPREAD) for wins_GG in mirrored_PGG])
+
+
+def regrets(wins_PGG: Tensor, truth_PG: Tensor) -> list[float]:
     """Of each group."""
-    P, G = truth_PG.shape
-    prompts = [Prompt(p, (1,), "") for p in range(P)]
-    wins_PGG = source(prompts, [[str(i) for i in range(G)]] * P)
     return (ordinal_from_wins(wins_PGG) - truth_PG).abs().mean(-1).tolist()  # type: ignore[no-any-return]
 
 
@@ -62,9 +75,12 @@ def measure(P: int, G: int, k: float, seed: int) -> list[dict[str, Any]]:
     rows = []
     for opponents in [*range(1, G - 1), G - 1]:
         pairs = len(round_robin(G, opponents))
-        robin = regrets(SyntheticJudge(tables_PGG, opponents), truth_PG)
-        budgeted = regrets(BudgetedComparisons(SyntheticJudge(tables_PGG), pairs), truth_PG)
-        row = {"round_robin": student(robin), "budgeted": student(budgeted), "difference": paired(budgeted, robin)}
+        robin_PGG = wins_of(SyntheticJudge(tables_PGG, opponents), P, G)
+        chosen_PGG = wins_of(BudgetedComparisons(SyntheticJudge(tables_PGG), pairs, spread=SPREAD), P, G)
+        matrices = {"round_robin": robin_PGG, "inferred": completed(robin_PGG), "budgeted": chosen_PGG}
+        found = {name: regrets(wins_PGG, truth_PG) for name, wins_PGG in matrices.items()}
+        row = {name: student(values) for name, values in found.items()}
+        row["difference"] = paired(found["budgeted"], found["round_robin"])
         rows.append({"k": k, "pairs": pairs, "num_opponents": opponents, **{n: vars(v) for n, v in row.items()}})
         print(f"| {k:g} | {pairs} | " + " | ".join(str(interval) for interval in row.values()) + " |", flush=True)
     return rows
@@ -78,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--seed", type=int, default=0, help="of strengths and answers")
     parser.add_argument("--output", type=Path, help="JSON file of the rows")
     options = parser.parse_args(arguments)
-    print("| k | pairs | regret, round-robin | regret, budget | difference |\n|---|---|---|---|---|")
+    print("| k | pairs | round-robin | others inferred | budget | difference |\n|---|---|---|---|---|---|")
     rows = [row for k in options.noise for row in measure(options.groups, options.size, k, options.seed)]
     if options.output is not None:
         options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -147,7 +147,12 @@ class Contest:
 
     def completed(self) -> Tensor:
         """float64 [G, G]: the answers, and in their place where there is none what they imply."""
-        implied_GG = surely_better(*posterior(self.wins_GG, self.rules.spread))
-        answered_G = ~self.wins_GG.isnan().all(-1)
-        known_GG = answered_G[:, None] & answered_G
-        return torch.where(self.wins_GG.isnan(), torch.where(known_GG, implied_GG, math.nan), self.wins_GG)
+        return with_inferred(self.wins_GG, self.rules.spread)
+
+
+def with_inferred(wins_GG: Tensor, spread: float) -> Tensor:
+    """The answers, W_ij + W_ji = 1, and what they imply of pairs without one; NaN about who has no answer at all."""
+    implied_GG = surely_better(*posterior(wins_GG, spread))
+    answered_G = ~(wins_GG.isnan() | torch.eye(len(wins_GG), dtype=torch.bool)).all(-1)
+    known_GG = answered_G[:, None] & answered_G
+    return torch.where(wins_GG.isnan(), torch.where(known_GG, implied_GG, math.nan), wins_GG)

@@ -203,7 +203,7 @@ def test_every_tag_is_defined_in_the_docs(config: Path, tmp_path: Path) -> None:
     groups = ("train/pair_", "train/logprob")  # of objectives that compare completions: test_methods
     elsewhere = ("epoch", "test/", "reward/rank_correlation/", "reward/rescued_groups", *reward_model, *groups)
     comparisons = {"tie_fraction", "cyclic_triad_fraction", "compared_fraction", "first_bias"}
-    counters = {"abstained", "calls", "cached"}
+    counters = {"abstained", "calls", "cached", "revisions", "asked_pairs"}
     pairwise = {f"reward/<source>/{name}" for name in comparisons | counters}
     missing = {tag for tag in defined if not tag.startswith(elsewhere)} - names - pairwise
     assert not missing, sorted(missing)

@@ -3,18 +3,15 @@
 import asyncio
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,103 +26,21 @@ from gopo_lightning.data import assets
 from gopo_lightning.data.json_lines import write_jsonl
 from gopo_lightning.rewards import LLMJudge, SourceConfigError, score_groups
 from gopo_lightning.rewards.judge_forms import CRITERIA, FORMS
-from gopo_lightning.rewards.judge_prompt import fence_for, fenced
+from gopo_lightning.rewards.judge_prompt import fence_for, fenced, read_verdict
 from gopo_lightning.rewards.judge_server import retry_after
-from gopo_lightning.rewards.llm_judge import read_verdict
 from gopo_lightning.rewards.verdict_cache import VerdictCache
+from tests.loopback import PARTS, Handler, Server, longer, serving, verdict
 from tests.runs import make_module
 from tests.test_module import fit, scalars
 from tests.test_rewards import prompt
 
 CPU = torch.device("cpu")
-PARTS = re.compile(r"#(\w{16}) response A\n(.*)\n#\1 response B\n(.*)\n#\1 end", re.DOTALL)
-
-
-class Server(ThreadingHTTPServer):
-    """Judges by length, unless `reply` says otherwise; the first requests meet the `faults`, in their order."""
-
-    daemon_threads = True
-    request_queue_size = 128  # all requests of a step come at once
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.faults: list[Any] = []
-        self.reply: Callable[[str, str, str], Any] = longer
-        self.questions: list[tuple[str, str]] = []
-        self.key: str | None = None
-        self.delay_seconds = 0.0
-        self.running = self.most_running = 0
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-def verdict(fence: str, winner: str) -> str:
-    return json.dumps({"id": fence, "verdict": winner})
-
-
-def longer(fence: str, a: str, b: str) -> str:
-    return "I think.\n" + verdict(fence, "tie" if len(a) == len(b) else "A" if len(a) > len(b) else "B")
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *args: Any) -> None:
-        """Silent."""
-
-    def send(self, status: int, body: Any, **headers: str) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        wrong = self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}"
-        said = {"error": {"message": f"bad key {self.headers['Authorization']}"}} if wrong else {"object": "list"}
-        self.send(401 if wrong else 200, said if wrong else said | {"data": []})
-
-    def do_POST(self) -> None:
-        text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
-        match = PARTS.search(text)
-        assert match, text
-        with self.server.lock:
-            self.server.running += 1
-            self.server.most_running = max(self.server.most_running, self.server.running)
-            self.server.questions.append((match[2], match[3]))
-            fault = self.server.faults.pop(0) if self.server.faults else None
-        time.sleep(self.server.delay_seconds)
-        with self.server.lock:
-            self.server.running -= 1
-        if callable(fault):
-            fault(self)
-        elif fault == "hang":
-            time.sleep(1.0)
-        elif fault == "no completion":
-            self.send(200, {"detail": "try later"})
-        elif isinstance(fault, int):
-            self.send(fault, {"error": {"message": f"no {self.headers['Authorization']}"}}, Retry_After="0")
-        else:
-            content = self.server.reply(match[1], match[2], match[3])
-            finish = "stop"
-            if content == "cut off":  # after a line that reads like a verdict
-                content, finish = verdict(match[1], "A"), "length"
-            choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content}}
-            self.send(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 def make_judge(server: Server, cache: Path | None = None, **options: Any) -> LLMJudge:
@@ -346,7 +261,7 @@ def test_the_default_form_asks_what_it_always_did(server: Server) -> None:
     """Verdicts on disk are known by the hash of the question: this one is from before there were forms."""
     judge = LLMJudge("m", base_url="http://localhost:8000/v1", api_key_env=None, cache_dir=None)
     assert (
-        judge._key(*judge._question(prompt("p"), "aa", "b"))
+        judge.asker.key(judge._question(prompt("p"), "aa", "b")[0])
         == "131de2dace07851b264276e8a215f3759846faa0cda92c78e8ab6d2ecf0771d3"
     )
 

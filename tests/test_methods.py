@@ -2,10 +2,12 @@
 
 `make test-methods` runs all of them; an ordinary run of the tests takes a third, chosen by a seed, which is that of the
 day or METHODS_SEED and is printed at the end of the run. A new file in configs/methods is found by itself; what it
-needs beside the small task stands in NEEDS.
+needs beside the small task stands in NEEDS. An overlay that asks a judge asks one on loopback.
 """
 
+import contextlib
 import datetime
+import json
 import math
 import os
 import random
@@ -17,6 +19,8 @@ import pytest
 import torch
 import yaml
 
+from tests import meta_judge
+from tests.loopback import serving
 from tests.test_resume import assert_identical
 from tests.use import commands
 
@@ -27,6 +31,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "zo_ranksgd": {"model": {"init_args": {"rewards": {"sources": [VOWELS]}}}},  # few scores may rank no two policies
 }
 """Overlays on the task, by the method's name: `{"model": {"init_args": …}}`."""
+JUDGE_URL = "http://localhost:8000/v1"
+"""Of the judge's server in the overlays."""
 SEED = os.environ.get("METHODS_SEED") or str(datetime.date.today().toordinal())
 CHOSEN = (
     sorted(METHODS)
@@ -106,12 +112,26 @@ def test_a_method_trains_on_two_ranks_as_on_one_and_resumes(
     name: str, tiny_policy: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     """Two rollouts; the resume begins at the second."""
-    layers = [task(tiny_policy, prompts_file), NEEDS.get(name, {}), yaml.safe_load(METHODS[name].read_text())]
+    overlay, server = METHODS[name].read_text(), contextlib.ExitStack()
+    if JUDGE_URL in overlay:
+        pytest.importorskip("openai")
+        judge = server.enter_context(serving())
+        judge.answer = meta_judge.answer
+        overlay = overlay.replace(JUDGE_URL, judge.url).replace("every: 10\n", "every: 1\n")
+    with server:
+        check_method(name, overlay, tiny_policy, prompts_file, tmp_path)
+
+
+def check_method(name: str, overlay: str, tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
+    rows = [{"anchor": "b" * i, **json.loads(line)} for i, line in enumerate(prompts_file.read_text().splitlines())]
+    (prompts := tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "overlay.yaml").write_text(overlay)
+    layers = [task(tiny_policy, prompts), NEEDS.get(name, {}), yaml.safe_load(overlay)]
     configs = []
     for number, layer in enumerate(layers[:2]):
         (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(layer))
         configs.append(f"--config={tmp_path / f'{number}.yaml'}")
-    configs.append(f"--config={METHODS[name]}")
+    configs.append(f"--config={tmp_path / 'overlay.yaml'}")
     updates = updates_per_rollout(layers)
     steps = [f"--trainer.max_steps={2 * updates}"]
 

@@ -9,21 +9,32 @@ import torch
 from gopo_lightning.commands.lightning_cli import GOPOCommandLine, run
 from gopo_lightning.data.prompts import PromptDataModule
 from gopo_lightning.evaluation.footprint import REFERENCE, Frozen, Plan
-from gopo_lightning.evaluation.sizes import models_of, policy_sizes
+from gopo_lightning.evaluation.sizes import innermost, models_of, policy_sizes
 from gopo_lightning.rewards import (
     FunctionComparator,
     FunctionReward,
     HumanRanking,
     LLMJudge,
+    LLMScore,
     RankingOracle,
     RecordedReward,
+    RubricJudge,
 )
 from gopo_lightning.rollout import TransformersEngine
 from gopo_lightning.training.gopo_module import GOPOModule
 
 _PROCESS = {"gpu": 1.5e9, "cpu": 0.55e9}
 """Bytes of a process beside its tensors: a GPU's context and libraries; Python and its libraries in CPU memory."""
-_WITHOUT_MODELS = (FunctionReward, FunctionComparator, RankingOracle, RecordedReward, LLMJudge, HumanRanking)
+_WITHOUT_MODELS = (
+    FunctionReward,
+    FunctionComparator,
+    RankingOracle,
+    RecordedReward,
+    LLMJudge,
+    LLMScore,
+    RubricJudge,
+    HumanRanking,
+)
 _ASSUMED_PROMPT = 512
 
 
@@ -90,7 +101,7 @@ def plan_of(
         for name, model, each, rows, longest in found:
             length = min(L + T, longest or L + T)
             frozen.append(Frozen(name, model, each, min(rows, P * G) * length, P * G * length))
-        if not found and not isinstance(source, _WITHOUT_MODELS):
+        if not found and not isinstance(innermost(source), _WITHOUT_MODELS):
             notes.append(f"what '{source.name}' ({type(source).__name__}) holds is not known and not counted")
     engine = module.rollout_config.engine or TransformersEngine()
     if not isinstance(engine, TransformersEngine):

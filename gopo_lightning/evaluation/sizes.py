@@ -13,7 +13,14 @@ from gopo_lightning.distributed.decoder_layers import base_of
 from gopo_lightning.evaluation.footprint import Decoder
 from gopo_lightning.policy.loading import finding, locate
 from gopo_lightning.policy.model import PolicyConfig, load_policy
-from gopo_lightning.rewards import LocalJudge, RewardModelComparator, SequenceClassifierReward, Source
+from gopo_lightning.rewards import (
+    AnchorReward,
+    BudgetedComparisons,
+    LocalJudge,
+    RewardModelComparator,
+    SequenceClassifierReward,
+    Source,
+)
 
 
 def policy_sizes(config: PolicyConfig) -> tuple[Decoder, int]:
@@ -31,13 +38,19 @@ def policy_sizes(config: PolicyConfig) -> tuple[Decoder, int]:
 
 def models_of(source: Source) -> Iterator[tuple[str, Decoder, int, int, int]]:
     """Of a reward source's model: name, sizes, bytes of a weight, rows of a forward, and longest text (or 0)."""
-    if isinstance(source, RewardModelComparator):
-        yield from models_of(source.reward)
-    elif isinstance(source, SequenceClassifierReward | LocalJudge):
+    source = innermost(source)
+    if isinstance(source, SequenceClassifierReward | LocalJudge):
         kind = AutoModelForCausalLM if isinstance(source, LocalJudge) else AutoModelForSequenceClassification
         dtype = None if source.dtype == "auto" else getattr(torch, source.dtype)
         model = _on_meta(kind, source.model_name, source.revision, source.trust_remote_code, dtype)
         yield source.name, sizes_of(model), model.dtype.itemsize, source.micro_batch_size, source.max_length or 0
+
+
+def innermost(source: Source) -> Source:
+    """What a source that only wraps another one asks; any other source itself."""
+    if isinstance(source, RewardModelComparator):
+        return innermost(source.reward)
+    return innermost(source.comparator) if isinstance(source, AnchorReward | BudgetedComparisons) else source
 
 
 def _on_meta(

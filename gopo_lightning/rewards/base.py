@@ -56,6 +56,10 @@ class RewardSource(ABC):
         """
         return None
 
+    def counters(self) -> dict[str, int]:
+        """Running totals of this process for the log, such as calls."""
+        return {}
+
     @abstractmethod
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
         """N scores of N completions; ``prompts[n]`` is the prompt of ``completions[n]``.

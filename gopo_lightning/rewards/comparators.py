@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gopo_lightning.rewards.base import HoldsModels, RewardSource, Scores, score
 from gopo_lightning.rewards.function import ENDINGS, DatasetFunction
+from gopo_lightning.rewards.learning import refuse_learner
 from gopo_lightning.rewards.pairwise import Groups, PairComparator, PairwiseSource, content
 from gopo_lightning.types import Prompt
 
@@ -84,6 +85,7 @@ class RewardModelComparator(PairComparator):
         num_opponents: int | None = None,
         seed: int = 0,
     ) -> None:
+        refuse_learner(reward, "RewardModelComparator")
         super().__init__(name or reward.name, num_opponents, False, seed)
         self.reward, self.hard, self.reads_endings = reward, hard, reward.reads_endings
 

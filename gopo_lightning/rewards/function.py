@@ -1,21 +1,26 @@
-"""A reward that is any Python callable."""
+"""A reward that is any Python callable, also one that waits: `async def`."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from gopo_lightning.objectives.named import load_callable
 from gopo_lightning.rewards.base import RewardSource, Scores, SourceConfigError
+from gopo_lightning.rewards.waiting import all_of, is_async, wait_for
 from gopo_lightning.types import Completion, Prompt
 
 ENDINGS = ("truncated", "num_tokens")
 """What a function may ask of how a completion ended."""
+_MAX_CONCURRENT = 16
 
 
 class DatasetFunction:
     """A callable that gets the arguments that its signature names: filled by the trainer, columns, and options.
+
+    One that is an `async def` is awaited, in an event loop that is closed after the call.
 
     Args:
         function: dotted path, or the callable itself.
@@ -65,17 +70,21 @@ class DatasetFunction:
             SourceConfigError: a column that the signature requires is not in the data, or a column has a name that
                 the trainer fills.
         """
-        self._check_columns(prompts)
+        self.check_columns(prompts)
         names = {column for prompt in prompts for column in prompt.columns}  # of any: a row without it has None
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-        return self._call(columns, {"prompts": [p.text for p in prompts], **filled})
+        return _awaited(self._call(columns, {"prompts": [p.text for p in prompts], **filled}))
 
     def once(self, row: Prompt, /, **filled: Any) -> Any:
         """What the callable returns for one prompt, whose columns it gets as they are."""
-        self._check_columns([row])
+        self.check_columns([row])
+        return _awaited(self.begun(row, **filled))
+
+    def begun(self, row: Prompt, /, **filled: Any) -> Any:
+        """``once``, but what it returns is not awaited and the columns are not checked."""
         return self._call(dict(row.columns), filled)
 
-    def _check_columns(self, prompts: Sequence[Prompt]) -> None:
+    def check_columns(self, prompts: Sequence[Prompt]) -> None:
         """SourceConfigError for a column that an argument of the same name would hide, or that a row has to have."""
         ours = self._accepted & set(self.filled)
         required = self._required - {*self.filled, *self.options}
@@ -116,6 +125,10 @@ class DatasetFunction:
             )
 
 
+def _awaited(result: Any) -> Any:
+    return wait_for(lambda: result) if inspect.isawaitable(result) else result
+
+
 class FunctionReward(RewardSource):
     """Scores completions with a Python callable.
 
@@ -128,11 +141,21 @@ class FunctionReward(RewardSource):
         def brevity(completions: list[str], max_words: int = 20, **kwargs: list) -> list[float]:
             return [-float(len(c.split()) > max_words) for c in completions]
 
+    An `async def` of that signature is called and awaited once for all N. One that names `completion` instead gets a
+    single completion a call (`prompt`, `completion`, its `truncated` and `num_tokens`, and the values of its row) and
+    returns one number, many calls at a time; the first that raises cancels the others:
+
+        async def passed(completion: str, tests: str) -> float | None:
+            return await my_sandbox.run(completion, tests)
+
+    Every batch has an event loop of its own, so clients are opened in the function, not in its module.
+
     Args:
         function: dotted path of the callable, or the callable itself.
         name: in logs and error messages; the callable's own name when null.
         options: more keyword arguments, the same in every call; they take precedence over columns of the same
             name.
+        max_concurrent: most calls at a time of an `async def` that names `completion`; 16 when null.
     """
 
     def __init__(
@@ -140,11 +163,21 @@ class FunctionReward(RewardSource):
         function: str | Callable[..., Any],
         name: str | None = None,
         options: Mapping[str, Any] | None = None,
+        max_concurrent: int | None = None,
     ) -> None:
-        read = ("completions", *ENDINGS)
-        self._function = DatasetFunction(function, ("prompts", *read), read, options)
+        callable_ = load_callable(function) if isinstance(function, str) else function
+        self._each = is_async(callable_) and {"completion"} == _names(callable_) & {"completion", "completions"}
+        read = ("completion" if self._each else "completions", *ENDINGS)
+        self._function = DatasetFunction(callable_, ("prompt" if self._each else "prompts", *read), read, options)
         self.name = self._function.name = name or self._function.name
         self.reads_endings = self._function.reads_endings
+        if max_concurrent is not None and (max_concurrent < 1 or not self._each):
+            raise ValueError(
+                f"max_concurrent={max_concurrent} of reward function '{self.name}' must be at least 1, and acts on an "
+                "`async def` with the argument `completion` alone: any other is called once for all completions. "
+                "Correct or remove it."
+            )
+        self.max_concurrent = max_concurrent or _MAX_CONCURRENT
 
     def setup(self, device: torch.device) -> None:
         """Nothing to load."""
@@ -156,4 +189,22 @@ class FunctionReward(RewardSource):
             SourceConfigError: a column that the signature requires is not in the data, or a column has a name that
                 the trainer fills.
         """
-        return self._function(prompts, completions=list(map(str, completions)), **self._function.endings(completions))
+        endings = self._function.endings(completions)
+        if not self._each:
+            return self._function(prompts, completions=list(map(str, completions)), **endings)
+        self._function.check_columns(prompts)
+        calls = [
+            partial(
+                self._function.begun,
+                row,
+                prompt=row.text,
+                completion=str(text),
+                **{k: v[n] for k, v in endings.items()},
+            )
+            for n, (row, text) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        return wait_for(lambda: all_of(calls, self.max_concurrent))
+
+
+def _names(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(function).parameters)

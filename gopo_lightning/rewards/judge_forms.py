@@ -39,6 +39,11 @@ class Form:
         """What follows the fenced texts."""
         return self.ask(criterion, json.dumps({"id": fence, **dict.fromkeys(self.keys, "A")}))
 
+    @property
+    def example(self) -> str:
+        """Of the answers in the last line."""
+        return ", ".join(f'"{key}": "A"' for key in self.keys)
+
     def verdict(self, row: Mapping[str, Any]) -> float | None:
         """1.0 (A), 0.0 (B) or 0.5 (tie); None where an answer is missing or another word.
 

@@ -7,14 +7,12 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import partial
 from typing import Any, TypeVar
 
 from gopo_lightning.rewards.base import SourceConfigError
+from gopo_lightning.rewards.waiting import wait_for
 
 LONGEST_PAUSE_SECONDS = 60.0
 """Between two attempts, whatever the server asks for."""
@@ -29,6 +27,11 @@ class Reply:
 
     text: str | None
     finish_reason: str | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is a text, and nothing cut it off."""
+        return self.text is not None and self.finish_reason not in ("length", "content_filter")
 
 
 class RequestFailedError(Exception):
@@ -87,26 +90,8 @@ class ChatServer:
                 raise SourceConfigError(self._redirected(error)) from None
 
     def run(self, work: Callable[[Any], Awaitable[T]]) -> T:
-        """``work`` with a client, in an event loop on a thread of its own: the caller may be within one (a notebook).
-
-        What interrupts the caller cancels the work.
-        """
-        running: list[Callable[[], Any]] = []
-
-        async def main() -> T:
-            task = asyncio.current_task()
-            assert task is not None
-            running.append(partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel))
-            return await self._with_client(work)
-
-        with ThreadPoolExecutor(1) as pool:
-            try:
-                return pool.submit(lambda: asyncio.run(main())).result()
-            except BaseException:
-                for cancel in running:
-                    with suppress(RuntimeError):  # it has ended by itself
-                        cancel()
-                raise
+        """``work`` with a client, as by `waiting.wait_for`."""
+        return wait_for(lambda: self._with_client(work))
 
     async def ask(self, client: Any, request: Mapping[str, Any], count: Callable[[], None]) -> Reply:
         """The reply to ``request``; ``count`` is called before everything that is sent.

@@ -97,7 +97,7 @@ class PairComparator(PairwiseSource):
                 "Lower num_opponents, or raise the number of completions."
             )
         cells = [(p, i, j) for p in range(len(groups)) for i, j in round_robin(G, self.num_opponents)]
-        answers = self._answers([(prompts[p], groups[p][i], groups[p][j]) for p, i, j in cells])
+        answers = self.answers([(prompts[p], groups[p][i], groups[p][j]) for p, i, j in cells])
         wins_PGG = torch.full((len(groups), G, G), math.nan, dtype=torch.float64)
         for (p, i, j), (i_first, j_first) in zip(cells, answers, strict=True):
             wins_PGG[p, i, j], wins_PGG[p, j, i] = i_first, j_first
@@ -107,10 +107,10 @@ class PairComparator(PairwiseSource):
         """All G · R pairs of a completion and a reference are asked, none within either."""
         P, G, R = len(groups), len(groups[0]), len(references[0])
         questions = [(prompts[p], groups[p][g], references[p][r]) for p in range(P) for g in range(G) for r in range(R)]
-        first, second = torch.tensor(self._answers(questions), dtype=torch.float64).unbind(-1)
+        first, second = torch.tensor(self.answers(questions), dtype=torch.float64).unbind(-1)
         return _joined(first, second).view(P, G, R)
 
-    def _answers(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[tuple[float, float]]:
+    def answers(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[tuple[float, float]]:
         """For each pair (x, y) the answers with x first and with y first; NaN where that was not asked."""
         questions: dict[tuple[str, Any, Any], tuple[Prompt, str, str]] = {}
         for prompt, x, y in pairs:

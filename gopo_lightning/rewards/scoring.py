@@ -220,8 +220,12 @@ def comparison_metrics(sources: Sequence[Source], wins_PGGK: Tensor) -> dict[str
     metrics: dict[str, Tensor] = {}
     for k, source in enumerate(sources):
         if isinstance(source, PairwiseSource):
-            metrics |= wins_metrics(wins_PGGK[..., k], source.name)
-            counts = source.counters()
-            totals = all_reduce_sum(torch.tensor(list(counts.values()), dtype=torch.float64, device=wins_PGGK.device))
-            metrics |= {f"reward/{source.name}/{key}": total for key, total in zip(counts, totals, strict=True)}
+            metrics |= wins_metrics(wins_PGGK[..., k], source.name) | counter_metrics(source, wins_PGGK.device)
     return metrics
+
+
+def counter_metrics(source: Source, device: torch.device) -> dict[str, Tensor]:
+    """Running totals of ``source``. A collective: sums over ranks, on ``device``."""
+    counts = source.counters()
+    totals = all_reduce_sum(torch.tensor(list(counts.values()), dtype=torch.float64, device=device)) if counts else ()
+    return {f"reward/{source.name}/{key}": total for key, total in zip(counts, totals, strict=True)}

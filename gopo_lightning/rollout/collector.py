@@ -13,6 +13,7 @@ from gopo_lightning.distributed.gathering import Gather, gathered
 from gopo_lightning.distributed.offloading import on_device
 from gopo_lightning.policy.model import evaluating, float32_default, warn_of_endless_turns
 from gopo_lightning.rewards import GroupScores, HoldsModels, Source, score_groups
+from gopo_lightning.rewards.learning import LearnsFromRollouts
 from gopo_lightning.rewards.pairwise import Groups
 from gopo_lightning.rollout.engines.base import HasSampler, RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.engines.streams import stream_seeds
@@ -82,7 +83,8 @@ class Collector:
         """
         completions = self.sample(actor, prompts, num_completions, step)
         with self.phases("reward", actor.device):
-            scores = self.score(prompts.prompts, completions.groups(num_completions), actor.device, compare=compare)
+            groups, evaluates = completions.groups(num_completions), step == EVALUATION_STEP
+            scores = self.score(prompts.prompts, groups, actor.device, compare=compare, evaluates=evaluates)
             device = device_of_rewards(prompts.tokens_PL.device)
             rewards_PGK = scores.rewards_PGK.to(device)
             rewards_PG = self.combined(rewards_PGK)
@@ -132,9 +134,11 @@ class Collector:
             )
         return completions
 
-    def score(self, prompts: Sequence[Prompt], groups: Groups, device: torch.device, *, compare: bool) -> GroupScores:
+    def score(
+        self, prompts: Sequence[Prompt], groups: Groups, device: torch.device, *, compare: bool, evaluates: bool = False
+    ) -> GroupScores:
         """Scores of P groups by all sources."""
-        with self.scoring(device):
+        with self.scoring(device, evaluates=evaluates):
             return score_groups(self.sources, prompts, groups, compare=compare, timeout_seconds=self.timeout_seconds)
 
     @all_or_none("combining the rewards")
@@ -143,9 +147,12 @@ class Collector:
         return self.combine(rewards_PGK)
 
     @contextmanager
-    def scoring(self, device: torch.device) -> Iterator[None]:
-        """The models of the sources are on ``device`` inside."""
+    def scoring(self, device: torch.device, *, evaluates: bool = False) -> Iterator[None]:
+        """The models of the sources are on ``device`` inside; in an evaluation, sources that learn are as at first."""
         with ExitStack() as stack:
+            for source in self.sources if evaluates else ():
+                if isinstance(source, LearnsFromRollouts):
+                    stack.enter_context(source.as_first())
             with all_or_none("placing the reward models"):
                 models = [m for source in self.sources if isinstance(source, HoldsModels) for m in source.models()]
                 stack.enter_context(on_device(models, device))

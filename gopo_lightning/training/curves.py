@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from gopo_lightning.distributed.collectives import gather_rows
-from gopo_lightning.rewards import Source, comparison_metrics
+from gopo_lightning.rewards import RewardSource, Source, comparison_metrics
 from gopo_lightning.rewards.metrics import completion_metrics, reward_metrics
 from gopo_lightning.rollout.refill import Refilled
+from gopo_lightning.rewards.scoring import counter_metrics
 from gopo_lightning.types import Experience
 
 
@@ -29,6 +30,9 @@ def rollout_metrics(
     metrics = reward_metrics(gather_rows(experience.rewards_PGK), rewards_PG, names)
     if experience.wins_PGGK is not None:
         metrics |= comparison_metrics(sources, gather_rows(experience.wins_PGGK))
+    for source in sources:
+        if isinstance(source, RewardSource):
+            metrics |= counter_metrics(source, rewards_PG.device)
     metrics |= completion_metrics(lengths_N, gather_rows(experience.completions.truncated_N))
     for phase, num_tokens in {"rollout": lengths_N.sum() + refilled.tokens, "train": lengths_N.sum()}.items():
         metrics[f"throughput/{phase}_tokens_per_second"] = num_tokens / seconds[phase]

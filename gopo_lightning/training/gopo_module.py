@@ -21,6 +21,7 @@ from gopo_lightning.distributed.checkpoints import TrainableState, install_atomi
 from gopo_lightning.distributed.collectives import all_or_none, rank, world_size
 from gopo_lightning.objectives.base import Needed
 from gopo_lightning.policy.model import Policy, PolicyConfig, eos_token_ids, float32_default, load_tokenizer
+from gopo_lightning.rewards import learning
 from gopo_lightning.rewards.validity import InvalidSteps
 from gopo_lightning.rollout import RolloutCallback, SamplingConfig
 from gopo_lightning.rollout.collector import EVALUATION_STEP, Actor
@@ -295,6 +296,7 @@ class GOPOModule(TrainableState, OptimisedModule):
             "reference": self.validation.stored.state_dict(),
             "invalid": self.invalid.state_dict(),
             "transforms": self.shaping.state_dict(),
+            "sources": learning.state_of(self.collector.sources),
             "shares_prefix": self.forward_pass.shares_prefix,
             "streams": {stream.term.name: stream.state_dict() for stream in self.streams},
         }
@@ -309,6 +311,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.validation.stored.load_state_dict(state["reference"])
         self.invalid.load_state_dict(state.get("invalid", {}))
         self.shaping.load_state_dict(state.get("transforms", {}))
+        learning.load_state(self.collector.sources, state.get("sources", {}))
         self.forward_pass.restore(state.get("shares_prefix"))
         for stream in self.streams:
             stream.load_state_dict(state.get("streams", {}).get(stream.term.name, {}))
@@ -334,6 +337,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         if (difference := "train/sampler_logprob_diff") in metrics:
             metrics[difference] = updates[0][difference]  # later ones saw other weights
         self.shaping.commit(experience)
+        learning.observe(self.collector.sources, experience, step=self.trainer.global_step)
         seconds = {**batch["seconds"], "train": perf_counter() - start}  # the metrics have synchronised the device
         measured = rollout_metrics(experience, self.collector.sources, seconds, batch["refilled"])
         self._log(metrics | measured | self.shaping.metrics())

@@ -55,9 +55,9 @@ class Validation:
                 self.stored.add(prompts, self._sample_reference(actor, prompts, trainer))
         if not all(gather_objects(self.stored.has_scores(prompts))):
             groups = self.stored.of(prompts)
-            scores = self.collector.score(prompts.prompts, groups, actor.device, compare=False)
+            scores = self.collector.score(prompts.prompts, groups, actor.device, compare=False, evaluates=True)
             self.stored.add_scores(prompts, scores.rewards_PGK, self.collector.combined(scores.rewards_PGK))
-        with self.collector.phases("reward", actor.device), self.collector.scoring(actor.device):
+        with self.collector.phases("reward", actor.device), self.collector.scoring(actor.device, evaluates=True):
             standing = against_reference(
                 self.collector.sources,
                 self.collector.combine,

@@ -8,8 +8,8 @@ from torch import Tensor
 from gopo_lightning.distributed.collectives import gather_rows
 from gopo_lightning.rewards import RewardSource, Source, comparison_metrics
 from gopo_lightning.rewards.metrics import completion_metrics, reward_metrics
-from gopo_lightning.rollout.refill import Refilled
 from gopo_lightning.rewards.scoring import counter_metrics
+from gopo_lightning.rollout.refill import Refilled
 from gopo_lightning.types import Experience
 
 

@@ -57,6 +57,8 @@ def test_where_it_hurts_it_is_taken_off() -> None:
     [
         (CORRECT, MARKED, 0.49, 1),
         (CORRECT, MARKED, 0.5, 0),  # a difference of just ε does not count
+        ([1 - reward for reward in CORRECT], MARKED, 0.49, -1),
+        ([1 - reward for reward in CORRECT], MARKED, 0.5, 0),
         (CORRECT, [1] * 8, 0.1, 0),
         (CORRECT, [0] * 8, 0.1, 0),
         (CORRECT, [1] * 8, -INF, 0),
@@ -97,7 +99,7 @@ def test_another_source_says_what_is_correct() -> None:
     rollout = marked([5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0])
     scores_PG1 = torch.tensor([[[0.3, 0.4, 0.2, 0.9, 0.0, 0.1, 0.29, 1.0]]]).double().transpose(1, 2)
     rollout = replace(rollout, rewards_PGK=scores_PG1)
-    assert after(rollout, source="vowels", tau=0.3) == [5.5, 6.5, 7.5, 8.0, 9.0, 10.0, 11.0, 12.5]
+    assert after(rollout, source="vowels", tau=0.3, epsilon=0.4) == [5.5, 6.5, 7.5, 8.0, 9.0, 10.0, 11.0, 12.5]
     assert after(rollout, tau=8.0) == [4.5, 5.5, 6.5, 8.0, 9.0, 10.0, 11.0, 11.5]
 
 

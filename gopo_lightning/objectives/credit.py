@@ -90,7 +90,7 @@ def brpo(experience: Experience, *, num_cuts: int, prior: Prior = "uniform") -> 
     weights_S = 2.0 ** torch.arange(num_cuts, device=p_S.device, dtype=torch.float64)
     mean_NS = (weights_S * scores_NS).cumsum(-1) / weights_S.cumsum(-1)
     own_NS = torch.nn.functional.pad(mean_NS[:, :-1], (1, 0)) * later_S
-    total_P1S = (to_go_NS * valid_N[:, None]).unflatten(0, (-1, experience.group_size)).sum(1, keepdim=True)
+    total_P1S = to_go_NS.unflatten(0, (-1, experience.group_size)).sum(1, keepdim=True)
     num_P11 = valid_N.view(-1, experience.group_size, 1).sum(1, keepdim=True).clamp(min=1)
     group_NS = (total_P1S / num_P11).expand(-1, experience.group_size, -1).flatten(0, 1)
     share_S = torch.arange(num_cuts, device=p_S.device) / num_cuts

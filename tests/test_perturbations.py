@@ -2,17 +2,19 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from gopo_lightning.distributed.strategies import FSDP2Strategy
 from gopo_lightning.objectives.advantages import ordinal
 from gopo_lightning.objectives.perturbations import net_preferences, preferences_of_rewards, rank_weights_of_noise
 from gopo_lightning.policy.model import PolicyConfig
 from gopo_lightning.rewards import FunctionComparator
-from gopo_lightning.rollout import RankFilter, RecordedEngine, TransformersEngine
+from gopo_lightning.rollout import RankFilter, RecordedEngine, TransformersEngine, VLLMEngine
 from gopo_lightning.rollout.engines.perturbed import Noise, PerturbedEngine
 from gopo_lightning.training.ranked_perturbation import RankedPerturbation
 from gopo_lightning.types import Completions
@@ -218,3 +220,12 @@ def test_what_it_would_pass_over_is_refused(more: dict[str, Any], message: str, 
 def test_bad_settings_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RankedPerturbation(**given)
+
+
+def test_where_weights_cannot_be_moved_it_is_refused() -> None:
+    rule = RankedPerturbation()
+    sharding: Any = SimpleNamespace(strategy=FSDP2Strategy())
+    with pytest.raises(ValueError, match="moves whole weights in place, and trainer.strategy: fsdp2 shards them"):
+        rule.check(sharding)
+    with pytest.raises(ValueError, match="which VLLMEngine does not do"):
+        rule.engine(object.__new__(VLLMEngine))

@@ -23,7 +23,7 @@ from gopo_lightning.rewards import (
     score_groups,
 )
 from gopo_lightning.rewards.metrics import rank_correlation, wins_metrics
-from gopo_lightning.rewards.pairwise import Groups, check_wins, round_robin
+from gopo_lightning.rewards.pairwise import Groups, PairComparator, check_wins, round_robin
 from gopo_lightning.rewards.scoring import win_share
 from gopo_lightning.types import Prompt
 from tests.conftest import byte_tokenizer
@@ -461,3 +461,28 @@ def test_win_rates_survive_a_resume(tiny_policy: Path, prompts_file: Path, tmp_p
         again, make_data(prompts_file), ckpt_path=str(tmp_path / "run.ckpt"), verbose=False
     )
     assert {**result, "step": 2} == expected
+
+
+def test_a_rank_without_questions_keeps_step_where_a_forward_needs_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its texts are equal, those of another rank may not be, whose forward of a sharded model would wait for ever."""
+    asked: list[tuple[str, str]] = []
+
+    class Sharded(PairComparator):
+        def setup(self, device: torch.device) -> None: ...
+
+        def models(self) -> list[torch.nn.Module]:
+            return [torch.nn.Linear(1, 1)]
+
+        def compare(self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]) -> list[float]:
+            asked.extend(zip(firsts, seconds, strict=True))
+            return [1.0] * len(firsts)
+
+    prompts, equal, unequal = [Prompt(0, (1,), "say")], [["a", "a", "a"]], [["a", "b", "a"]]
+    Sharded("judge")(prompts, equal)
+    assert asked == []
+    monkeypatch.setattr("gopo_lightning.rewards.pairwise.forward_is_collective", lambda model: True)
+    wins_PGG = Sharded("judge")(prompts, equal)
+    assert asked == [("a", "a")]
+    assert wins_PGG[0, 0, 1] == 0.5
+    Sharded("judge")(prompts, unequal)
+    assert len(asked) == 2  # and nothing more where there is a question

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gopo_lightning.rewards.base import Scores, as_tensor
+from gopo_lightning.distributed.gathering import forward_is_collective
+from gopo_lightning.rewards.base import HoldsModels, Scores, as_tensor
 from gopo_lightning.types import Completion, Prompt
 
 Groups: TypeAlias = Sequence[Sequence[str]]
@@ -117,6 +118,8 @@ class PairComparator(PairwiseSource):
             for first, second in self._orders(prompt, x, y):
                 key = (_key(prompt), content(first, self.reads_endings), content(second, self.reads_endings))
                 questions.setdefault(key, (prompt, first, second))
+        if not questions and pairs and self._asks_in_step():
+            self.compare(*([each] for each in pairs[0]))  # other ranks may have questions
         scores = self.compare(*map(list, zip(*questions.values(), strict=True))) if questions else []
         known = dict(zip(questions, self._checked(scores, len(questions)), strict=True))
         answers = []
@@ -126,6 +129,10 @@ class PairComparator(PairwiseSource):
                 (0.5, math.nan) if a == b else (known.get((asked, a, b), math.nan), known.get((asked, b, a), math.nan))
             )
         return answers
+
+    def _asks_in_step(self) -> bool:
+        """Whether a forward of its models needs all ranks."""
+        return isinstance(self, HoldsModels) and any(map(forward_is_collective, self.models()))
 
     def _orders(self, prompt: Prompt, x: str, y: str) -> list[tuple[str, str]]:
         """The orders in which to ask a pair."""

@@ -189,7 +189,8 @@ def events(run: Path) -> EventAccumulator:
 
 
 def test_every_tag_is_defined_in_the_docs(config: Path, tmp_path: Path) -> None:
-    loss = [f"--model.init_args.objective.loss.{option}" for option in ("kl_coef=0.1", "clip_ceiling=4")]
+    options = ("kl_coef=0.1", "clip_ceiling=4", "sampler_correction_cap=2")
+    loss = [f"--model.init_args.objective.loss.{option}" for option in options]
     transforms = [{"class_path": "gopo_lightning.rollout.KLInReward", "init_args": {"coef": 0.1}}]
     run(["fit", "--config", str(config), *loss, f"--model.init_args.rewards.transforms={json.dumps(transforms)}"])
     tags = events(tmp_path / "run" / "version_0").Tags()
@@ -201,6 +202,7 @@ def test_every_tag_is_defined_in_the_docs(config: Path, tmp_path: Path) -> None:
     assert names <= defined, sorted(names - defined)
     reward_model = ("val/pair", "val/spearman", "val/kendall", "val/loss", "val/calibration_error", "val/length_bias")
     groups = ("train/pair_", "train/logprob")  # of objectives that compare completions: test_methods
+    groups += ("transform/", "rollout/", "train/tied_policies")  # of transforms, refills and update rules
     elsewhere = ("epoch", "test/", "reward/rank_correlation/", "reward/rescued_groups", *reward_model, *groups)
     comparisons = {"tie_fraction", "cyclic_triad_fraction", "compared_fraction", "first_bias"}
     counters = {"abstained", "calls", "cached", "revisions", "asked_pairs"}

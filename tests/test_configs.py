@@ -70,7 +70,10 @@ def test_a_method_is_laid_on_tasks_and_baselines(path: Path, tmp_path: Path) -> 
             assert getattr(module.objective_config, name) == objective[name]
         transforms = init_args(path).get("rewards", {}).get("transforms", [])
         assert [type(each).__name__ for each in module.reward_config.transforms] == [*map(class_name, transforms)]
-        assert loss or transforms
+        sources = init_args(path).get("rewards", {}).get("sources", [])
+        if sources:
+            assert [type(each).__name__ for each in module.reward_config.sources] == [*map(class_name, sources)]
+        assert loss or transforms or sources
 
 
 def class_name(named: dict[str, Any]) -> str:

@@ -119,7 +119,8 @@ class PairComparator(PairwiseSource):
                 key = (_key(prompt), content(first, self.reads_endings), content(second, self.reads_endings))
                 questions.setdefault(key, (prompt, first, second))
         if not questions and pairs and self._asks_in_step():
-            self.compare(*([each] for each in pairs[0]))  # other ranks may have questions
+            prompt, x, y = pairs[0]
+            self.compare([prompt], [x], [y])  # other ranks may have questions
         scores = self.compare(*map(list, zip(*questions.values(), strict=True))) if questions else []
         known = dict(zip(questions, self._checked(scores, len(questions)), strict=True))
         answers = []

@@ -46,11 +46,22 @@ SOURCES: dict[str, dict[str, list[tuple[str, dict[str, Any]]]]] = {
 }
 """Kind of reward sources → one or several such, of which a row draws one."""
 
+_ROLLOUT = "gopo_lightning.rollout."
+TRANSFORMS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "none": [],
+    "filter": [("RankFilter", {"weights": "bw", "keep": 2})],
+    "endings": [("RepetitionPenalty", {}), ("OverlongPenalty", {"buffer_tokens": 5, "coef": 0.25})],
+    "history": [("HistoryLength", {"tau": 1.0}), ("SemanticEntropy", {})],
+}
+"""Of which the first two change no reward."""
+
 OPTIONS: dict[str, list[Any]] = {
     "policy": list(policies.CONFIGS),
     "strategy": ["single", "ddp", "fsdp2"],
     "sources": list(SOURCES),
     "combine": ["weighted_sum", "borda", "lexicographic", "z_score"],
+    "transforms": list(TRANSFORMS),
+    "refill": [None, 2],
     "advantage": ["ordinal", "calibrated", "odrpo", "grpo", "dr_grpo", "rloo", "batch", "qae"],
     "aggregation": ["token", "sequence", "constant"],
     "importance_sampling": ["token", "sequence"],
@@ -90,6 +101,8 @@ COMPARED = {"comparator", "oracle"}
 def valid(row: Row) -> bool:
     """Whether the values of ``row``, which may not be complete, can stand together."""
     sources, advantage, combine = row.get("sources"), row.get("advantage"), row.get("combine", "weighted_sum")
+    if sources in COMPARED and advantage == "ordinal" and row.get("transforms", "none") not in ("none", "filter"):
+        return False
     if sources == "infinite":
         return advantage not in MAGNITUDES and combine != "z_score"
     return not (sources in COMPARED and advantage == "ordinal" and combine != "weighted_sum")
@@ -125,7 +138,7 @@ def _repaired(row: Row) -> list[Row]:
         ordinal = {"advantage": "ordinal"} if row["advantage"] in MAGNITUDES else {}
         ranked = {"combine": "borda"} if row["combine"] == "z_score" else {}
         return [*found, row | ordinal | ranked]
-    return [*found, row | {"combine": "weighted_sum"}, row | {"advantage": "rloo"}]
+    return [*found, row | {"combine": "weighted_sum", "transforms": "filter"}, row | {"advantage": "rloo"}]
 
 
 def pairs(row: Row) -> set[frozenset[tuple[str, Any]]]:
@@ -152,7 +165,14 @@ def _redraw(found: list[Row], rng: random.Random) -> None:
 def real_rows(found: list[Row]) -> list[Row]:
     """Two of the rows for the pretrained policy, made lighter; one trains all weights and one an adapter."""
     light = {"policy": policies.REAL, "strategy": "single", "cold": False, "max_new_tokens": 10, "num_completions": 2}
-    light |= {"eval_num_completions": 1, "num_inner_epochs": 1, "num_minibatches": 1, "resume_rollout": 2}
+    light |= {
+        "refill": None,
+        "transforms": "none",
+        "eval_num_completions": 1,
+        "num_inner_epochs": 1,
+        "num_minibatches": 1,
+        "resume_rollout": 2,
+    }
     able = [row for row in found if row["which"] != "one order"]
     return [row | light | {"lora": bool(k)} for k, row in enumerate(able[:2])]
 
@@ -185,6 +205,10 @@ def config(row: Row, policy: Path) -> dict[str, Any]:
         "policy": {"name": str(policy)},
         "rewards": [{"class_path": _REWARDS + name, "init_args": values} for name, values in sources],
         "combine": row["combine"],
+        "transforms": [
+            {"class_path": _ROLLOUT + name, "init_args": values} for name, values in TRANSFORMS[row["transforms"]]
+        ],
+        "refill": row["refill"],
         "advantage": _CALIBRATED if row["advantage"] == "calibrated" else row["advantage"],
         "loss": {
             "class_path": "gopo_lightning.objectives.ClippedSurrogate",

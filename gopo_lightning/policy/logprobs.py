@@ -87,27 +87,30 @@ def _pack_replicated(prompts: PromptBatch, completions: Completions) -> tuple[di
     return inputs, prompt_lengths_N[:, None] - 1 - S + torch.arange(T, device=mask.device)
 
 
+def layout_of(prompts: PromptBatch, completions: Completions) -> PackedGroups:
+    """Of the row [prompt 1 | its completions | prompt 2 | ...] without padding."""
+    lengths_PG = completions.lengths_N.view(len(prompts), -1)
+    return PackedGroups(prompts.mask_PL.sum(-1).tolist(), lengths_PG.tolist(), lengths_PG.device)
+
+
 def _pack_shared(prompts: PromptBatch, completions: Completions) -> tuple[dict[str, Any], Tensor]:
-    """The same for one row of all groups, without padding: [prompt 1 | its completions | prompt 2 | ...]."""
-    mask_NT, mask_PL, P = completions.mask_NT, prompts.mask_PL, len(prompts)
-    lengths_PG = completions.lengths_N.view(P, -1).tolist()
-    prompt_lengths_P = mask_PL.sum(-1)
-    layout = PackedGroups(prompt_lengths_P.tolist(), lengths_PG, mask_NT.device)
-    S, prompt_S = layout.num_tokens, layout.prompt_S
+    """The same for one row of all groups, see `layout_of`."""
+    mask_NT, mask_PL, layout = completions.mask_NT, prompts.mask_PL, layout_of(prompts, completions)
+    S, prompt_S, G = layout.num_tokens, layout.prompt_S, len(completions) // len(prompts)
     places_NT = torch.zeros_like(completions.tokens_NT)
     places_NT[mask_NT] = (~prompt_S).nonzero()[:, 0]
-    positions_NT = prompt_lengths_P.repeat_interleave(len(mask_NT) // P)[:, None] + positions(mask_NT)
-    sizes_P = prompt_lengths_P + completions.lengths_N.view(P, -1).sum(-1)
+    prompt_lengths_P = mask_PL.sum(-1)
+    positions_NT = prompt_lengths_P.repeat_interleave(G)[:, None] + positions(mask_NT)
+    sizes_P = prompt_lengths_P + completions.lengths_N.view(-1, G).sum(-1)
     last_P = sizes_P.cumsum(0) - sizes_P + prompt_lengths_P - 1  # token of each prompt
 
     def row(prompt_PL: Tensor, completion_NT: Tensor) -> Tensor:
-        empty_S = completion_NT.new_empty(S)
-        return empty_S.masked_scatter(prompt_S, prompt_PL[mask_PL]).masked_scatter(~prompt_S, completion_NT[mask_NT])[
-            None
-        ]
+        row_S = completion_NT.new_empty(S)
+        row_S[prompt_S], row_S[~prompt_S] = prompt_PL[mask_PL], completion_NT[mask_NT]
+        return row_S[None]
 
     column_NT = places_NT - 1 - S
-    column_NT[:, 0] = last_P.repeat_interleave(len(mask_NT) // P) - S
+    column_NT[:, 0] = last_P.repeat_interleave(G) - S
     inputs = {
         "input_ids": row(prompts.tokens_PL, completions.tokens_NT),
         # read by nobody but transformers' warning about padding: the layout is the mask

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gopo_lightning.distributed.collectives import gather_objects
 from gopo_lightning.distributed.decoder_layers import uncompiled
 from gopo_lightning.policy.lm_head import logit_rule
-from gopo_lightning.policy.logprobs import completion_logprobs
+from gopo_lightning.policy.logprobs import completion_logprobs, layout_of
 from gopo_lightning.policy.shared_prefix import supports_shared_prefix
 from gopo_lightning.types import Completions, PromptBatch, Rollout
 
@@ -120,9 +120,7 @@ def _of_tokens(grad: Tensor, prompts: PromptBatch, completions: Completions, sha
     """
     P, N = len(prompts), len(completions)
     if shared:
-        lengths_PG = completions.lengths_N.view(P, -1)
-        lengths_R = torch.cat([prompts.mask_PL.sum(-1, keepdim=True), lengths_PG], -1).flatten()
-        prompt_S = (torch.arange(len(lengths_R), device=grad.device) % (1 + N // P) == 0).repeat_interleave(lengths_R)
+        prompt_S = layout_of(prompts, completions).prompt_S
         return grad[0, prompt_S], grad[0, ~prompt_S]
     column_S = torch.arange(grad.shape[1], device=grad.device)
     prompt_PS = column_S < prompts.mask_PL.sum(-1, keepdim=True)

@@ -33,7 +33,7 @@ def _attend_softcapped(
 ) -> Tensor:
     """Causal attention with soft-capped scores (Gemma 2), which SDPA has not."""
     K, L, device = key_PKLD.shape[1], query_PHLD.shape[2], query_PHLD.device
-    allowed = ~_future(L, device) if mask_P1LL is None else mask_P1LL[:, None]
+    allowed = ~parts.future(L, device) if mask_P1LL is None else mask_P1LL[:, None]
     scores = parts.widen(query_PHLD.unflatten(1, (K, -1)) @ key_PKLD[:, :, None].transpose(-1, -2)) * scale
     scores = ((scores / softcap).tanh() * softcap).masked_fill(~allowed, -torch.inf)
     return (scores.softmax(-1).to(value_PKLD.dtype) @ value_PKLD[:, :, None]).flatten(1, 2)
@@ -95,14 +95,12 @@ class _GroupAttention(torch.autograd.Function):
                 normaliser_BHM = normaliser_BHM.masked_fill(~real_BM[:, None], torch.inf)
             grad_BHMD, query_BHMD, output_BHMD = (_heads(x[places_BM]) for x in (grad, query, output))
             whole = parts.Whole(grad_BHMD, query_BHMD, output_BHMD, normaliser_BHM)
-            own = parts.gradients(
-                whole, _heads(key[places_BM]), _heads(value[places_BM]), None, scale, softcap, causal=True
-            )
+            own = parts.gradients(whole, _heads(key[places_BM]), _heads(value[places_BM]), scale, softcap, causal=True)
             for d_x, d_own in zip((d_query, d_key, d_value), own, strict=True):
                 _put(d_x, places_BM, real_BM, d_own)
         for prompt, texts in pieces.groups:
             whole = parts.Whole(_one(grad[texts]), _one(query[texts]), _one(output[texts]), _one(normaliser[texts]))
-            found = parts.gradients(whole, _one(key[prompt]), _one(value[prompt]), None, scale, softcap)
+            found = parts.gradients(whole, _one(key[prompt]), _one(value[prompt]), scale, softcap)
             for d_x, where, d_part in zip((d_query, d_key, d_value), (texts, prompt, prompt), found, strict=True):
                 d_x[where] += _heads(d_part)[0]
         return d_query, d_key, d_value, None, None, None
@@ -154,7 +152,7 @@ def attention_mask(mask_PL: Tensor) -> Tensor | None:
     if bool(mask_PL.all()):
         return None
     L, device = mask_PL.shape[1], mask_PL.device
-    return ((~_future(L, device) & mask_PL[:, None]) | torch.eye(L, dtype=torch.bool, device=device))[:, None]
+    return ((~parts.future(L, device) & mask_PL[:, None]) | torch.eye(L, dtype=torch.bool, device=device))[:, None]
 
 
 def padding_bias(mask_PL: Tensor) -> Tensor | None:
@@ -162,8 +160,3 @@ def padding_bias(mask_PL: Tensor) -> Tensor | None:
     if bool(mask_PL.all()):
         return None
     return torch.zeros(mask_PL.shape, device=mask_PL.device).masked_fill(~mask_PL, -torch.inf)[:, None, None]
-
-
-def _future(size: int, device: torch.device) -> Tensor:
-    """bool [size, size], True where the column comes after the row."""
-    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)

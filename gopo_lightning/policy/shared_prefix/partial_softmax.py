@@ -31,12 +31,13 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, H, M, D] of the queries to these keys, and the logarithm of its normaliser [B, H, M], float32.
 
-    ``bias``, 0 or -inf and broadcast from four dimensions, is added to the scores; None adds nothing. ``causal``: a
-    query sees the keys up to its own place, of which there are as many.
+    ``bias``, 0 or -inf and broadcast from four dimensions, is added to the scores; None adds nothing. ``causal``, in
+    its place: a query sees the keys up to its own place, of which there are as many.
     """
     if _has_kernel(query_BHMD, softcap):
         return cpu_flash_attention(query_BHMD, key_BKND, value_BKND, bias, scale, causal)
-    query_BKMD, bias = _by_key_heads(query_BHMD, key_BKND), _whole_bias(query_BHMD, key_BKND, bias, causal)
+    query_BKMD = _by_key_heads(query_BHMD, key_BKND)
+    bias = _causal_bias(query_BHMD, key_BKND) if causal else bias
     output = query_BKMD.new_empty(*query_BKMD.shape[:-1], value_BKND.shape[-1])
     normaliser = query_BKMD.new_empty(query_BKMD.shape[:-1], dtype=wide(query_BKMD))
     for b, m in _chunks(query_BKMD, key_BKND):
@@ -66,7 +67,6 @@ def gradients(
     whole: Whole,
     key_BKND: Tensor,
     value_BKND: Tensor,
-    bias: Tensor | None,
     scale: float,
     softcap: float | None,
     *,
@@ -76,8 +76,8 @@ def gradients(
     query_BHMD = whole.query_BHMD
     if _has_kernel(query_BHMD, softcap) and key_BKND.shape[2] >= _KERNEL_PAYS:
         saved = query_BHMD, key_BKND, value_BKND, whole.output_BHMD, whole.normaliser_BHM
-        return cpu_flash_attention_backward(whole.grad_BHMD, *saved, bias=bias, scale=scale, causal=causal)
-    bias = _whole_bias(query_BHMD, key_BKND, bias, causal)
+        return cpu_flash_attention_backward(whole.grad_BHMD, *saved, bias=None, scale=scale, causal=causal)
+    bias = _causal_bias(query_BHMD, key_BKND) if causal else None
     grad_BKMD, query_BKMD, output_BKMD, normaliser_BKM = (_by_key_heads(x, key_BKND) for x in whole)
     mean_BKM1 = torch.linalg.vecdot(widen(grad_BKMD), widen(output_BKMD))[..., None]
     d_query, d_key, d_value = (torch.zeros_like(x) for x in (query_BKMD, key_BKND, value_BKND))
@@ -116,14 +116,16 @@ def _by_key_heads(x_BHM: Tensor, key_BKND: Tensor) -> Tensor:
     return x_BHM.unflatten(1, (key_BKND.shape[1], -1)).flatten(2, 3)
 
 
-def _whole_bias(query_BHMD: Tensor, key_BKND: Tensor, bias: Tensor | None, causal: bool) -> Tensor | None:
-    """``bias`` for the queries of `_by_key_heads`; it is one for all of them, or for none that are causal."""
-    if not causal:
-        return bias
+def _causal_bias(query_BHMD: Tensor, key_BKND: Tensor) -> Tensor:
+    """float32 [1, 1, H / K * M, N], -inf where the key comes after the query of `_by_key_heads`."""
     M, R = query_BHMD.shape[2], query_BHMD.shape[1] // key_BKND.shape[1]
-    future_MM = torch.ones(M, M, dtype=torch.bool, device=query_BHMD.device).triu(1)
-    bias_MM = torch.zeros(M, M, device=query_BHMD.device).masked_fill(future_MM, -torch.inf)
+    bias_MM = torch.zeros(M, M, device=query_BHMD.device).masked_fill(future(M, query_BHMD.device), -torch.inf)
     return bias_MM.repeat(R, 1)[None, None]
+
+
+def future(size: int, device: torch.device) -> Tensor:
+    """bool [size, size], True where the column comes after the row."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
 
 
 def _scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

@@ -1,6 +1,7 @@
 """What a rollout engine is: it turns prompts into completions, each from its own random stream."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
@@ -112,6 +113,29 @@ class HasState(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What ``state_dict`` gave."""
         ...
+
+
+class WithSampler(RolloutEngine):
+    """An engine with a `sampler`, whose state is its own."""
+
+    @property
+    @abstractmethod
+    def sampler(self) -> RolloutEngine:
+        """Of evaluations."""
+
+    def check_sampling(self, sampling: SamplingConfig, *, logprobs: bool) -> None:
+        """What the sampler cannot do."""
+        if isinstance(self.sampler, ChecksSampling):
+            self.sampler.check_sampling(sampling, logprobs=logprobs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's."""
+        return self.sampler.state_dict() if isinstance(self.sampler, HasState) else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+        if isinstance(self.sampler, HasState):
+            self.sampler.load_state_dict(state)
 
 
 def sampling_dtype(option: SamplingDtype, model: nn.Module) -> torch.dtype:

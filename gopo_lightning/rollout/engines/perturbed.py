@@ -1,13 +1,12 @@
 """Samples each completion of a group from a policy of its own: the weights, moved along a noise vector."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from gopo_lightning.rollout.engines.base import ChecksSampling, HasState, RolloutEngine, SamplingConfig
+from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig, WithSampler
 from gopo_lightning.rollout.engines.streams import stream_seeds
 from gopo_lightning.rollout.joining import joined_completions
 from gopo_lightning.types import Completions, PromptBatch
@@ -31,25 +30,16 @@ class Noise:
                 yield parameter, torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
-class PerturbedEngine(RolloutEngine):
+class PerturbedEngine(WithSampler):
     """Completion i of each prompt is sampled from θ + μ ξ_i; ``engine`` samples. In evaluations it samples from θ."""
 
     def __init__(self, engine: RolloutEngine, noise: Noise, scale: float) -> None:
-        self.sampler, self.noise, self.scale = engine, noise, scale
+        self._sampler, self.noise, self.scale = engine, noise, scale
 
-    def check_sampling(self, sampling: SamplingConfig, *, logprobs: bool) -> None:
-        """What the sampler cannot do."""
-        if isinstance(self.sampler, ChecksSampling):
-            self.sampler.check_sampling(sampling, logprobs=logprobs)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sampler's."""
-        return self.sampler.state_dict() if isinstance(self.sampler, HasState) else {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What ``state_dict`` gave."""
-        if isinstance(self.sampler, HasState):
-            self.sampler.load_state_dict(state)
+    @property
+    def sampler(self) -> RolloutEngine:
+        """What samples."""
+        return self._sampler
 
     @torch.no_grad()
     def generate(

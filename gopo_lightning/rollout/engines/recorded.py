@@ -1,8 +1,7 @@
 """Offline data as an engine: the completions are the answers that the prompt's row holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,9 @@ from gopo_lightning.data.recorded import recorded_answers
 from gopo_lightning.distributed.gathering import compute_device
 from gopo_lightning.policy.model import end_of_turn
 from gopo_lightning.rollout.engines.base import (
-    ChecksSampling,
-    HasState,
     RolloutEngine,
     SamplingConfig,
+    WithSampler,
     padding_token,
 )
 from gopo_lightning.rollout.engines.streams import uniforms
@@ -23,7 +21,7 @@ from gopo_lightning.rollout.engines.transformers import TransformersEngine
 from gopo_lightning.types import Completions, PromptBatch
 
 
-class RecordedEngine(RolloutEngine):
+class RecordedEngine(WithSampler):
     """Tokenises the answers of the rows in training. In validation, test and predict its ``sampler`` asks the policy.
 
     With `rewards.RecordedReward` as the source, groups of rated answers go through the same advantages and objectives
@@ -48,17 +46,7 @@ class RecordedEngine(RolloutEngine):
 
     def check_sampling(self, sampling: SamplingConfig, *, logprobs: bool) -> None:
         """What the sampler cannot do; log-probs of answers that nobody sampled there are none."""
-        if isinstance(self.sampler, ChecksSampling):
-            self.sampler.check_sampling(sampling, logprobs=False)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sampler's."""
-        return self.sampler.state_dict() if isinstance(self.sampler, HasState) else {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What ``state_dict`` gave."""
-        if isinstance(self.sampler, HasState):
-            self.sampler.load_state_dict(state)
+        super().check_sampling(sampling, logprobs=False)
 
     def generate(
         self,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from gopo_lightning.data.fingerprint import Digest
 from gopo_lightning.data.rendering import PromptRenderer
-from gopo_lightning.types import Prompt
+from gopo_lightning.types import Prompt, PromptBatch
 
 Overlong = Literal["error", "drop", "truncate_left"]
 
@@ -61,6 +61,10 @@ class PromptDataset(Dataset[tuple[Prompt, bool]]):
         if self.max_prompt_tokens is not None and len(prompt.token_ids) > self.max_prompt_tokens:
             prompt = _truncated_left(prompt, self.max_prompt_tokens, self.render.tokenizer.bos_token_id)
         return prompt, item >= len(self)
+
+    def batch(self, rows: Sequence[int]) -> PromptBatch:
+        """The prompts of ``rows``, as a step gets them."""
+        return PromptBatch.collate([self[row][0] for row in rows], self.render.tokenizer.pad_token_id)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

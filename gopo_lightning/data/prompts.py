@@ -164,9 +164,7 @@ class PromptDataModule(FingerprintedDataModule):
 
     def training_prompts(self, rows: Sequence[int]) -> PromptBatch:
         """The training prompts of ``rows``, as a step gets them."""
-        trainer: Any = self.trainer
-        dataset, pad_token_id = self._datasets["train"], trainer.lightning_module.tokenizer.pad_token_id
-        return PromptBatch.collate([dataset[row][0] for row in rows], pad_token_id)
+        return self._datasets["train"].batch(rows)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """All validation prompts in order; nothing if none are given."""

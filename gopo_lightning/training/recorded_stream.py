@@ -31,7 +31,7 @@ from gopo_lightning.training.config import (
     UpdateConfig,
 )
 from gopo_lightning.training.update_rule import Term
-from gopo_lightning.types import Experience, PromptBatch
+from gopo_lightning.types import Experience
 
 
 class RecordedStream:
@@ -92,8 +92,7 @@ class RecordedStream:
     def experience(self, actor: Actor, step: int) -> Experience:
         """The next groups of this rank, as ``step`` of the run reads them. A collective."""
         assert self._dataset is not None and self._sampler is not None, "set_up comes first"
-        rows, pad_token_id = self._sampler.step(self._sampler.position()), actor.tokenizer.pad_token_id
-        prompts = PromptBatch.collate([self._dataset[row][0] for row in rows], pad_token_id)
+        prompts = self._dataset.batch(self._sampler.step(self._sampler.position()))
         rollout = self.collector.collect(actor, prompts.to(actor.device), self.config.num_completions, step=step)
         return self.shaping(rollout, Context(self.seed, step))
 

@@ -20,6 +20,7 @@ from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.policy.prefix_sharing import check_shared_prefix
 from gopo_lightning.training.forward import PolicyForward
 from gopo_lightning.training.gopo_module import GOPOModule
+from gopo_lightning.training.update_rule import Part
 from gopo_lightning.types import Completions, Experience, Prompt, PromptBatch
 from tests.runs import make_module
 from tests.test_module import fit
@@ -205,7 +206,7 @@ def test_an_update_has_the_gradient_of_the_loops(
     with_logprobs = module._with_logprobs(experience, module.needs)
     for groups_P in module._minibatches(with_logprobs):
         groups.append(set(groups_P.tolist()))
-        module.update(module, policy, with_logprobs, groups_P)
+        module.update(module, policy, [Part(module.terms[0], with_logprobs, groups_P)])
     assert len(groups) == shape.num_minibatches * shape.num_inner_epochs
     for epoch in range(shape.num_inner_epochs):
         part = groups[epoch * shape.num_minibatches : (epoch + 1) * shape.num_minibatches]

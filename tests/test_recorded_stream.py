@@ -142,8 +142,9 @@ def results(tiny_policy: Path, prompts_file: Path, tmp_path_factory: pytest.Temp
 def test_two_ranks_add_up_like_one(strategy: str, results: Path) -> None:
     assert_same_run(results, f"{strategy}-sum", "sum")
     steps = [read(results, name)[0]["steps"] for name in (f"{strategy}-sum", "sum")]
-    for mine, theirs in zip(*steps, strict=True):
-        for name in ("gepo/loss", "likelihood/loss", "gepo/pair_accuracy"):
+    for step, (mine, theirs) in enumerate(zip(*steps, strict=True)):
+        # At first the policy is the reference: the signs of the margins are those of their round-off.
+        for name in ("gepo/loss", "likelihood/loss", *(("gepo/pair_accuracy",) if step else ())):
             assert mine["metrics"][f"train/{name}"] == pytest.approx(theirs["metrics"][f"train/{name}"], abs=1e-5)
 
 

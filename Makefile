@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo 
 VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+TEST_WORKERS ?= 2
 USE_FLAGS ?=
 
 BIN := $(VENV)/bin
@@ -11,6 +12,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_VLLM := $(VENV)/.installed-vllm
 VERL := $(VENV)/verl
 INSTALLED_DOCS := $(VENV)/.installed-docs
+SIDE_BY_SIDE = -n $(TEST_WORKERS) --dist loadfile
 SOURCES := gopo_lightning tests scripts
 
 export TOKENIZERS_PARALLELISM := false
@@ -29,6 +31,7 @@ help: ## List the targets and variables.
 	@echo "  VENV               folder of the virtual environment                               [$(VENV)]"
 	@echo "  PIP_FLAGS          more options for pip install                                    [$(PIP_FLAGS)]"
 	@echo "  PYTEST_FLAGS       more options for pytest, e.g. -k losses                         [$(PYTEST_FLAGS)]"
+	@echo "  TEST_WORKERS       how many files of tests run side by side; 0 for one process             [$(TEST_WORKERS)]"
 	@echo "  USE_FLAGS          more options for test-use, e.g. --seed 7                        [$(USE_FLAGS)]"
 	@echo "  GOPO_CACHE         where packaged models and ratings are kept        [~/.cache/gopo_lightning]"
 
@@ -70,10 +73,10 @@ try-wheel: ## Build the wheel, install it into a fresh environment, and try it i
 test test-fast test-faults test-methods test-use test-use-sample test-vllm test-verl test-notebook: export OMP_NUM_THREADS := 1
 
 test: $(INSTALLED) ## Run every test.
-	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_FLAGS)
 
 test-fast: $(INSTALLED) ## Run the tests that are not marked slow.
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE) $(PYTEST_FLAGS)
 
 test-faults: $(INSTALLED) ## Kill, tear and fill: prints what small runs survived (3 minutes).
 	@$(BIN)/python -W ignore -m tests.faults

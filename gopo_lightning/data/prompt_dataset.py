@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from gopo_lightning.data.fingerprint import Digest
 from gopo_lightning.data.rendering import PromptRenderer
+from gopo_lightning.data.token_counts import count_tokens
 from gopo_lightning.types import Prompt, PromptBatch
 
 Overlong = Literal["error", "drop", "truncate_left"]
@@ -42,10 +41,12 @@ class PromptDataset(Dataset[tuple[Prompt, bool]]):
         self.rows, self.render = rows, render
         self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
         self.num_overlong, self.longest = 0, (0, 0)
-        self._rows_digest, self._tokens_digest = Digest(), Digest()
-        silent = None if rank_zero_only.rank == 0 else True  # type: ignore[attr-defined]  # None: off a terminal
-        indices = tqdm(range(len(rows)), f"prompts of {render.source.path}", delay=2, leave=False, disable=silent)
-        self._kept = [index for index in indices if self._keeps(index)]
+        content = Digest()
+        for row in rows:
+            content.add(row)
+        found = count_tokens(rows, render, content.value)
+        self._digests = {"rows": content.value, "tokens": found.digest}
+        self._kept = [index for index, count in enumerate(found.counts) if self._keeps(index, count)]
         if not self._kept:
             raise ValueError(
                 f"all {len(rows)} prompts of {render.source.path} are longer than max_prompt_tokens="
@@ -72,17 +73,12 @@ class PromptDataset(Dataset[tuple[Prompt, bool]]):
         return {
             "path": self.render.source.path,
             "num_prompts": len(self),
-            "rows": self._rows_digest.value,
-            "tokens": self._tokens_digest.value,
+            **self._digests,
             "cut_to_tokens": self.max_prompt_tokens if self.num_overlong else None,
         }
 
-    def _keeps(self, index: int) -> bool:
-        """Check the row, count it if overlong, and say whether it stays."""
-        token_ids = self.render(index, self.rows[index]).token_ids
-        self._rows_digest.add(self.rows[index])
-        self._tokens_digest.add(token_ids)
-        num_tokens = len(token_ids)
+    def _keeps(self, index: int, num_tokens: int) -> bool:
+        """Count the row if it is overlong, and say whether it stays."""
         if self.max_prompt_tokens is None or num_tokens <= self.max_prompt_tokens:
             self.longest = max(self.longest, (num_tokens, index))
             return True

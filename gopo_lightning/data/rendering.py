@@ -7,13 +7,30 @@ end). ``apply_chat_template`` says when a plain string becomes a user message.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import tokenizers
+import transformers
+from lightning.pytorch.utilities import rank_zero_warn
+
+from gopo_lightning import __version__ as gopo_version
 from gopo_lightning.data.conversations import Conversation, apply_template, check_unicode, messages_of, parsed_messages
+from gopo_lightning.data.fingerprint import Digest
 from gopo_lightning.data.sources import PromptSource
 from gopo_lightning.types import Prompt
 
 Template = Literal["auto", "always", "never"]
+
+
+class _Written(NamedTuple):
+    """A row as text."""
+
+    text: str
+    """The plain text, or the last user turn."""
+    messages: Conversation | None
+    """What the template has rendered, if it has."""
+    read: str
+    """What the tokenizer reads."""
 
 
 class PromptRenderer:
@@ -45,21 +62,59 @@ class PromptRenderer:
 
     def __call__(self, index: int, row: Mapping[str, Any]) -> Prompt:
         """The prompt of row ``index``; raises ValueError, with row and file, on one that is malformed."""
-        text, messages = self._conversation(index, row[self.source.column], self._system(index, row))
-        if messages is None:
-            with self._place(index):
-                check_unicode(text)
-            token_ids = self._plain_tokens(text)
-        else:
-            self._check_template()
-            with self._place(index):
-                rendered = apply_template(
-                    self.tokenizer, messages, add_generation_prompt=True, **self.chat_template_kwargs
-                )
-                check_unicode(rendered)
-            token_ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        written = self._write(index, row)
+        (token_ids,) = self._tokens([written])
         columns = {k: v for k, v in row.items() if k != self.source.column}
-        return Prompt(index, tuple(token_ids), text, messages, columns, self.source.path)
+        return Prompt(index, tuple(token_ids), written.text, written.messages, columns, self.source.path)
+
+    def token_ids(self, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> list[list[int]]:
+        """Of the prompts of ``rows``, (index, row) each, tokenised together; raises as a call does."""
+        return self._tokens([self._write(index, row) for index, row in rows])
+
+    @property
+    def identity(self) -> str | None:
+        """A digest of all on which the tokens of a row depend; None where that cannot be told.
+
+        It cannot for a tokenizer without a Rust backend, nor for a template that writes the date.
+        """
+        backend, template = getattr(self.tokenizer, "backend_tokenizer", None), str(self.tokenizer.chat_template)
+        if backend is None or _writes_date(template):
+            return None
+        source = self.source
+        digest = Digest()
+        digest.add([gopo_version, transformers.__version__, tokenizers.__version__])
+        digest.add([type(self.tokenizer).__qualname__, backend.to_str(), template, str(self.tokenizer)])
+        digest.add([source.prompt_column, source.messages_column, source.system_column])
+        digest.add([self.system_prompt, self.apply_chat_template, self.chat_template_kwargs])
+        return digest.value
+
+    def _write(self, index: int, row: Mapping[str, Any]) -> "_Written":
+        text, messages = self._conversation(index, row[self.source.column], self._system(index, row))
+        read = text
+        if messages is not None:
+            self._check_template()
+        with self._place(index):
+            if messages is not None:
+                read = apply_template(self.tokenizer, messages, add_generation_prompt=True, **self.chat_template_kwargs)
+            check_unicode(read)
+        return _Written(text, messages, read)
+
+    def _tokens(self, written: Sequence["_Written"]) -> list[list[int]]:
+        """A template writes all special tokens itself."""
+        found: dict[int, list[int]] = {}
+        for plain in (True, False):
+            those = [number for number, each in enumerate(written) if (each.messages is None) == plain]
+            if those:
+                texts = [written[number].read for number in those]
+                token_ids = self.tokenizer(texts, add_special_tokens=plain)["input_ids"]
+                found |= zip(those, map(self._open, token_ids, texts) if plain else token_ids, strict=True)
+        return [found[number] for number in range(len(written))]
+
+    def _open(self, token_ids: list[int], text: str) -> list[int]:
+        """Without the EOS that a tokenizer puts at the end: a prompt goes on."""
+        end, end_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
+        closed = len(token_ids) > 1 and token_ids[-1] == end_id and not text.endswith(end)
+        return token_ids[:-1] if closed else token_ids
 
     def _system(self, index: int, row: Mapping[str, Any]) -> str | None:
         """The system message that is put first, if there is one; the option's replaces the row's."""
@@ -107,12 +162,6 @@ class PromptRenderer:
             )
         return from_user[-1], _with_system(tuple(kept), system)
 
-    def _plain_tokens(self, text: str) -> list[int]:
-        token_ids: list[int] = self.tokenizer(text)["input_ids"]
-        end, end_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
-        closed = len(token_ids) > 1 and token_ids[-1] == end_id and not text.endswith(end)
-        return token_ids[:-1] if closed else token_ids  # a prompt goes on: no EOS at its end
-
     def _check_template(self) -> None:
         if self._template_is_checked:
             return
@@ -124,6 +173,12 @@ class PromptRenderer:
         template = str(self.tokenizer.chat_template)
         if unknown := [key for key in self.chat_template_kwargs if key not in template]:
             raise ValueError(f"chat_template_kwargs {unknown} do not occur in the tokenizer's template. Remove them.")
+        if _writes_date(template) and not any("date" in key for key in self.chat_template_kwargs):
+            rank_zero_warn(
+                "the tokenizer's chat template writes today's date into the prompts. Resumed on another day, a run "
+                "reads other prompts and is refused unless data.init_args.on_data_change is warn. If the template "
+                "takes a date, give it in data.init_args.chat_template_kwargs."
+            )
         self._template_is_checked = True
 
     def _require(self, condition: bool, index: int, problem: str, column: str | None = None) -> None:
@@ -140,6 +195,10 @@ class PromptRenderer:
             yield
         except ValueError as error:
             raise ValueError(f"row {index} (counted from 0) of {self.source.path}: {error}") from error
+
+
+def _writes_date(template: str) -> bool:
+    return "strftime_now" in template
 
 
 def _with_system(messages: Conversation, system: str | None) -> Conversation:

@@ -65,6 +65,7 @@ class Case:
     policy: dict[str, Any] = field(default_factory=dict)
     strategy_options: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     classifier: str | None = None
     """Folder of a reward model to score with, beside the function."""
     export: bool = False
@@ -128,7 +129,7 @@ def run_case(case: Case, tiny_policy: Path, prompts_file: Path, folder: Path, wo
         enable_checkpointing=False,
         **case.trainer,
     )
-    data = make_data(prompts_file, prompts_per_step=case.prompts_per_step)
+    data = make_data(prompts_file, prompts_per_step=case.prompts_per_step, **case.data)
     path = last_checkpoint_of(trainer) if case.resume == "last" else case.resume and folder / case.resume
     if case.stop is not None:
         with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):

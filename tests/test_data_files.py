@@ -4,16 +4,16 @@ import bz2
 import gzip
 import json
 import lzma
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
 
 from gopo_lightning.data import sources
-from gopo_lightning.data.sources import PromptSource, load_rows
+from gopo_lightning.data.files import _found, _is_saved, _kind
+from gopo_lightning.data.sources import PromptSource, load_rows, stream_rows
 
 ROWS = [
     {"prompt": f"say {n}", "gold": answer} for n, answer in enumerate(["None", "NA", "null", "007", "1.0", "True", ""])
@@ -22,7 +22,17 @@ LINES = "\n".join(map(json.dumps, ROWS)).encode()
 
 
 def read(path: Path | str, **options: Any) -> list[dict[str, Any]]:
-    return [dict(row) for row in load_rows(PromptSource(str(path), **options))]
+    """The rows, as a stream gives them too, but of what is one value."""
+    rows = [dict(row) for row in load_rows(PromptSource(str(path), **options))]
+    source = PromptSource(str(path), stream_buffer=1, **options)
+    place = Path(path).expanduser()
+    files = [] if _is_saved(place) else _found(str(path), place)
+    if any(_kind(file) == ".json" for file in files):
+        with pytest.raises(ValueError, match="is one value, whose rows cannot be streamed"):
+            list(stream_rows(source))
+    else:
+        assert [{**dict.fromkeys(rows[0]), **row} for row in stream_rows(source)] == rows
+    return rows
 
 
 KINDS: dict[str, bytes] = {
@@ -39,6 +49,8 @@ KINDS: dict[str, bytes] = {
     "a.csv.GZ": gzip.compress(("prompt,gold\n" + "".join(f"{r['prompt']},{r['gold']}\n" for r in ROWS)).encode()),
     "a.jsonl.bz2": bz2.compress(LINES),
     "v1.2.json.xz": lzma.compress(LINES),
+    "a.jsonl.zst": pyarrow.compress(LINES[:40], "zstd", asbytes=True)
+    + pyarrow.compress(LINES[40:], "zstd", asbytes=True),
 }
 
 
@@ -60,23 +72,6 @@ def test_cells_may_hold_commas_quotes_newlines_and_much_text(tmp_path: Path) -> 
     long = "x" * 200_000
     (tmp_path / "a.csv").write_text(f'prompt,gold\n"a, ""b""\nc",{long}\n\n')
     assert read(tmp_path / "a.csv") == [{"prompt": 'a, "b"\nc', "gold": long}]
-
-
-def test_zstandard_is_asked_for_only_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(b"packed")
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(ValueError, match="pip install zstandard"):
-        read(path)
-    stream = SimpleNamespace(read=lambda: LINES)
-
-    class Decompressor:
-        def stream_reader(self, source: Any, read_across_frames: bool) -> Any:
-            assert source.read() == b"packed" and read_across_frames
-            return type("Reader", (), {"__enter__": lambda self: stream, "__exit__": lambda *args: None})()
-
-    monkeypatch.setitem(sys.modules, "zstandard", SimpleNamespace(ZstdDecompressor=Decompressor, ZstdError=OSError))
-    assert read(path) == ROWS
 
 
 def test_a_single_object_is_a_row(tmp_path: Path) -> None:
@@ -189,6 +184,8 @@ def test_what_is_neither_here_nor_on_the_hub(error: type[Exception], monkeypatch
         ("a.jsonl.gz", gzip.compress(LINES)[:-9], r"a\.jsonl\.gz cannot be decompressed"),
         ("a.jsonl.xz", b"no xz", r"a\.jsonl\.xz cannot be decompressed"),
         ("a.jsonl.bz2", b"no bz2", r"a\.jsonl\.bz2 cannot be decompressed"),
+        ("a.jsonl.zst", b"no zst", r"a\.jsonl\.zst cannot be decompressed"),
+        ("a.jsonl.zst", pyarrow.compress(LINES, "zstd", asbytes=True)[:-5], r"a\.jsonl\.zst cannot be decompressed"),
         ("a.parquet", b"no parquet", r"a\.parquet is no Parquet file"),
         ("a.json", b"", r"a\.json is empty"),
         ("a.parquet.gz", b"x", "is of no kind that is read"),
@@ -197,6 +194,9 @@ def test_what_is_neither_here_nor_on_the_hub(error: type[Exception], monkeypatch
 )
 def test_malformed_files_are_refused_with_the_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
+    if not name.endswith("json"):
+        with pytest.raises(ValueError, match=message):
+            list(stream_rows(PromptSource(str(tmp_path / name), stream_buffer=1)))
     with pytest.raises(ValueError, match=message):
         read(tmp_path / name)
 

@@ -14,7 +14,7 @@ from lightning import LightningModule, Trainer
 from transformers import AutoTokenizer
 
 from gopo_lightning.data import ratings
-from gopo_lightning.data.prompt_dataset import PromptDataset
+from gopo_lightning.data.prompt_dataset import Limit, PromptDataset
 from gopo_lightning.data.prompts import PromptDataModule
 from gopo_lightning.data.rendering import PromptRenderer
 from gopo_lightning.data.sources import PromptSource, load_rows
@@ -308,27 +308,27 @@ def test_a_template_that_is_missing_or_forbidden(tokenizer: Any) -> None:
 
 
 def dataset(tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> PromptDataset:
-    return PromptDataset(rows, PromptRenderer(tokenizer, PromptSource(path="rows.jsonl")), **options)
+    return PromptDataset(rows, PromptRenderer(tokenizer, PromptSource(path="rows.jsonl")), Limit(**options))
 
 
 def test_overlong_prompts(tokenizer: Any) -> None:
     rows = [{"prompt": "a" * n} for n in (3, 5, 2, 4)]
     with pytest.raises(ValueError, match=r"row 1 .*has 5 tokens, more than max_prompt_tokens=4"):
-        dataset(tokenizer, rows, max_prompt_tokens=4)
-    dropped = dataset(tokenizer, rows, max_prompt_tokens=3, overlong="drop")
+        dataset(tokenizer, rows, max_tokens=4)
+    dropped = dataset(tokenizer, rows, max_tokens=3, overlong="drop")
     assert [dropped[i][0].index for i in range(len(dropped))] == [0, 2]
     assert dropped.num_overlong == 2
     assert dropped[2] == (dropped[0][0], True), "an item beyond the end is padding"
     with pytest.raises(ValueError, match=r"all 4 prompts .* longer than max_prompt_tokens=1"):
-        dataset(tokenizer, rows, max_prompt_tokens=1, overlong="drop")
+        dataset(tokenizer, rows, max_tokens=1, overlong="drop")
 
 
 def test_truncate_left_keeps_the_end_and_the_bos(tokenizer: Any) -> None:
     rows = [{"prompt": "abcdef"}]
-    cut = dataset(tokenizer, rows, max_prompt_tokens=4, overlong="truncate_left")
+    cut = dataset(tokenizer, rows, max_tokens=4, overlong="truncate_left")
     assert decoded(tokenizer, cut[0][0]) == "cdef"
     assert (cut.num_overlong, cut[0][0].text) == (1, "abcdef")
-    cut = dataset(with_bos_and_eos(tokenizer), rows, max_prompt_tokens=4, overlong="truncate_left")
+    cut = dataset(with_bos_and_eos(tokenizer), rows, max_tokens=4, overlong="truncate_left")
     assert decoded(tokenizer, cut[0][0]) == "<bos>def"
 
 

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from gopo_lightning.data import token_counts
-from gopo_lightning.data.prompt_dataset import PromptDataset
+from gopo_lightning.data.prompt_dataset import Limit, PromptDataset
 from gopo_lightning.data.rendering import PromptRenderer
 from gopo_lightning.data.sources import PromptSource
 from tests.conftest import CHAT_TEMPLATE
@@ -50,7 +50,7 @@ def num_counted(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, rows: Any = ROW
     monkeypatch.setattr(render, "token_ids", lambda rows: [*map(counted.append, rows)] and together(rows))
     alone = [render(index, row) for index, row in enumerate(rows)]
     limit = max(len(prompt.token_ids) for prompt in alone) - 1
-    dataset = PromptDataset(rows, render, max_prompt_tokens=limit, overlong="drop")
+    dataset = PromptDataset(rows, render, Limit(limit, "drop"))
     short = [prompt for prompt in alone if len(prompt.token_ids) <= limit]
     assert [dataset[i][0].token_ids for i in range(len(dataset))] == [prompt.token_ids for prompt in short]
     assert 0 < dataset.num_overlong == len(alone) - len(short)

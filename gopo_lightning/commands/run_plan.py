@@ -88,7 +88,7 @@ def plan_of(
     policy, weight_bytes = policy_sizes(module.policy_config)
     precision = str(wanted["precision"] or "32-true")
     weight_bytes = 2 if precision.endswith("16-true") else weight_bytes
-    L = prompt_tokens or data.max_prompt_tokens
+    L = prompt_tokens or data.limit.max_tokens
     if L is None:
         L = _ASSUMED_PROMPT
         notes.append(f"prompts of {L} tokens are assumed: --prompt-tokens or data.max_prompt_tokens says how long")

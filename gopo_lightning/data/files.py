@@ -10,18 +10,20 @@ import csv
 import difflib
 import glob
 import gzip
-import importlib
 import io
 import json
 import lzma
 import re
 import sys
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, cast
 
 import datasets
-from pyarrow import ArrowInvalid
+from pyarrow import ArrowInvalid, CompressedInputStream, OSFile
+from pyarrow.parquet import ParquetFile
 
 Rows: TypeAlias = list[dict[str, Any]]
 
@@ -49,19 +51,47 @@ def read_local(path: str, split: str | None = None) -> Rows | datasets.Dataset:
         ValueError: nothing there, a kind of file that is not read, or a malformed file (with its line).
     """
     place = Path(path).expanduser()
+    if _is_saved(place):
+        return _saved(path, place, split)
+    files = _found(path, place)
+    if len(files) == 1:
+        return _read(files[0])
+    return [dict(row) for file in files for row in _read(file)]
+
+
+def stream_local(path: str, split: str | None = None) -> Iterator[Mapping[str, Any]]:
+    """The same rows one after the other, of which none stays in memory.
+
+    Raises:
+        ValueError: as `read_local`, a malformed row when its turn comes; and a `.json` file, which is one value.
+    """
+    place = Path(path).expanduser()
+    if _is_saved(place):
+        yield from _saved(path, place, split)
+        return
+    for file in _found(path, place):
+        if (kind := _checked_kind(file)) == ".json":
+            raise ValueError(f"{file} is one value, whose rows cannot be streamed. Write them as .jsonl.")
+        yield from _parquet_rows(file) if kind == _PARQUET else cast(Iterator[dict[str, Any]], _KINDS[kind](file))
+
+
+def _is_saved(place: Path) -> bool:
+    return place.is_dir() and (has_splits(str(place)) or (place / "state.json").is_file())
+
+
+def _found(path: str, place: Path) -> list[Path]:
+    """The files that ``path`` names, at least one."""
     if place.is_dir():
-        if has_splits(path) or (place / "state.json").is_file():
-            return _saved(path, place, split)
-        return _concatenated(_files_of(path, place))
+        return _files_of(path, place)
     if not place.exists() and _is_glob(path):
         found = map(Path, sorted(glob.glob(str(place), recursive=True)))
         files = [file for file in found if file.is_file() and file.name not in _METADATA]
         if not files:
             raise ValueError(f"no file matches {path} (from {Path.cwd()}). Correct the pattern.")
-        return _concatenated(files)
+        return files
     if not place.is_file():
         raise ValueError(f"there is no file {path} (from {Path.cwd()}). {_remedy(place)}")
-    return _read(place)
+    return [place]
 
 
 def _is_glob(path: str) -> bool:
@@ -101,12 +131,6 @@ def _files_of(path: str, folder: Path) -> list[Path]:
     return files
 
 
-def _concatenated(files: list[Path]) -> Rows | datasets.Dataset:
-    if len(files) == 1:
-        return _read(files[0])
-    return [dict(row) for file in files for row in _read(file)]
-
-
 def _kind(file: Path) -> str | None:
     """Its suffix without that of a compression, in lower case; None where it is none that is read."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
@@ -115,7 +139,7 @@ def _kind(file: Path) -> str | None:
     return kind[0] if kind[0] in _KINDS and not (compressed and kind[0] == _PARQUET) else None
 
 
-def _read(file: Path) -> Rows | datasets.Dataset:
+def _checked_kind(file: Path) -> str:
     kind = _kind(file)
     if kind is None:
         raise ValueError(
@@ -124,7 +148,12 @@ def _read(file: Path) -> Rows | datasets.Dataset:
         )
     if not file.stat().st_size:
         raise ValueError(f"{file} is empty and has no rows; at least one is needed.")
-    return _KINDS[kind](file)
+    return kind
+
+
+def _read(file: Path) -> Rows | datasets.Dataset:
+    rows = _KINDS[_checked_kind(file)](file)
+    return rows if isinstance(rows, datasets.Dataset) else list(rows)
 
 
 def _read_parquet(file: Path) -> datasets.Dataset:
@@ -134,27 +163,34 @@ def _read_parquet(file: Path) -> datasets.Dataset:
         raise ValueError(f"{file} is no Parquet file ({error.__cause__ or error}). Write it again.") from error
 
 
-def _content(file: Path) -> bytes:
-    """What stands in the file, without its compression."""
-    decompress = _OPENERS.get(file.suffix.lower(), bytes)
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
-        return decompress(file.read_bytes())
-    except (OSError, EOFError, lzma.LZMAError) as error:
+        for batch in ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"{file} is no Parquet file ({error}). Write it again.") from error
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """What stands in the file without its compression, line by line with their ends, whatever these are."""
+    try:
+        with _OPENERS.get(file.suffix.lower(), Path.open)(file, mode="rb") as stream:
+            for part in stream:
+                yield from part.splitlines(keepends=True)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{file} cannot be decompressed ({error}). Write it again.") from error
 
 
-def _zstd(content: bytes) -> bytes:
-    try:
-        zstandard = importlib.import_module("zstandard")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "a .zst file needs the package zstandard. Run pip install zstandard (the extra zstd)."
-        ) from error
-    try:
-        with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content), read_across_frames=True) as reader:
-            return bytes(reader.read())
-    except zstandard.ZstdError as error:
-        raise OSError(str(error)) from error
+def _texts(file: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(file), start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, line {number}: not UTF-8 ({error.reason}). Save it as UTF-8.") from error
+
+
+def _open_zstd(file: Path, mode: str) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(CompressedInputStream(OSFile(str(file), mode), "zstd")))
 
 
 def read_jsonl(file: Path) -> Rows:
@@ -163,12 +199,11 @@ def read_jsonl(file: Path) -> Rows:
     Raises:
         ValueError: a line that is not UTF-8, not JSON, or not an object, with its number.
     """
-    return _json_lines(file, _content(file))
+    return list(_json_lines(file))
 
 
-def _json_lines(file: Path, content: bytes) -> Rows:
-    rows: Rows = []
-    for number, line in enumerate(content.splitlines(), start=1):
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
         try:
@@ -179,18 +214,17 @@ def _json_lines(file: Path, content: bytes) -> Rows:
             ) from error
         if not isinstance(row, dict):
             raise ValueError(f"{file}, line {number}: a {type(row).__name__}, but a line must be a JSON object.")
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _read_json(file: Path) -> Rows:
     """A list of objects, an object of columns (lists, or objects as pandas writes them), or an object a line."""
-    content = _content(file)
+    lines = [*_texts(file)]
     try:
-        value = json.loads(_decoded(file, content))
+        value = json.loads("".join(lines))
     except json.JSONDecodeError as error:
-        if len(content.splitlines()) > 1 and error.msg == "Extra data":
-            return _json_lines(file, content)
+        if len(lines) > 1 and error.msg == "Extra data":
+            return read_jsonl(file)
         raise ValueError(f"{file}: not JSON ({error}). Fix it.") from error
     if isinstance(value, dict):
         return _from_object(file, value)
@@ -220,23 +254,14 @@ def _are_messages(cells: list[Any]) -> bool:
     return any(isinstance(cell, dict) and not {"role", "from"}.isdisjoint(cell) for cell in cells)
 
 
-def _read_csv(file: Path) -> Rows:
-    return _separated(file, ",")
-
-
-def _read_tsv(file: Path) -> Rows:
-    return _separated(file, "\t")
-
-
-def _separated(file: Path, delimiter: str) -> Rows:
+def _separated(file: Path, delimiter: str = ",") -> Iterator[dict[str, Any]]:
     """Rows of texts under the names of the first line. `None`, `NA`, `007` and an empty cell stay what they are."""
-    reader = csv.reader(io.StringIO(_decoded(file, _content(file)), newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(_texts(file), delimiter=delimiter, strict=True)
     limit = csv.field_size_limit(sys.maxsize)
     try:
         header = next(reader, [])
         if len({*header}) < len(header):
             raise ValueError(f"{file}: two columns have the same name in {header}. Rename one.")
-        rows = []
         for cells in reader:
             if len(cells) not in (0, len(header)):
                 raise ValueError(
@@ -244,39 +269,30 @@ def _separated(file: Path, delimiter: str) -> Rows:
                     f"that hold {delimiter!r}."
                 )
             if cells:
-                rows.append(dict(zip(header, cells, strict=True)))
-        return rows
+                yield dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise ValueError(f"{file}, line {reader.line_num}: {error}. Fix its quotes.") from error
     finally:
         csv.field_size_limit(limit)
 
 
-def _read_lines(file: Path) -> Rows:
-    lines = _decoded(file, _content(file)).split("\n")
-    return [{"prompt": line.removesuffix("\r")} for line in lines if line.strip()]
+def _text_lines(file: Path) -> Iterator[dict[str, Any]]:
+    lines = (text.removesuffix("\n").removesuffix("\r") for text in _texts(file))
+    return ({"prompt": line} for line in lines if line.strip())
 
 
-def _decoded(file: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8 ({error.reason}). Save it as UTF-8.") from error
-
-
-_OPENERS: Mapping[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
-    ".zst": _zstd,
+_OPENERS: Mapping[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
 }
 _KINDS: Mapping[str, Callable[[Path], Any]] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".txt": _read_lines,
+    ".csv": _separated,
+    ".tsv": partial(_separated, delimiter="\t"),
+    ".txt": _text_lines,
     _PARQUET: _read_parquet,
 }

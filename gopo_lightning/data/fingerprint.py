@@ -17,6 +17,7 @@ _MEANINGS = {
     "num_rows": "the number of rows",
     "rows": "the content of rows",
     "tokens": "the tokens of prompts (tokenizer, template or system prompt)",
+    "rendering": "how prompts are rendered (tokenizer, template or system prompt)",
     "cut_to_tokens": "what long prompts are cut to",
 }
 

@@ -3,20 +3,21 @@
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from gopo_lightning._compat import batches_processed, uses_distributed_sampler
 from gopo_lightning.data.batch import collate_with
 from gopo_lightning.data.fingerprint import FingerprintedDataModule, OnDataChange
-from gopo_lightning.data.prompt_dataset import Overlong, PromptDataset
+from gopo_lightning.data.prompt_dataset import Limit, Overlong, PromptDataset
+from gopo_lightning.data.prompt_stream import PromptStream, StreamPlace
 from gopo_lightning.data.rendering import PromptRenderer, Template
 from gopo_lightning.data.sampler import InOrderSampler, Place, PromptSampler
-from gopo_lightning.data.sources import PromptSource, columns_of, load_rows
+from gopo_lightning.data.sources import PromptSource, columns_of, load_rows, stream_rows
 from gopo_lightning.types import PromptBatch
 
 
@@ -74,7 +75,7 @@ class PromptDataModule(FingerprintedDataModule):
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.prompts_per_step = prompts_per_step
         self.val_prompts_per_step = prompts_per_step if val_prompts_per_step is None else val_prompts_per_step
-        self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
+        self.limit = Limit(max_prompt_tokens, overlong)
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.num_overlong: dict[str, int] = {}
         self._rendering: dict[str, Any] = {
@@ -83,18 +84,22 @@ class PromptDataModule(FingerprintedDataModule):
             "chat_template_kwargs": chat_template_kwargs,
         }
         self._datasets: dict[str, PromptDataset] = {}
-        self._origin = Place()
-        self._sampler: PromptSampler | None = None
+        self._stream: PromptRenderer | None = None
+        self._origin: Any = Place()
+        self._order: PromptSampler | PromptStream | None = None
 
     @property
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Of the prompts that ``fit`` reads."""
-        return {part: self._datasets[part].fingerprint for part in ("train", "validation") if part in self._datasets}
+        of_stream = {} if self._stream is None else {"train": self._stream.fingerprint}
+        parts = ("train", "validation")
+        return of_stream | {part: self._datasets[part].fingerprint for part in parts if part in self._datasets}
 
     @property
     def longest_prompts(self) -> dict[str, tuple[int, str]]:
-        """Tokens of the longest prompt of each part that is set up, and where it stands."""
-        return {
+        """Tokens of the longest prompt of each part that is set up, and where it stands; at most, of a stream."""
+        of_stream = {} if self._stream is None else {"train": (self.limit.max_tokens or 0, "a row of the stream")}
+        return of_stream | {
             part: (dataset.longest[0], f"row {dataset.longest[1]} (counted from 0) of {dataset.render.source.path}")
             for part, dataset in self._datasets.items()
         }
@@ -106,21 +111,22 @@ class PromptDataModule(FingerprintedDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Also where the next step begins."""
-        place = self._origin if self._sampler is None else self._sampler.place(self._sampler.position())
+        place = self._origin if self._order is None else self._order.place(self._order.position())
         return {**super().state_dict(), "place": asdict(place)}
 
     def go_on(self, state_dict: dict[str, Any], drawn_anew: bool) -> str:
         """After the same prompts, however many make a step; another order begins with a new epoch."""
-        self._origin = place = Place(**state_dict.get("place", {}))
+        kind, known = Place if self._stream is None else StreamPlace, state_dict.get("place", {})
+        self._origin = place = kind(**{field.name: known[field.name] for field in fields(kind) if field.name in known})
         if not drawn_anew:
             return f"after the {place.offset} prompts that epoch {place.epoch} has read: none is skipped or repeated"
-        self._origin = Place(place.step, place.epoch + 1)
+        self._origin = kind(place.step, place.epoch + 1)
         return f"with the new data, in an order drawn anew, from the beginning of epoch {place.epoch + 1}"
 
     def prepare_data(self) -> None:
         """Fetch what is not local, on one process per node; ``setup`` then reads the cache."""
         for source in self.sources.values():
-            if source is not None:
+            if source is not None and source.stream_buffer is None:
                 load_rows(source)
 
     def setup(self, stage: str) -> None:
@@ -131,7 +137,11 @@ class PromptDataModule(FingerprintedDataModule):
             source = self.sources[part]
             if source is None and not (stage == "fit" and part == "validation"):
                 raise ValueError(f"no {part} prompts are given, which '{stage}' needs. Set data.{part}.path.")
-            if source is not None and part not in self._datasets:
+            if source is None or part in self._datasets:
+                continue
+            if part == "train" and source.stream_buffer is not None:
+                self._stream = self._begin_stream(source)
+            else:
                 self._datasets[part] = self._dataset(part, source)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -144,23 +154,34 @@ class PromptDataModule(FingerprintedDataModule):
             )
         # Said on resume of every loader without a state; the order of ours needs none.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-        self._sampler = PromptSampler(
-            len(self._datasets["train"]),
-            self.prompts_per_step,
-            seed=self.seed,
-            position=lambda: batches_processed(trainer),
-            origin=lambda: self._origin,
+        order: dict[str, Any] = {
+            "seed": self.seed,
+            "position": lambda: batches_processed(trainer),
+            "origin": lambda: self._origin,
             **self._shard(),
-        )
-        return self._loader(self._datasets["train"], self._sampler)
+        }
+        if self._stream is not None:
+            self._pad_token_id()
+            order |= {"prompts_per_step": self.prompts_per_step, "on_change": self._on_stream_change}
+            self._order = stream = PromptStream(self._stream, self.limit, **order)
+            return DataLoader(stream, batch_size=None, collate_fn=_as_it_is)
+        dataset = self._datasets["train"]
+        self._order = sampler = PromptSampler(len(dataset), self.prompts_per_step, **order)
+        return self._loader(dataset, sampler)
+
+    @property
+    def can_read_further(self) -> bool:
+        """Whether a step may read ``further_prompts``; not of a stream, in which the next step is read ahead."""
+        train = self.sources["train"]
+        return train is None or train.stream_buffer is None
 
     def further_prompts(self, count: int) -> list[int]:
         """Rows of the next ``count`` training prompts for this step, over all ranks; the next step begins after them.
 
         The same on every rank; fewer where the step has read all prompts.
         """
-        assert self._sampler is not None
-        return self._sampler.further(count)
+        assert isinstance(self._order, PromptSampler)
+        return self._order.further(count)
 
     def training_prompts(self, rows: Sequence[int]) -> PromptBatch:
         """The training prompts of ``rows``, as a step gets them."""
@@ -189,16 +210,33 @@ class PromptDataModule(FingerprintedDataModule):
 
     def _dataset(self, part: str, source: PromptSource) -> PromptDataset:
         rows = load_rows(source)
-        limits: dict[str, Any] = {"max_prompt_tokens": self.max_prompt_tokens, "overlong": self.overlong}
-        dataset = PromptDataset(rows, self.renderer(source), **limits)
+        dataset = PromptDataset(rows, self.renderer(source), self.limit)
         self.num_overlong[part] = dataset.num_overlong
-        done = {"drop": "dropped", "truncate_left": "cut on the left", "error": ""}[self.overlong]
-        cut = f", {dataset.num_overlong} longer than {self.max_prompt_tokens} tokens were {done}"
+        done = {"drop": "dropped", "truncate_left": "cut on the left", "error": ""}[self.limit.overlong]
+        cut = f", {dataset.num_overlong} longer than {self.limit.max_tokens} tokens were {done}"
         note = cut if dataset.num_overlong else ""
-        others = sorted({*columns_of(rows)} - {source.column, source.system_column})
-        note += f"; rewards may read the other columns {others}" if others else ""
-        rank_zero_info(f"{part}: {len(dataset)} prompts of {source.path}, from its column '{source.column}'{note}.")
+        _say(part, f"{len(dataset)} prompts", source, note, columns_of(rows))
         return dataset
+
+    def _begin_stream(self, source: PromptSource) -> PromptRenderer:
+        if self.limit.max_tokens is None:
+            raise ValueError(
+                f"stream_buffer={source.stream_buffer} of {source.path} needs max_prompt_tokens: how long the longest "
+                "prompt of a stream is, is not known before. Set data.init_args.max_prompt_tokens, and overlong to "
+                "drop or truncate_left."
+            )
+        render, first = self.renderer(source), next(stream_rows(source))
+        render(0, first)  # refused now rather than in the first step
+        _say("train", "a stream", source, "", [*first])
+        return render
+
+    def _on_stream_change(self, what: str) -> None:
+        if self.on_data_change == "refuse":
+            raise ValueError(
+                f"{what} are not those that the run has read before. Restore them, or set "
+                "data.init_args.on_data_change: warn to go on after as many rows."
+            )
+        rank_zero_warn(f"{what} are not those that the run has read before. Going on after as many (on_data_change).")
 
     def _in_order(self, part: str) -> DataLoader[Any]:
         dataset = self._datasets[part]
@@ -217,7 +255,21 @@ class PromptDataModule(FingerprintedDataModule):
                 "use_distributed_sampler=True would split prompts that are already split over the ranks. Set "
                 "trainer.use_distributed_sampler: false."
             )
-        pad_token_id = trainer.lightning_module.tokenizer.pad_token_id
+        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_with(self._pad_token_id()))
+
+    def _pad_token_id(self) -> int:
+        trainer: Any = self.trainer
+        pad_token_id: int | None = trainer.lightning_module.tokenizer.pad_token_id
         if pad_token_id is None:
             raise ValueError("the tokenizer has no pad token, which batches of prompts need. Set its pad_token.")
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_with(pad_token_id))
+        return pad_token_id
+
+
+def _say(part: str, what: str, source: PromptSource, note: str, columns: Sequence[str]) -> None:
+    others = sorted({*columns} - {source.column, source.system_column})
+    note += f"; rewards may read the other columns {others}" if others else ""
+    rank_zero_info(f"{part}: {what} of {source.path}, from its column '{source.column}'{note}.")
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -9,11 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
-import tokenizers
-import transformers
 from lightning.pytorch.utilities import rank_zero_warn
 
-from gopo_lightning import __version__ as gopo_version
 from gopo_lightning.data.conversations import Conversation, apply_template, check_unicode, messages_of, parsed_messages
 from gopo_lightning.data.fingerprint import Digest
 from gopo_lightning.data.sources import PromptSource
@@ -82,11 +79,19 @@ class PromptRenderer:
             return None
         source = self.source
         digest = Digest()
-        digest.add([gopo_version, transformers.__version__, tokenizers.__version__])
         digest.add([type(self.tokenizer).__qualname__, backend.to_str(), template, str(self.tokenizer)])
         digest.add([source.prompt_column, source.messages_column, source.system_column])
         digest.add([self.system_prompt, self.apply_chat_template, self.chat_template_kwargs])
         return digest.value
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Tells, of a stream, whether another process reads the same prompts, as far as that is known before."""
+        return {
+            "path": self.source.path,
+            "stream_buffer": self.source.stream_buffer,
+            "rendering": self.identity,
+        }
 
     def _write(self, index: int, row: Mapping[str, Any]) -> "_Written":
         text, messages = self._conversation(index, row[self.source.column], self._system(index, row))

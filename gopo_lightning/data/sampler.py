@@ -59,7 +59,7 @@ class PromptSampler(Sampler[list[int]]):
         position: Callable[[], int] = lambda: 0,
         origin: Callable[[], Place] = Place,
     ) -> None:
-        _check_step("prompts_per_step", prompts_per_step, world_size)
+        check_step("prompts_per_step", prompts_per_step, world_size)
         if num_prompts < prompts_per_step:
             raise ValueError(
                 f"the training dataset has {num_prompts} prompts, fewer than prompts_per_step={prompts_per_step}; a "
@@ -155,7 +155,7 @@ class InOrderSampler(Sampler[list[int]]):
     """
 
     def __init__(self, num_prompts: int, prompts_per_step: int, *, rank: int = 0, world_size: int = 1) -> None:
-        _check_step("val_prompts_per_step", prompts_per_step, world_size)
+        check_step("val_prompts_per_step", prompts_per_step, world_size)
         self.num_prompts = num_prompts
         self.prompts_per_step = prompts_per_step
         self.rank = rank
@@ -173,7 +173,8 @@ class InOrderSampler(Sampler[list[int]]):
             yield list(range(first + self.rank, last, self.world_size))
 
 
-def _check_step(name: str, prompts_per_step: int, world_size: int) -> None:
+def check_step(name: str, prompts_per_step: int, world_size: int) -> None:
+    """ValueError for a step, of the option ``name``, that cannot be divided over the ranks."""
     if prompts_per_step < 1:
         raise ValueError(f"{name}={prompts_per_step} must be at least 1.")
     if prompts_per_step % world_size:

@@ -1,14 +1,15 @@
 """Where prompts come from: a hub dataset, a local file, or the packaged ratings -> rows (one mapping a prompt)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from gopo_lightning.data import ratings
-from gopo_lightning.data.files import has_splits, looks_local, read_local
+from gopo_lightning.data.files import has_splits, looks_local, read_local, stream_local
 
 PACKAGED: dict[str, Callable[[Any], list[dict[str, Any]]]] = {"packaged:movie-ratings": ratings.prompts}
 """Data sets that the app fetches by itself: name -> rows of a split."""
@@ -39,11 +40,17 @@ class PromptSource:
     """Branch, tag or commit of a hub dataset."""
     limit: int | None = None
     """Use the first this many rows."""
+    stream_buffer: int | None = None
+    """Of training prompts: read the rows while training, one after the other, and draw them from a buffer of this many
+    (1 keeps their order); for data that do not fit into memory, or that are not to be downloaded whole. Null: all rows
+    are read, checked and shuffled at the start."""
 
     def __post_init__(self) -> None:
         """Raise ValueError on options that this kind of source cannot have."""
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} must be at least 1. Use null for all rows.")
+        if self.stream_buffer is not None and self.stream_buffer < 1:
+            raise ValueError(f"stream_buffer={self.stream_buffer} must be at least 1. Use null to read all rows first.")
         if "://" in self.path:
             raise ValueError(f"{self.path} is an address, which is not fetched. Download it and name the file.")
         if not self.is_hub:
@@ -71,8 +78,14 @@ def load_rows(source: PromptSource) -> Sequence[Mapping[str, Any]]:
     """The rows of ``source``: at least one, each with the columns that any of them has (null where it has not).
 
     Raises:
-        ValueError: a missing file, a malformed one (line number), an empty dataset, a missing column.
+        ValueError: a missing file, a malformed one (line number), an empty dataset, a missing column; a source that is
+            to be streamed.
     """
+    if source.stream_buffer is not None:
+        raise ValueError(
+            f"stream_buffer={source.stream_buffer} of {source.path}: only training prompts can be streamed, and these "
+            "rows are read as a whole. Set it to null."
+        )
     rows = read_rows(source)
     columns = columns_of(rows)
     for wanted in [source.column] + ([source.system_column] if source.system_column else []):
@@ -81,13 +94,28 @@ def load_rows(source: PromptSource) -> Sequence[Mapping[str, Any]]:
             lacking = [number for number, row in enumerate(rows) if wanted not in row][:1]
         if lacking:
             has = columns if isinstance(rows, datasets.Dataset) else rows[lacking[0]]
-            raise ValueError(
-                f"{source.path} has no column '{wanted}' in row {lacking[0]}; it has {sorted(has)}. Set "
-                "prompt_column, messages_column or system_column to one of them."
-            )
+            raise _lacks(source, wanted, lacking[0], has)
     if isinstance(rows, datasets.Dataset):
         return rows
     return [row if len(row) == len(columns) else {**dict.fromkeys(columns), **row} for row in rows]
+
+
+def stream_rows(source: PromptSource) -> Iterator[Mapping[str, Any]]:
+    """The rows of ``source`` one after the other, with the columns of the first (null where one has not).
+
+    Raises:
+        ValueError: as `load_rows`, a malformed row when its turn comes.
+    """
+    rows = islice(_stream(source), source.limit)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{source.path} has no rows; at least one is needed. Check path and split.")
+    wanted = [source.column] + ([source.system_column] if source.system_column else [])
+    for number, row in enumerate(chain([first], rows)):
+        for column in wanted if number == 0 else wanted[:1]:
+            if column not in row:
+                raise _lacks(source, column, number, row)
+        yield {**dict.fromkeys(first), **row}
 
 
 def columns_of(rows: Any) -> list[str]:
@@ -115,13 +143,29 @@ def read_rows(source: PromptSource) -> Any:
     return rows
 
 
+def _lacks(source: PromptSource, column: str, row: int, columns: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"{source.path} has no column '{column}' in row {row}; it has {sorted(columns)}. Set prompt_column, "
+        "messages_column or system_column to one of them."
+    )
+
+
 def _load(source: PromptSource) -> Any:
     if source.path in PACKAGED:
         return PACKAGED[source.path](source.split or "train")
-    if not source.is_hub:
-        return read_local(source.path, source.split)
+    return _from_hub(source) if source.is_hub else read_local(source.path, source.split)
+
+
+def _stream(source: PromptSource) -> Iterator[Mapping[str, Any]]:
+    if source.path in PACKAGED:
+        return iter(_load(source))
+    return iter(_from_hub(source, streaming=True)) if source.is_hub else stream_local(source.path, source.split)
+
+
+def _from_hub(source: PromptSource, **options: Any) -> Any:
+    split, revision = source.split or "train", source.revision
     try:
-        return datasets.load_dataset(source.path, source.name, split=source.split or "train", revision=source.revision)
+        return datasets.load_dataset(source.path, source.name, split=split, revision=revision, **options)
     except (FileNotFoundError, ConnectionError) as error:  # what is not found or offline; a local path may be meant
         raise ValueError(
             f"there is no file or folder {source.path} in {Path.cwd()}, and as a dataset of the hub it cannot be read: "

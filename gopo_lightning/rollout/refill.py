@@ -21,6 +21,11 @@ from gopo_lightning.types import PromptBatch, Rollout
 class HasFurtherPrompts(Protocol):
     """A data module of which a step may read more prompts than its own."""
 
+    @property
+    def can_read_further(self) -> bool:
+        """Whether it can at all."""
+        ...
+
     def further_prompts(self, count: int) -> list[int]:
         """Rows of up to ``count`` more prompts for this step, over all ranks and the same on each."""
         ...

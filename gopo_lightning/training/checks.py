@@ -91,7 +91,15 @@ def check_minibatches(trainer: Trainer, num_minibatches: int) -> None:
 
 def check_refill(trainer: Trainer, refill: int | None) -> None:
     """Further prompts come from the data module."""
-    if refill is not None and not isinstance(getattr(trainer, "datamodule", None), HasFurtherPrompts):
+    if refill is None:
+        return
+    source = getattr(trainer, "datamodule", None)
+    if isinstance(source, HasFurtherPrompts) and not source.can_read_further:
+        raise ValueError(
+            f"rollout.refill={refill} reads further prompts, and of a stream the next step's are read ahead. Set "
+            "data.train.stream_buffer or refill to null."
+        )
+    if not isinstance(source, HasFurtherPrompts):
         raise ValueError(
             f"rollout.refill={refill} reads further prompts in the order of a PromptDataModule, and these prompts come "
             "from a loader of their own. Give the Trainer a PromptDataModule, or set refill to null."

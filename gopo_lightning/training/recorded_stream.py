@@ -74,9 +74,9 @@ class RecordedStream:
                 f"objective.also '{self.config.name}' renders its prompts as a PromptDataModule does, and the Trainer "
                 "has none. Give it one, or leave `also` out."
             )
-        source, limits = self.config.data, {"max_prompt_tokens": data.max_prompt_tokens, "overlong": data.overlong}
+        source = self.config.data
         with all_or_none(f"reading the data of objective.also '{self.config.name}'"):
-            self._dataset = PromptDataset(load_rows(source), data.renderer(source), **limits)  # type: ignore[arg-type]
+            self._dataset = PromptDataset(load_rows(source), data.renderer(source), data.limit)
             self._sampler = PromptSampler(
                 len(self._dataset),
                 self.config.prompts_per_step,

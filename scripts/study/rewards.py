@@ -9,11 +9,13 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gopo_lightning.rewards import RewardSource, SequenceClassifierReward, combine
+from gopo_lightning.rollout.engines.precision import cpu_computes_bfloat16
 from gopo_lightning.types import Completion, Prompt
 
 CUT_OFF = 3.0
@@ -32,7 +34,7 @@ def first_then_second(rewards_PGK: Tensor) -> Tensor:
 
 
 class FullText(RewardSource):
-    """A classifier that reads prompt and completion as one sentence of words.
+    """A classifier that reads prompt and completion as one sentence of words, in bfloat16 where the CPU computes it.
 
     Args:
         model: folder of the sequence classifier.
@@ -42,7 +44,8 @@ class FullText(RewardSource):
     reads_endings = True
 
     def __init__(self, model: str, name: str) -> None:
-        self.classifier = SequenceClassifierReward(model, include_prompt=False, dtype="bfloat16", name=name)
+        dtype: Literal["bfloat16", "float32"] = "bfloat16" if cpu_computes_bfloat16() else "float32"
+        self.classifier = SequenceClassifierReward(model, include_prompt=False, dtype=dtype, name=name)
         self.name = name
 
     def setup(self, device: torch.device) -> None:

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from scripts.study import assets, design, figure, runs, tables
 
 
-def go_on(groups: Iterable[Iterable[design.Run]], results: Path, deadline: float, workers: int) -> None:
+def go_on(groups: Iterable[Iterable[design.Run]], assets: str, results: Path, deadline: float, workers: int) -> None:
     """Make what is missing, in order, ``workers`` at a time, each in a process of its own."""
-    queue = design.missing(groups, runs.read(results), runs.assets_here())
+    queue = design.missing(groups, runs.read(results), assets)
     from gopo_lightning.commands import lightning_cli  # noqa: F401 - once, before the processes are forked
 
     running: dict[int, tuple[design.Run, float]] = {}
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a small version of the first table, into runs/study/quick.jsonl"
     )
+    parser.add_argument("--tables", nargs="+", metavar="NAME", help="only these, in this order [all]")
     parser.add_argument("--figure", type=Path, help="draw the curves of the first table into this file")
     parser.add_argument("--results", type=Path, default=Path("docs/study/runs.jsonl"))
     options = parser.parse_args()
@@ -58,17 +59,20 @@ def main() -> None:
     if options.command == "run":
         assets.main()
     deadline = time.monotonic() + 60 * options.minutes
-    chosen = design.TABLES[:1] if options.quick else design.TABLES
+    named = {table.name: table for table in design.TABLES}
+    chosen = design.TABLES[:1] if options.quick else [named[name] for name in options.tables or named]
     for table in chosen if options.command == "run" else ():
+        here = runs.assets_here(table.policy)
         if not options.quick:
-            go_on(design.tuning(table), results, deadline, options.workers)
-        go_on(design.runs_of(table, runs.read(results), quick=options.quick), results, deadline, options.workers)
+            go_on(design.tuning(table), here, results, deadline, options.workers)
+        groups = design.runs_of(table, runs.read(results), quick=options.quick)
+        go_on(groups, here, results, deadline, options.workers)
     done = runs.read(results)
     if options.command == "tables" or options.quick:
         print(tables.all_tables(done, quick=options.quick))
     if options.figure is not None:
         figure.draw(done, options.figure)
-    print(tables.forecast(done, runs.assets_here(), options.workers, quick=options.quick))
+    print(tables.forecast(done, runs.assets_here, options.workers, quick=options.quick))
 
 
 if __name__ == "__main__":

@@ -381,6 +381,15 @@ def test_auto_shares_where_it_can_and_says_why_where_it_cannot() -> None:
         generate(windowed, prompts, "always", 2)
 
 
+@pytest.mark.parametrize("vocabulary", [4, 14, 26, 79])
+def test_a_vocabulary_of_a_few_tokens_is_enough(vocabulary: int) -> None:
+    """For digits or bases: what the decoders are tried with must be tokens of it."""
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**(SIZES | {"vocab_size": vocabulary, "sliding_window": None})))
+    prompts = PromptBatch.collate([Prompt(0, (2, 3, 2), ""), Prompt(1, (3,), "")], pad_token_id=0)
+    assert generate(model, prompts, "auto", 2).texts == generate(model, prompts, "never", 2).texts
+
+
 def test_auto_falls_back_where_the_numbers_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = build("llama"), prompt_batch()
     expected = generate(model, prompts, "never", 2).texts

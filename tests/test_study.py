@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from gopo_lightning.objectives.advantages import grpo, ordinal
-from scripts.study import design, figure, rewards, runs, tables
+from scripts.study import adder, design, figure, rewards, runs, tables
 from scripts.study.design import Run
 
 SMALL = design.POLICIES["small"]
@@ -76,7 +77,13 @@ def result(judge: list[float], kl: list[float], seconds: float = 60.0) -> dict[s
     """Of a run, with what the tables read."""
     n = len(judge)
     curves = {f"val/{tag}": [0.1] * n for tag in runs.MEASURED} | {tag: [0.1] * (n - 1) for tag in runs.TRAINED}
-    facts = {"steps_evaluated": list(range(n)), "lr": 1.2e-3, "gradient_clip_active": 0.0, "seconds": seconds}
+    facts = {
+        "steps_evaluated": list(range(n)),
+        "lr": 1.2e-3,
+        "gradient_clip_active": 0.0,
+        "policy": "small",
+        "seconds": seconds,
+    }
     return facts | {"curves": curves | {"val/judge/reward": judge, "train/kl": kl}}
 
 
@@ -152,8 +159,8 @@ def test_cells_that_were_not_reached_are_missing() -> None:
         del done["here"][key]
     text = tables.table_of(design.TABLES[0], done)
     assert "| heavy_tailed | 8 | rloo | 0.0012 | 0 | missing" in text and "10 of 60 runs are missing." in text
-    assert "table 1: 50 of 60 runs, 18 of 18 to choose" in tables.forecast(done, "here", 2)
-    assert "0 of 60 runs, 0 of 18" in tables.forecast({}, "here", 2)
+    assert "table 1: 50 of 60 runs, 18 of 18 to choose" in tables.forecast(done, lambda policy: "here", 2)
+    assert "0 of 60 runs, 0 of 18" in tables.forecast({}, lambda policy: "here", 2)
 
 
 def test_gopo_under_a_warp_is_gopo_without_it() -> None:
@@ -218,6 +225,27 @@ def test_all_runs_sample_equally_many_completions(tmp_path: Path, monkeypatch: p
             sampled = design.POLICIES[table.policy].sampled
             assert f"num_completions: {size}" in text and f"prompts_per_step: {sampled // size}" in text
             assert all(layer.exists() for layer in layers)
+
+
+@pytest.mark.parametrize("table", design.TABLES[-2:], ids=lambda table: table.policy)
+def test_methods_make_several_updates_of_a_rollout(table: design.Table) -> None:
+    for method in table.methods:
+        files = runs.layers(Run(table.name, "clean", method, 1, 1e-3, policy=table.policy))
+        assert files[-1].stem == method
+        loaded = [yaml.safe_load(file.read_text())["model"]["init_args"].get("update", {}) for file in files]
+        epochs = [update["num_inner_epochs"] for update in loaded if "num_inner_epochs" in update]
+        assert {*epochs} == {design.POLICIES[table.policy].updates} == {4}
+    assert design.POLICIES[table.policy].steps % 20 == 0, "five rollouts from one evaluation to the next"
+
+
+def test_sums_are_dealt_out_once() -> None:
+    parts = adder.sums()
+    prompts = [row["prompt"] for part in parts.values() for row in part]
+    assert len({*prompts}) == len(prompts) == 10_000
+    assert all(row["answer"] == str(eval(str(row["prompt"])[:-1])) for row in parts["train"])
+    assert adder.right(["1+2=", "1+2="], ["3", "4"], ["3", "3"]) == [1.0, 0.0]
+    tokenizer = adder.build_tokenizer()
+    assert tokenizer.decode(tokenizer("37+58=95")["input_ids"]) == "37+58=95"
 
 
 def test_seeds_of_tuning_are_not_those_of_the_verdict() -> None:

@@ -157,6 +157,8 @@ def main() -> None:
         ]
         if not (ROOT / "policy" / "training.json").exists():
             training.append(pool.submit(run, ("-m", "scripts.study.language_model", str(ROOT / "policy"))))
+        if not (ROOT / "adder" / "training.json").exists():
+            training.append(pool.submit(run, ("-m", "scripts.study.adder", str(ROOT / "adder"))))
         for done in training:
             done.result()
     if not (ROOT / "train_prompts.jsonl").exists():

@@ -22,12 +22,33 @@ class Policy:
     seeds: tuple[int, ...]
     steps: int
     sampled: int
-    """Completions of a step, whatever G is: all runs see equally many."""
+    """Completions of a rollout, whatever G is: all runs see equally many."""
+    base: tuple[str, ...] = ("base",)
+    """Its layers, files of configs/study."""
+    prompts: tuple[str, str] = ("held_out_prompts", "tuning_prompts")
+    """Of the verdict and of the choice of the learning rate: files of the assets."""
+    assets: str = "facts.json"
+    """What tells these assets from those of another machine."""
+    updates: int = 1
+    """Of a rollout."""
 
 
 POLICIES = {
     "small": Policy((4e-4, 1.2e-3, 3.6e-3), tuple(range(1, 11)), 50, 64),
-    "smollm2": Policy((5e-6, 1.5e-5, 4.5e-5), (1, 2, 3), 20, 32),
+    "smollm2": Policy(
+        (5e-6, 1.5e-5, 4.5e-5), (1, 2, 3), 20, 32, ("base", "smollm2/base"), ("smollm2_held_out", "smollm2_tuning")
+    ),
+    "adder": Policy(
+        (3e-5, 1e-4, 3e-4),
+        (1, 2, 3),
+        200,
+        64,
+        ("adder/base",),
+        ("adder/held_out", "adder/tuning"),
+        "adder/training.json",
+        updates=4,
+    ),
+    "small4": Policy((1e-4, 3e-4, 1e-3), (1, 2, 3), 100, 64, ("base", "four_updates"), updates=4),
 }
 
 
@@ -80,6 +101,10 @@ class Table:
         return POLICIES[self.policy].seeds
 
 
+METHODS = ("gopo", "rloo", "dpo", "rebel", "inpo", "p3o", "lipo", "gepo", "pf_ppo", "refill")
+OF_ANSWERS = ("seed_grpo", "hapo")
+"""They ask which answers are the same, or right."""
+
 OF_GOPO = {"gopo_arbitrary_ties": "gopo_arbitrary_ties", "gopo_rescued": "gopo"}
 """Methods with the learning rate of GOPO, for nothing ties on the clean reward; each with its advantage's layer."""
 
@@ -91,6 +116,8 @@ TABLES = (
     Table("4", "Group size, equally many completions", ("clean",), ("gopo", "grpo"), (2, 4, 16)),
     Table("5", "Other flaws", ("of_prompt", "one_rater", "few_labels"), ("gopo", "grpo", "rloo")),
     Table("6", "SmolLM2-135M-Instruct", ("clean", "heavy_tailed"), ("gopo", "grpo", "rloo"), policy="smollm2"),
+    Table("7", "Methods on sums, four updates of a rollout", ("clean",), METHODS + OF_ANSWERS, policy="adder"),
+    Table("8", "Methods on sentences, four updates of a rollout", ("clean",), METHODS, policy="small4"),
 )
 
 

@@ -49,15 +49,12 @@ def folder(run: Run) -> Path:
 def layers(run: Run) -> list[Path]:
     """The files that the run is configured by, without what is its own."""
     reward = f"{run.reward}_rescued" if run.method == "gopo_rescued" else run.reward
-    method = Path("configs/advantage") / f"{OF_GOPO.get(run.method, run.method)}.yaml"
-    method = method if method.exists() else CONFIGS / "method" / method.name
-    base = (
-        [CONFIGS / "base.yaml"]
-        if run.policy == "small"
-        else [CONFIGS / "base.yaml", CONFIGS / run.policy / "base.yaml"]
-    )
-    folder = CONFIGS / ("reward" if run.policy == "small" else run.policy)
-    return [*base, *([] if reward == "clean" else [folder / f"{reward}.yaml"]), method]
+    name = f"{OF_GOPO.get(run.method, run.method)}.yaml"
+    places = [Path("configs") / place / name for place in ("advantage", "study/method", "methods")]
+    base = [CONFIGS / f"{layer}.yaml" for layer in POLICIES[run.policy].base]
+    folder = CONFIGS / (run.policy if run.policy == "smollm2" else "reward")
+    shape = [] if reward == "clean" else [folder / f"{reward}.yaml"]
+    return [*base, *shape, next(place for place in places if place.exists())]
 
 
 def made_of(run: Run) -> str:
@@ -67,9 +64,9 @@ def made_of(run: Run) -> str:
 
 
 @cache
-def assets_here() -> str:
+def assets_here(policy: str) -> str:
     """Which assets these are: a digest of what was measured of them. Other machines round otherwise and make others."""
-    facts = Path("runs/study/assets/facts.json")
+    facts = Path("runs/study/assets") / POLICIES[policy].assets
     return _digest(facts.read_bytes()) if facts.exists() else "not made here"
 
 
@@ -90,13 +87,14 @@ def _code(path: Path) -> str:
 def config(run: Run) -> list[Path]:
     """The layers of the run; the last is written into its folder."""
     files = layers(run)
-    reward = yaml.safe_load(files[-2].read_text())["model"]["init_args"]["rewards"]
-    reward["sources"][0]["init_args"]["seed"] = run.seed
+    of_layers = [yaml.safe_load(file.read_text()).get("model", {}).get("init_args", {}) for file in files]
+    reward = [layer["rewards"] for layer in of_layers if "sources" in layer.get("rewards", {})][-1]
+    if reward["sources"][0]["class_path"].endswith("Proxy"):
+        reward["sources"][0]["init_args"]["seed"] = run.seed
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": run.lr, "weight_decay": 0.0, "fused": True}}
     data: dict[str, Any] = {"prompts_per_step": POLICIES[run.policy].sampled // run.group_size}
     if run.table == "tuning":
-        name = "tuning_prompts" if run.policy == "small" else f"{run.policy}_tuning"
-        data["validation"] = {"path": f"runs/study/assets/{name}.jsonl"}
+        data["validation"] = {"path": f"runs/study/assets/{POLICIES[run.policy].prompts[1]}.jsonl"}
     version = {"save_dir": "runs", "name": "study", "version": run.key}
     own = {
         "seed_everything": run.seed,
@@ -140,7 +138,7 @@ def start(run: Run, results: Path) -> int:
             facts = {
                 "commit": commit,
                 "made_of": digest,
-                "assets": assets_here(),
+                "assets": assets_here(run.policy),
                 "seconds": round(time.time() - began, 1),
             }
             _append(results, {"key": run.key, **run.record(), **facts, **measured(run)})
@@ -163,7 +161,7 @@ def measured(run: Run) -> dict[str, Any]:
     if steps[-1] != run.steps:
         raise ValueError(f"{run.name} was last evaluated at step {steps[-1]}, not {run.steps}")
     curves = {f"val/{tag}": [_round(points[f"val/{tag}"][step]) for step in steps] for tag in MEASURED}
-    for tag in TRAINED:
+    for tag in filter(points.__contains__, TRAINED):  # not every loss has every curve
         parts = [[v for s, v in points[tag].items() if low < s <= high] for low, high in itertools.pairwise(steps)]
         curves[tag] = [_round(fmean(part)) for part in parts]
     norms = list(points["train/grad_norm"].values())

@@ -1,7 +1,7 @@
 """The study's tables: means over seeds, differences within seeds, and what they say after Holm's correction."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -146,22 +146,31 @@ def _against_kl(result: Mapping[str, Any]) -> list[tuple[float, float]]:
     return points
 
 
-def forecast(done: Done, assets: str, workers: int, *, quick: bool = False) -> str:
-    """How many runs are missing, and how long they take at the speed of those that are done with ``assets``."""
-    seconds = median([row["seconds"] for row in done.get(assets, {}).values()] or [120.0])
-    lines, total = [], 0
+def forecast(done: Done, assets: Callable[[str], str], workers: int, *, quick: bool = False) -> str:
+    """How many runs are missing, and how long they take at the speed of those that are done with these assets.
+
+    Args:
+        done: the results.
+        assets: policy → those that are here.
+        workers: runs at a time.
+        quick: of the small version.
+    """
+    lines, total, minutes = [], 0, 0.0
     counted: set[str] = set()
     for table in TABLES[:1] if quick else TABLES:
+        of_policy = [row for row in done.get(assets(table.policy), {}).values() if row["policy"] == table.policy]
+        seconds = median([row["seconds"] for row in of_policy] or [120.0])
         groups = [] if quick else [runs for runs in tuning(table) if runs[0].key not in counted]
         counted |= {runs[0].key for runs in groups}
         cells = len(table.rewards) * len(table.methods) * len(table.group_sizes) + table.warps
         wanted = cells * (3 if quick else len(table.seeds))
         finished = sum(len(of_same_assets(runs, done)) for runs in runs_of(table, done, quick=quick))
         choosing = sum(map(len, groups))
-        gaps = len(missing(groups, done, assets))
+        gaps = len(missing(groups, done, assets(table.policy)))
         total += wanted - finished + gaps
+        minutes += (wanted - finished + gaps) * seconds / workers / 60
         lines.append(
-            f"table {table.name}: {finished} of {wanted} runs, {choosing - gaps} of {choosing} to choose learning rates"
+            f"table {table.name}: {finished} of {wanted} runs, {choosing - gaps} of {choosing} to choose learning "
+            f"rates; {seconds:.0f} s a run"
         )
-    minutes = total * seconds / workers / 60
-    return "\n".join([*lines, f"{total} runs are missing: about {minutes:.0f} minutes at {seconds:.0f} s a run"])
+    return "\n".join([*lines, f"{total} runs are missing: about {minutes:.0f} minutes"])

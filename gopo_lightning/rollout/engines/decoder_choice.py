@@ -118,7 +118,7 @@ class Trial:
     def of(cls, model: nn.Module, prompts: PromptBatch) -> "Trial":
         """With tokens that are the same on every rank, and forwards of unpadded rows without a cache."""
         vocabulary = model(input_ids=prompts.tokens_PL[:1, -1:], use_cache=False).logits.shape[-1]
-        tokens = vocabulary // 4 + torch.arange(20) * max(vocabulary // 80, 1)  # words, not special tokens
+        tokens = (vocabulary // 4 + torch.arange(20) * max(vocabulary // 80, 1)) % vocabulary  # words, where there are
         rows = [tuple(tokens[8:][:length].tolist()) for length in _LENGTHS]
         tokens_NT = tokens[:12].view(4, 3)
         few = PromptBatch.collate([Prompt(p, row, "") for p, row in enumerate(rows)], int(tokens[0]))

@@ -42,7 +42,7 @@ POLICIES = {
         (3e-5, 1e-4, 3e-4),
         (1, 2, 3),
         200,
-        64,
+        128,
         ("adder/base",),
         ("adder/held_out", "adder/tuning"),
         "adder/training.json",

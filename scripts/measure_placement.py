@@ -53,7 +53,7 @@ def load(how: str, config: PolicyConfig, ranks: int) -> nn.Module:
     else:
         model = policy_without_weights(config)
         shard_fsdp2(model, mesh, dtype=None)
-        fill_shards(model, config, torch.device("cpu"))
+        fill_shards(model, config.name, config.revision, torch.device("cpu"))
     return model
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
 from gopo_lightning.distributed import gathering
 from gopo_lightning.distributed.fsdp import clip_grad_norm, shard_fsdp2, whole_bytes
@@ -20,6 +20,8 @@ from gopo_lightning.distributed.offloading import on_device
 from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.policy.model import PolicyConfig, load_policy
 from gopo_lightning.policy.sharded_loading import fill_shards, policy_without_weights
+from gopo_lightning.rewards import LocalJudge, SequenceClassifierReward
+from gopo_lightning.rewards.loading import without_weights
 from gopo_lightning.rollout import SamplingConfig, TransformersEngine
 from gopo_lightning.training.placement import PlacementConfig
 from gopo_lightning.types import PromptBatch
@@ -133,7 +135,7 @@ def missing_weight(rank: int, folder: Path) -> dict[str, Any]:
     model.model.another_norm = nn.Parameter(torch.empty(4, device="meta"))
     shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
     with pytest.raises(ValueError, match="no tensor") as info:
-        fill_shards(model, config, torch.device("cpu"))
+        fill_shards(model, config.name, config.revision, torch.device("cpu"))
     return {"error": str(info.value)}
 
 
@@ -144,7 +146,7 @@ def tied(rank: int, folder: Path) -> dict[str, Any]:
     config = PolicyConfig(str(folder / "tied"))
     model: Any = policy_without_weights(config)
     shard_fsdp2(model, init_device_mesh("cpu", (2,)), dtype=None)
-    fill_shards(model, config, torch.device("cpu"))
+    fill_shards(model, config.name, config.revision, torch.device("cpu"))
     tokens = torch.arange(10)[None]
     return {
         "tied": model.lm_head.weight is model.model.embed_tokens.weight,
@@ -306,6 +308,28 @@ def test_an_adapter_made_from_the_weights_is_refused_by_shards(option: dict[str,
     config = PolicyConfig(str(tiny_policy), lora=LORA | option)
     with pytest.raises(ValueError, match="placement.load: whole"):
         policy_without_weights(config)
+
+
+@pytest.mark.parametrize("source", [SequenceClassifierReward, LocalJudge])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_frozen_models_are_read_by_shards(source: Any, dtype: str, tiny_policy: Path, tmp_path: Path) -> None:
+    """Never whole before; then they are what they are whole, the head of a classifier in float32."""
+    folder = tiny_classifier(tmp_path / "classifier") if source is SequenceClassifierReward else tiny_policy
+    whole, by_shards = (source(str(folder), dtype=dtype) for _ in range(2))
+    whole.setup(torch.device("cpu"))
+    with (
+        patch.object(PreTrainedModel, "from_pretrained", side_effect=AssertionError("whole")),
+        without_weights() as made,
+    ):
+        by_shards.setup(torch.device("cpu"))
+    assert made == {by_shards.model: (str(folder), None)}
+    assert all(parameter.is_meta for parameter in by_shards.model.parameters())
+    fill_shards(by_shards.model, *made[by_shards.model], torch.device("cpu"))
+    for (name, expected), found in zip(whole.model.named_parameters(), by_shards.model.parameters(), strict=True):
+        assert found.dtype == expected.dtype and torch.equal(found, expected), name
+    assert not any(parameter.requires_grad for parameter in by_shards.model.parameters())
+    tokens = torch.arange(1, 11)[None]
+    assert torch.equal(by_shards.model(tokens).logits, whole.model(tokens).logits)
 
 
 def test_offloaded_weights_come_back_without_a_copy() -> None:

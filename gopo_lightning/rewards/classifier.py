@@ -21,6 +21,7 @@ from gopo_lightning.rewards.loading import (
     load_tokenizer,
     max_length_of,
     pad,
+    place,
     select,
     set_pad_token,
 )
@@ -128,7 +129,7 @@ class SequenceClassifierReward(RewardSource):
             self.max_length = max_length_of(model, tokenizer, self.max_length)
             self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
             self.scorer = Scorer(tokenizer, self.prefix_sharing, self.max_length, trains=False)
-        self.model.to(device)  # type: ignore[arg-type]
+        place(self.model, device)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:

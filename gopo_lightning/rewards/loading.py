@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,14 +28,38 @@ from gopo_lightning.policy.adapters import (
 )
 from gopo_lightning.policy.loading import finding, load_weights, locate
 from gopo_lightning.policy.positions import position_limit, usual_length
+from gopo_lightning.policy.sharded_loading import model_without_weights
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16", "auto"]
 Truncation: TypeAlias = Literal["error", "left", "right"]
+
+Empty: TypeAlias = dict[nn.Module, tuple[str, str | None]]
+"""Models without weights → name and revision of what has them."""
 
 _CHECKED_AT_ONCE = 1000
 """Texts; enough that tokenizing them one by one costs nothing."""
 _UNLIMITED = 1_000_000
 """Tokenizers without a limit give a model_max_length far above this."""
+
+
+_EMPTY: ContextVar["Empty | None"] = ContextVar("_EMPTY", default=None)
+
+
+@contextmanager
+def without_weights() -> Iterator[Empty]:
+    """Inside, models get no weights: they are to be sharded first and then filled."""
+    made: Empty = {}
+    token = _EMPTY.set(made)
+    try:
+        yield made
+    finally:
+        _EMPTY.reset(token)
+
+
+def place(model: PreTrainedModel, device: torch.device) -> None:
+    """Move ``model`` to ``device``; one without weights waits for them where it is."""
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        model.to(device)  # type: ignore[arg-type]
 
 
 def load_classifier(
@@ -68,6 +94,12 @@ def _load(
         loaded = wanted if dtype == "auto" else torch.float32
         if task_type == "SEQ_CLS":
             config = {"num_labels": head_of_adapter(adapter)} | config
+    if (made := _EMPTY.get()) is not None and adapter is None and not config:
+        with finding(name, revision):
+            dtype_or_own = None if dtype == "auto" else wanted
+            empty = model_without_weights(auto_class, name, revision, dtype_or_own, trust_remote_code=trust_remote_code)
+        made[empty] = (name, revision)
+        return empty
     with finding(name, revision):
         options = {"revision": revision, "dtype": loaded, "trust_remote_code": trust_remote_code}
         model: PreTrainedModel = load_weights(auto_class, locate(name), **options, **config)

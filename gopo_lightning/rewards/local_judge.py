@@ -13,7 +13,7 @@ from gopo_lightning.policy.next_token import next_token_logits
 from gopo_lightning.rewards.base import SourceConfigError
 from gopo_lightning.rewards.classifier import Template
 from gopo_lightning.rewards.judge_prompt import CRITERION, fenced
-from gopo_lightning.rewards.loading import Dtype, load_causal_lm, load_tokenizer
+from gopo_lightning.rewards.loading import Dtype, load_causal_lm, load_tokenizer, place
 from gopo_lightning.rewards.pairwise import PairComparator
 from gopo_lightning.types import Prompt
 
@@ -83,7 +83,7 @@ class LocalJudge(PairComparator):
             positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             self.max_length = self.max_length or positions
             self.model = model.eval().requires_grad_(False)
-        self.model.to(device)  # type: ignore[arg-type]
+        place(self.model, device)
 
     @torch.no_grad()
     def compare(self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]) -> Tensor:

@@ -1,7 +1,7 @@
 """Where weights are, and when: how the policy is loaded and gathered, and where frozen models wait for their phase."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -18,6 +18,7 @@ from gopo_lightning.policy.adapters import KeptWeights
 from gopo_lightning.policy.model import Policy, PolicyConfig, load_policy, load_reference, reference_of
 from gopo_lightning.policy.sharded_loading import fill_shards, policy_without_weights
 from gopo_lightning.rewards import HoldsModels, Source
+from gopo_lightning.rewards.loading import Empty, without_weights
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,8 @@ class PlacementConfig:
 
     load: Literal["whole", "shards"] = "whole"
     """`whole`: every rank loads the policy, then keeps its shard. `shards`: a rank reads its shard alone from the
-    safetensors, for policies that no process could hold (`trainer.strategy: fsdp2`)."""
+    safetensors, for policies that no process could hold (`trainer.strategy: fsdp2`). So are frozen models that are
+    sharded, but for adapters, which are merged into their base."""
     rollout_gather: Gather = "full"
     """Of a sharded policy. `full`: gathered once per rollout, after a check of free memory. `layer`: in every forward
     layer by layer, which costs a gather of all weights per token and memory for one layer (`fsdp2`)."""
@@ -64,7 +66,7 @@ def load_placed_policy(config: PolicyConfig, placement: PlacementConfig, trainer
         policy = policy_without_weights(config)
         shard(policy, trainer)
         strategy = cast(FSDP2Strategy, trainer.strategy)
-        fill_shards(policy, config, CPU if strategy.cpu_offload else strategy.root_device)
+        fill_shards(policy, config.name, config.revision, _shards_device(strategy))
     return policy
 
 
@@ -81,15 +83,27 @@ def place_frozen(model: nn.Module, placement: PlacementConfig, trainer: Trainer,
 
 
 def set_up_source(source: Source, placement: PlacementConfig, trainer: Trainer) -> None:
-    """``source.setup``, and its models placed; one that names none keeps all it has on the device."""
+    """``source.setup``, and its models placed; one that names none keeps all it has on the device.
+
+    Models that are to be loaded by shards, where they are no adapters, never have their weights whole.
+    """
     if placement.frozen_models == "replicate" or not isinstance(source, HoldsModels):
         source.setup(trainer.strategy.root_device)
     else:
-        source.setup(CPU)
+        by_shards = placement.load == "shards" and placement.frozen_models == "shard"
+        loading: AbstractContextManager[Empty] = without_weights() if by_shards else nullcontext({})
+        with loading as empty:
+            source.setup(CPU)
         for model in source.models():
             place_frozen(model, placement, trainer, exact=True)
+            if model in empty:
+                fill_shards(model, *empty[model], _shards_device(cast(FSDP2Strategy, trainer.strategy)))
         if not source.models():
             source.setup(trainer.strategy.root_device)
+
+
+def _shards_device(strategy: FSDP2Strategy) -> torch.device:
+    return CPU if strategy.cpu_offload else strategy.root_device
 
 
 class Reference:

@@ -158,7 +158,9 @@ def forecast(done: Done, assets: Callable[[str], str], workers: int, *, quick: b
     lines, total, minutes = [], 0, 0.0
     counted: set[str] = set()
     for table in TABLES[:1] if quick else TABLES:
-        of_policy = [row for row in done.get(assets(table.policy), {}).values() if row.get("policy", "small") == table.policy]
+        of_policy = [
+            row for row in done.get(assets(table.policy), {}).values() if row.get("policy", "small") == table.policy
+        ]
         seconds = median([row["seconds"] for row in of_policy] or [120.0])
         groups = [] if quick else [runs for runs in tuning(table) if runs[0].key not in counted]
         counted |= {runs[0].key for runs in groups}

@@ -140,7 +140,7 @@ class PromptDataModule(FingerprintedDataModule):
             if source is None or part in self._datasets:
                 continue
             if part == "train" and source.stream_buffer is not None:
-                self._stream = self._begin_stream(source)
+                self._stream = self._stream or self._begin_stream(source)
             else:
                 self._datasets[part] = self._dataset(part, source)
 

@@ -1,5 +1,6 @@
 """`estimate`: its formulas by hand, its sizes by the models, its memory by what two steps allocate."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,25 @@ def test_within_a_third_of_what_is_allocated(groups: dict[str, Any], tmp_path: P
     with Allocated() as allocated:
         run(["fit", f"--config={config}"])
     assert 3 / 4 < footprint.peak(plan) / allocated.peak < 4 / 3
+
+
+def test_what_is_not_counted_is_said(tmp_path: Path) -> None:
+    assert not any("counted" in note for note in plan_of([f"--config={write_config(tmp_path)}"], cpu=True).notes)
+    clusters = {"class_path": "gopo_lightning.rollout.NearEmbeddings", "init_args": {"encoder": "an/encoder"}}
+    entropy = {"class_path": "gopo_lightning.rollout.SemanticEntropy", "init_args": {"clusters": clusters}}
+    config = f"--config={write_config(tmp_path)}"
+    for more, expected in (
+        (
+            f"--model.init_args.rewards.transforms={json.dumps([entropy])}",
+            "the encoder an/encoder, by which a transform",
+        ),
+        ("--config=configs/methods/zo_ranksgd.yaml", "RankedPerturbation has no backward pass"),
+    ):
+        assert expected in " ".join(plan_of([config, more], cpu=True).notes)
+    term = {"data": {"path": str(tmp_path / "rows.jsonl")}, "loss": {"class_path": "gopo_lightning.objectives.PRO"}}
+    also = f"--model.init_args.objective.also={json.dumps([term | {'num_completions': 4, 'prompts_per_step': 4}])}"
+    notes = " ".join(plan_of([config, also], cpu=True).notes)
+    assert "objective.also 'recorded' adds 4 groups of 4 to the updates, whose time is not counted" in notes
 
 
 # -------------------------------------------------------------------------------------------------------- the command

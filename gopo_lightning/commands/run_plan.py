@@ -106,6 +106,7 @@ def plan_of(
     engine = module.rollout_config.engine or TransformersEngine()
     if not isinstance(engine, TransformersEngine):
         notes.append(f"sampling is that of TransformersEngine; {type(engine).__name__} holds a model of its own")
+    notes += _not_counted(module)
     states, copies, assumed = _optimizer(module.optimizer_callable)
     update = module.update_config
     plan = Plan(
@@ -135,6 +136,23 @@ def plan_of(
         process=_PROCESS["cpu" if cpu else "gpu"],
     )
     return Planned(plan, cli.trainer.max_steps, notes + assumed)
+
+
+def _not_counted(module: GOPOModule) -> list[str]:
+    """What is done beside the plan."""
+    notes = [
+        f"objective.also '{term.name}' adds {term.prompts_per_step} groups of {term.num_completions} to the updates, "
+        "whose time is not counted"
+        for term in module.objective_config.also
+    ]
+    encoders = [getattr(getattr(each, "clusters", None), "encoder", None) for each in module.reward_config.transforms]
+    notes += [
+        f"the encoder {encoder}, by which a transform compares texts, is not counted" for encoder in encoders if encoder
+    ]
+    if not module.update.reads_loss:
+        rule = type(module.update).__name__
+        notes.append(f"{rule} has no backward pass: less memory and time than what is counted for it")
+    return notes
 
 
 def _strategy(given: Any) -> tuple[Literal["single", "ddp", "fsdp2"], bool]:

@@ -312,7 +312,9 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str, qwen: Pa
 
 
 @pytest.mark.parametrize(
-    "field", [field for field in fields(LoraConfig) if field.init and field.name not in adapters._TAKEN], ids=str
+    "field",
+    [field for field in fields(LoraConfig) if field.init and field.name not in adapters._TAKEN],
+    ids=lambda field: field.name,
 )
 def test_no_option_of_peft_is_taken_unseen(field: Any) -> None:
     """An option that a later peft brings is refused until someone has looked at it."""

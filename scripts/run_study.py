@@ -3,7 +3,7 @@
     python scripts/run_study.py forecast              what is done, what is missing, how long that takes
     python scripts/run_study.py run --workers 2       goes on until all is done, or until --minutes are over
     python scripts/run_study.py run --quick           three seeds of the first table with 30 steps, in 30 minutes
-    python scripts/run_study.py tables                prints the tables of what is done
+    python scripts/run_study.py tables                prints the tables of what is done; --tables 7 that one alone
 
 A run is one `fit` of configs/study/base.yaml with a reward, an advantage and a seed. Its numbers are a line of
 docs/study/runs.jsonl, with the commit and the assets that made them; a line that is there is not run again. Another
@@ -69,7 +69,7 @@ def main() -> None:
         go_on(groups, here, results, deadline, options.workers)
     done = runs.read(results)
     if options.command == "tables" or options.quick:
-        print(tables.all_tables(done, quick=options.quick))
+        print(tables.tables_of(chosen, done, quick=options.quick))
     if options.figure is not None:
         figure.draw(done, options.figure)
     print(tables.forecast(done, runs.assets_here, options.workers, quick=options.quick))

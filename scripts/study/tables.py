@@ -1,7 +1,7 @@
 """The study's tables: means over seeds, differences within seeds, and what they say after Holm's correction."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -11,9 +11,9 @@ from gopo_lightning.evaluation.seed_curves import StepsRatio, interpolate, steps
 from scripts.study.design import TABLES, Done, Table, chosen_lr, missing, of_same_assets, outcome, runs_of, tuning
 
 
-def all_tables(done: Done, *, quick: bool = False) -> str:
+def tables_of(chosen: Iterable[Table], done: Done, *, quick: bool = False) -> str:
     """In markdown."""
-    return "\n\n".join(table_of(table, done, quick=quick) for table in (TABLES[:1] if quick else TABLES))
+    return "\n\n".join(table_of(table, done, quick=quick) for table in chosen)
 
 
 def table_of(table: Table, done: Done, *, quick: bool = False) -> str:

@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help install install-vllm install-docs quickstart quickstart-smoke try-wheel test test-fast test-faults test-methods test-use test-use-sample test-vllm test-verl docs docs-serve test-notebook lint format format-check types clean
+.PHONY: help install install-vllm install-docs quickstart quickstart-smoke try-wheel test test-fast test-faults test-methods test-use test-use-sample test-cuda test-vllm test-verl docs docs-serve test-notebook lint format format-check types clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets and variables.
@@ -58,7 +58,7 @@ $(INSTALLED_DOCS): requirements-docs.lock $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r requirements-docs.lock
 	@touch $@
 
-quickstart quickstart-smoke test test-fast test-faults test-methods test-use test-use-sample test-vllm test-verl docs docs-serve test-notebook: export HF_HUB_OFFLINE := 1
+quickstart quickstart-smoke test test-fast test-faults test-methods test-use test-use-sample test-cuda test-vllm test-verl docs docs-serve test-notebook: export HF_HUB_OFFLINE := 1
 
 quickstart: $(INSTALLED) ## Train a reward model on human ratings, then a policy on its ranks (8 to 12 minutes, 2 cores).
 	@$(BIN)/python -m gopo_lightning quickstart
@@ -70,7 +70,7 @@ try-wheel: ## Build the wheel, install it into a fresh environment, and try it i
 	@PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" scripts/try_wheel.sh
 
 # One thread a process: the models are tiny, and tests start processes of their own.
-test test-fast test-faults test-methods test-use test-use-sample test-vllm test-verl test-notebook: export OMP_NUM_THREADS := 1
+test test-fast test-faults test-methods test-use test-use-sample test-cuda test-vllm test-verl test-notebook: export OMP_NUM_THREADS := 1
 
 test: $(INSTALLED) ## Run every test.
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_FLAGS)
@@ -89,6 +89,9 @@ test-use: $(INSTALLED) ## Runs as users start them, all options pairwise, and wh
 
 test-use-sample: $(INSTALLED) ## As many of them as fit into 3 minutes; another seed each time.
 	@$(BIN)/python -W ignore -m tests.use --minutes 3 $(USE_FLAGS)
+
+test-cuda: $(INSTALLED) ## Run the tests of the paths that only a GPU takes, which `test` skips where there is none.
+	@$(BIN)/python -m pytest tests/test_cuda.py $(PYTEST_FLAGS)
 
 test-vllm: $(INSTALLED_VLLM) ## Run the tests of the vLLM engine, which `test` skips where vLLM is missing.
 	@$(BIN)/python -m pytest tests/test_vllm_engine.py $(PYTEST_FLAGS)

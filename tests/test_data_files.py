@@ -181,7 +181,7 @@ def test_what_is_neither_here_nor_on_the_hub(error: type[Exception], monkeypatch
         ("a.csv", b"prompt,gold\n", "has no rows"),
         ("a.jsonl", b'{"prompt": "a"}\nno\n', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz cannot be decompressed"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-9], r"a\.jsonl\.gz cannot be decompressed"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], r"a\.jsonl\.gz cannot be decompressed"),
         ("a.jsonl.xz", b"no xz", r"a\.jsonl\.xz cannot be decompressed"),
         ("a.jsonl.bz2", b"no bz2", r"a\.jsonl\.bz2 cannot be decompressed"),
         ("a.jsonl.zst", b"no zst", r"a\.jsonl\.zst cannot be decompressed"),

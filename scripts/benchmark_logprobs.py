@@ -4,7 +4,8 @@
 
 A shape is (prompts) x (tokens of a prompt) x (tokens of a completion) x (completions of a group), with `~` for natural
 lengths: prompts of half to all of these tokens, completions exponentially distributed with a mean of about a third of
-the longest. A random Llama of 12 M parameters in float32; forms alternate in this process. Prints median seconds.
+the longest. A random Llama of 12 M parameters in float32, on a GPU under bfloat16's autocast; forms alternate in this
+process. Prints median seconds.
 """
 
 import argparse
@@ -58,17 +59,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=["packed", "apart"])
     options = parser.parse_args()
-    policy = model()
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    policy = model().to(device)
+
+    def now() -> float:
+        if gpu:
+            torch.cuda.synchronize()
+        return perf_counter()
 
     def step(shared: bool, groups: tuple[PromptBatch, Completions]) -> float:
-        start = perf_counter()
-        completion_logprobs(policy, *groups, shared_prefix=shared).logprobs_NT.sum().backward()
+        start = now()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=gpu):
+            logprobs_NT = completion_logprobs(policy, *groups, shared_prefix=shared).logprobs_NT
+        logprobs_NT.sum().backward()
         policy.zero_grad()
-        return perf_counter() - start
+        return now() - start
 
     for shape in options.shapes:
         P, L, T, G = map(int, shape.rstrip("~").split("x"))
-        groups = batch(P, L, T, G, shape.endswith("~"))
+        prompts, completions = batch(P, L, T, G, shape.endswith("~"))
+        groups = prompts.to(device), completions.to(device)
         forms = {"packed": [True], "apart": [False]}.get(options.only, [True, False])
         rounds = [[step(form, groups) for form in forms] for _ in range(options.rounds + 1)][1:]
         seconds = ", ".join(

@@ -69,30 +69,44 @@ def useful_flops(model: Any, shape: Shape) -> dict[str, float]:
     return {"rollout": forward, "train": 3 * forward}
 
 
-def matmul_peak() -> float:
-    """FLOP/s of a bf16 product of 2048 x 2048 matrices, median of 10, on this machine now."""
+def matmul_peak(accelerator: str, dtype: str) -> float:
+    """FLOP/s of a product of square matrices, median of 10, on this machine now."""
     import torch
 
-    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+    device, size = ("cuda", 8192) if accelerator == "gpu" else ("cpu", 2048)
+    a, b = (torch.randn(size, size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
     seconds = []
     for _ in range(13):
-        start = perf_counter()
+        start = now(accelerator)
         torch.mm(a, b)
-        seconds.append(perf_counter() - start)
-    return 2 * 2048**3 / statistics.median(seconds[3:])
+        seconds.append(now(accelerator) - start)
+    return 2 * size**3 / statistics.median(seconds[3:])
 
 
-def peak_rss_gib() -> float:
-    """Largest resident memory of this process so far."""
+def now(accelerator: str) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if accelerator == "gpu":
+        import torch
+
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
+def peak_gib(accelerator: str) -> float:
+    """Most memory so far: of a GPU what torch has allocated, else what of this process was resident."""
+    if accelerator == "gpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def measure_ours(model: str, shape: Shape, dtype: str, compiled: bool) -> dict[str, float]:
+def measure_ours(model: str, shape: Shape, dtype: str, accelerator: str, compiled: bool) -> dict[str, float]:
     """Seconds of the second step through our module and Lightning's Trainer."""
     import lightning as L
     import torch
 
-    from gopo_lightning import GOPOModule, PromptDataModule
+    from gopo_lightning import GOPOModule, PromptDataModule, trainer_defaults
     from gopo_lightning.data.sources import PromptSource
     from gopo_lightning.policy.model import PolicyConfig
     from gopo_lightning.rewards import FunctionReward
@@ -103,7 +117,7 @@ def measure_ours(model: str, shape: Shape, dtype: str, compiled: bool) -> dict[s
             self.ends: list[float] = []
 
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            self.ends.append(perf_counter())
+            self.ends.append(now(accelerator))
 
     module = GOPOModule(
         policy=PolicyConfig(model, compile=compiled),
@@ -123,35 +137,36 @@ def measure_ours(model: str, shape: Shape, dtype: str, compiled: bool) -> dict[s
         path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
         data = PromptDataModule(train=PromptSource(str(path)), prompts_per_step=shape.P)
         clock = Clock()
-        trainer = L.Trainer(
-            accelerator="cpu",
-            precision="bf16-mixed" if dtype == "bfloat16" else "32-true",
-            max_steps=2,
-            logger=False,
-            callbacks=[clock],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            inference_mode=False,
-            default_root_dir=folder,
-        )
+        settings = {
+            **trainer_defaults(),
+            "accelerator": accelerator,
+            "devices": 1,
+            "precision": "bf16-mixed" if dtype == "bfloat16" else "32-true",
+            "max_steps": 2,
+            "logger": False,
+            "callbacks": [clock],
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": folder,
+        }
+        trainer = L.Trainer(**settings)
         trainer.fit(module, data)
     metrics = trainer.logged_metrics
     seconds = {phase: float(metrics[f"seconds/{phase}"]) for phase in ("rollout", "train")}
-    peak_rss = peak_rss_gib()
-    peak = matmul_peak()
+    most = peak_gib(accelerator)
+    peak = matmul_peak(accelerator, dtype)
     shares = {f"{k}_share": v / seconds[k] / peak for k, v in useful_flops(module.policy, shape).items()}
     return {
         "step": clock.ends[1] - clock.ends[0],
         **seconds,
-        "peak_rss_gib": peak_rss,
+        "peak_gib": most,
         "matmul_peak_gflops": peak / 1e9,
         **shares,
     }
 
 
-def measure_trl(model: str, shape: Shape, dtype: str) -> dict[str, float]:
+def measure_trl(model: str, shape: Shape, dtype: str, accelerator: str) -> dict[str, float]:
     """Seconds of the second step through TRL."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -161,9 +176,9 @@ def measure_trl(model: str, shape: Shape, dtype: str) -> dict[str, float]:
 
     class Timed(GRPOTrainer):
         def _generate_and_score_completions(self, inputs: Any) -> Any:
-            start = perf_counter()
+            start = now(accelerator)
             result = super()._generate_and_score_completions(inputs)
-            generation.append(perf_counter() - start)
+            generation.append(now(accelerator) - start)
             return result
 
     class Clock(TrainerCallback):
@@ -171,7 +186,7 @@ def measure_trl(model: str, shape: Shape, dtype: str) -> dict[str, float]:
             self.ends: list[float] = []
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.ends.append(perf_counter())
+            self.ends.append(now(accelerator))
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -180,12 +195,12 @@ def measure_trl(model: str, shape: Shape, dtype: str) -> dict[str, float]:
             processing_class=(tokenizer := AutoTokenizer.from_pretrained(model, padding_side="left")),
             reward_funcs=reward,
             train_dataset=_trl_prompts(shape, tokenizer),
-            args=_trl_arguments(folder, shape, dtype, max_steps=2),
+            args=_trl_arguments(folder, shape, dtype, max_steps=2, use_cpu=accelerator == "cpu"),
             callbacks=[clock],
         )
         trainer.train()
     step = clock.ends[1] - clock.ends[0]
-    return {"step": step, "rollout": generation[1], "train": step - generation[1], "peak_rss_gib": peak_rss_gib()}
+    return {"step": step, "rollout": generation[1], "train": step - generation[1], "peak_gib": peak_gib(accelerator)}
 
 
 def _trl_prompts(shape: Shape, tokenizer: Any) -> Any:
@@ -208,7 +223,6 @@ def _trl_arguments(folder: str, shape: Shape, dtype: str, **overrides: Any) -> A
         learning_rate=1e-6,
         bf16=dtype == "bfloat16",
         gradient_checkpointing=False,
-        use_cpu=True,
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
@@ -244,7 +258,7 @@ def check_gradients(model: str, shape: Shape) -> float:
             processing_class=tokenizer,
             reward_funcs=reward,
             train_dataset=_trl_prompts(shape, tokenizer),
-            args=_trl_arguments(folder, shape, "float32", max_steps=1),
+            args=_trl_arguments(folder, shape, "float32", max_steps=1, use_cpu=True),
         )
     theirs.current_gradient_accumulation_steps = 1
     inputs = {
@@ -267,10 +281,11 @@ def check_gradients(model: str, shape: Shape) -> float:
     return float((gradient - expected).norm() / expected.norm())
 
 
-def fresh_process(side: str, model: str, shape: str, dtype: str) -> dict[str, float]:
+def fresh_process(side: str, model: str, shape: str, dtype: str, accelerator: str) -> dict[str, float]:
     """Measure one side in a process of its own."""
     root = Path(__file__).parents[1]
     command = [sys.executable, __file__, "--worker", side, "--model", model, "--shapes", shape, "--dtype", dtype]
+    command += ["--accelerator", accelerator]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False)
     if result.returncode:
@@ -320,7 +335,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Medians over the rounds as a table of markdown; ratios round by round."""
     lines = [
         "| P × L × T × G | useful TFLOP | side | step, s (rollout + train) | speed-up over TRL, by round "
-        "| peak RSS, GiB | share of peak |",
+        "| peak memory, GiB | share of peak |",
         "|---|---|---|---|---|---|---|",
     ]
     for shape in dict.fromkeys(row["shape"] for row in rows):
@@ -339,7 +354,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                     ratio = ", ".join(f"{ratio:.1f}" for ratio in ratios(rows, shape, side))
             seconds = f"{s['step']:.1f} ({s['rollout']:.1f} + {s['train']:.1f})"
             name = shape.replace("x", " × ")
-            lines.append(f"| {name} | {flops} | {side} | {seconds} | {ratio} | {s['peak_rss_gib']:.1f} | {share} |")
+            lines.append(f"| {name} | {flops} | {side} | {seconds} | {ratio} | {s['peak_gib']:.1f} | {share} |")
     return "\n".join(lines)
 
 
@@ -349,6 +364,7 @@ def main() -> None:
     parser.add_argument("--model", help="local folder; SmolLM2-135M from the packaged assets by default")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="PxLxTxG")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument(
         "--sides", nargs="+", choices=SIDES, default=["ours", "trl"], help="in the order of their turns"
     )
@@ -375,7 +391,7 @@ def main() -> None:
 
         options.model = str(assets.path("smollm2-135m-instruct"))
     if options.worker:
-        arguments = options.model, Shape(options.shapes[0]), options.dtype
+        arguments = options.model, Shape(options.shapes[0]), options.dtype, options.accelerator
         trl = options.worker == "trl"
         print(json.dumps(measure_trl(*arguments) if trl else measure_ours(*arguments, options.worker == "compiled")))
         return
@@ -385,18 +401,21 @@ def main() -> None:
         return
     rows = []
     print(
-        "shape PxLxTxG    round  side      step, s (rollout + train)   TRL's step / this   peak RSS GiB   share of peak"
+        "shape PxLxTxG    round  side      step, s (rollout + train)   TRL's step / this   peak GiB       share of peak"
     )
     for text in options.shapes:
         for round_ in range(options.rounds):
-            row = {side: fresh_process(side, options.model, text, options.dtype) for side in options.sides}
+            row = {
+                side: fresh_process(side, options.model, text, options.dtype, options.accelerator)
+                for side in options.sides
+            }
             rows.append({"shape": text, "round": round_, **row})
             for side, seconds in row.items():
                 cell = f"{seconds['step']:6.1f} ({seconds['rollout']:5.1f} + {seconds['train']:5.1f})"
                 shares = [f"{seconds[f'{phase}_share']:.0%}" for phase in ("rollout", "train") if side != "trl"]
                 ratio = row["trl"]["step"] / seconds["step"] if "trl" in row else float("nan")
                 print(
-                    f"{text:16} {round_:5}  {side:8}  {cell:25}  {ratio:17.2f}  {seconds['peak_rss_gib']:13.1f}   "
+                    f"{text:16} {round_:5}  {side:8}  {cell:25}  {ratio:17.2f}  {seconds['peak_gib']:13.1f}   "
                     f"{' + '.join(shares)}",
                     flush=True,
                 )

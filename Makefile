@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_VLLM := $(VENV)/.installed-vllm
 VERL := $(VENV)/verl
 INSTALLED_DOCS := $(VENV)/.installed-docs
-SIDE_BY_SIDE = -n $(TEST_WORKERS) --dist loadfile
+SIDE_BY_SIDE = -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder  # the longest files have few tests
 SOURCES := gopo_lightning tests scripts
 
 export TOKENIZERS_PARALLELISM := false

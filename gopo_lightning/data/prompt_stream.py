@@ -126,7 +126,7 @@ def shuffled(rows: Iterator[Row], size: int, seed: int) -> Iterator[Row]:
     """Rows drawn from a buffer of ``size`` that is filled up in their order; 1 keeps it.
 
     >>> [row for row, _ in shuffled(((n, {}) for n in range(6)), 3, seed=0)]
-    [1, 3, 0, 4, 5, 2]
+    [1, 3, 0, 5, 2, 4]
     """
     draw, buffer = random.Random(seed), [*islice(rows, size)]
     for row in rows:

@@ -7,6 +7,7 @@ read is counted anew; all of them may be deleted.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from gopo_lightning import __version__ as gopo_version
 from gopo_lightning.data.assets import cache_dir
 from gopo_lightning.data.fingerprint import Digest
 from gopo_lightning.data.json_lines import read_jsonl, write_jsonl
@@ -52,7 +52,7 @@ def count_tokens(rows: Sequence[Mapping[str, Any]], render: PromptRenderer, rows
     if identity is None:
         return _counted(rows, render)
     key = Digest()
-    key.add([rows_digest, identity, gopo_version, transformers.__version__, tokenizers.__version__])
+    key.add([rows_digest, identity, version("gopo-lightning"), transformers.__version__, tokenizers.__version__])
     path = cache_dir() / "token-counts" / f"{key.value}.jsonl"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from gopo_lightning.policy.model import PolicyConfig, load_policy
 from gopo_lightning.rewards import FunctionReward, SequenceClassifierReward
 from gopo_lightning.rollout import SamplingConfig
 from gopo_lightning.training.callbacks.export import export_policy
+from tests.ports import free_port
 from tests.runs import make_data, make_module, make_trainer
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": "orthogonal"}
@@ -164,9 +164,7 @@ Check = Callable[[int, Path], dict[str, Any]]
 
 def launch(cases: Sequence[Case | Check], tiny_policy: Path, prompts_file: Path, folder: Path, world: int) -> None:
     """Run ``cases`` one after the other on ``world`` processes; what a check returns goes to ``<name>.<rank>.pt``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     mp.spawn(_rank, (cases, tiny_policy, prompts_file, folder, world, port), nprocs=world)
 
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from trl import GRPOTrainer
 from gopo_lightning import _compat
 from gopo_lightning.objectives.advantages import ordinal, ordinal_from_wins
 from gopo_lightning.rewards import FunctionComparator, FunctionReward, RankingOracle
+from tests.ports import free_port
 from tests.ranks import mixed
 from tests.trl_runs import PROMPTS, groups, make, on_a_rank, reward
 
@@ -73,9 +73,7 @@ def test_evaluation_has_a_number_of_its_own(tiny_policy: Path, tmp_path: Path) -
 
 
 def test_groups_that_two_processes_share(tiny_policy: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     mp.spawn(on_a_rank, (tiny_policy, tmp_path, port), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert [len(part) for part in parts] == [6, 6] and len(groups(parts[0] + parts[1])) == 3

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from tests.faults.lab import Lab, Row
+from tests.ports import free_port
 from tests.runs import grouped
 
 MAX_SECONDS = 60.0
@@ -88,9 +88,7 @@ def rank_error(function: str, fault: str, reason: str) -> Callable[[Lab], Row]:
 
 def torchrun_node(config: Path) -> tuple[list[str], int, dict[str, str]]:
     """The command of each of two machines, how many there are, and their environment: scripts/torchrun.sh."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return (
         ["sh", str(TORCHRUN), "--config", str(config)],

@@ -4,7 +4,6 @@ import os
 import re
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from gopo_lightning.commands.errors import MAX_LINES, USERS
+from tests.ports import free_port
 
 LIMIT_SECONDS = 300.0
 """Of a command; it takes 3 where nothing else runs, and 30 with the pretrained policy."""
@@ -95,9 +95,7 @@ def _environment() -> dict[str, str]:
 
 
 def _torchrun_environments(processes: int) -> list[dict[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

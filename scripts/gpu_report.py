@@ -34,6 +34,8 @@ class Part:
     seconds: float = 60.0
     """About how long it takes; it is not begun with less left."""
     variables: dict[str, str] = field(default_factory=dict)
+    output: Path | None = None
+    """Where it leaves its measurements."""
 
     @property
     def missing(self) -> list[str]:
@@ -95,7 +97,8 @@ def parts(model: Path, folder: Path, *, gpu: bool, quick: bool) -> list[Part]:
         output = folder / f"step-{shape}.json"
         step = [python, "scripts/benchmark_step.py", "--model", str(model), "--shapes", shape, "--rounds", "1"]
         step += ["--accelerator", accelerator, "--dtype", "bfloat16" if gpu else "float32"]
-        found.append(Part(f"step {name}", [*step, "--sides", "ours", "trl", "--output", str(output)], ("trl",), 90))
+        step += ["--sides", "ours", "trl", "--output", str(output)]
+        found.append(Part(f"step {name}", step, ("trl",), 90, output=output))
     if gpu:
         engine = [python, "-m", "pytest", "-q", "-W", "ignore", "tests/test_vllm_engine.py"]
         found.append(Part("vLLM", engine, ("vllm", "pytest"), 120))
@@ -165,9 +168,8 @@ def main() -> None:
         save_model(folder / "model", quick=options.quick)
         for part in parts(folder / "model", folder, gpu="gpu" in about, quick=options.quick):
             found = run(part, deadline - time.monotonic())
-            output = folder / f"{part.name.replace(' × ', 'x').replace('step ', 'step-')}.json"
-            if output.exists():
-                found["measurements"] = json.loads(output.read_text())["measurements"]
+            if part.output is not None and part.output.exists():
+                found["measurements"] = json.loads(part.output.read_text())["measurements"]
             report["parts"][part.name] = found
             print(f"{part.name}: {found['status']}", flush=True)
             options.output.write_text(json.dumps(report, indent=1) + "\n")

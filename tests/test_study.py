@@ -234,7 +234,7 @@ def test_methods_make_several_updates_of_a_rollout(table: design.Table) -> None:
         assert files[-1].stem == method
         loaded = [yaml.safe_load(file.read_text())["model"]["init_args"].get("update", {}) for file in files]
         epochs = [update["num_inner_epochs"] for update in loaded if "num_inner_epochs" in update]
-        assert {*epochs} == {design.POLICIES[table.policy].updates} == {4}
+        assert {*epochs} == {4}
     assert design.POLICIES[table.policy].steps % 20 == 0, "five rollouts from one evaluation to the next"
 
 

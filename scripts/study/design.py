@@ -25,30 +25,25 @@ class Policy:
     """Completions of a rollout, whatever G is: all runs see equally many."""
     base: tuple[str, ...] = ("base",)
     """Its layers, files of configs/study."""
-    prompts: tuple[str, str] = ("held_out_prompts", "tuning_prompts")
-    """Of the verdict and of the choice of the learning rate: files of the assets."""
+    tuning_prompts: str = "tuning_prompts"
+    """What the learning rate is chosen on, a file of the assets; that of the verdict is in the base."""
     assets: str = "facts.json"
     """What tells these assets from those of another machine."""
-    updates: int = 1
-    """Of a rollout."""
 
 
 POLICIES = {
     "small": Policy((4e-4, 1.2e-3, 3.6e-3), tuple(range(1, 11)), 50, 64),
-    "smollm2": Policy(
-        (5e-6, 1.5e-5, 4.5e-5), (1, 2, 3), 20, 32, ("base", "smollm2/base"), ("smollm2_held_out", "smollm2_tuning")
-    ),
+    "smollm2": Policy((5e-6, 1.5e-5, 4.5e-5), (1, 2, 3), 20, 32, ("base", "smollm2/base"), "smollm2_tuning"),
     "adder": Policy(
         (3e-5, 1e-4, 3e-4),
         (1, 2, 3),
         200,
         128,
         ("adder/base",),
-        ("adder/held_out", "adder/tuning"),
+        "adder/tuning",
         "adder/training.json",
-        updates=4,
     ),
-    "small4": Policy((1e-4, 3e-4, 1e-3), (1, 2, 3), 100, 64, ("base", "four_updates"), updates=4),
+    "small4": Policy((1e-4, 3e-4, 1e-3), (1, 2, 3), 100, 64, ("base", "four_updates")),
 }
 
 

@@ -94,7 +94,7 @@ def config(run: Run) -> list[Path]:
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": run.lr, "weight_decay": 0.0, "fused": True}}
     data: dict[str, Any] = {"prompts_per_step": POLICIES[run.policy].sampled // run.group_size}
     if run.table == "tuning":
-        data["validation"] = {"path": f"runs/study/assets/{POLICIES[run.policy].prompts[1]}.jsonl"}
+        data["validation"] = {"path": f"runs/study/assets/{POLICIES[run.policy].tuning_prompts}.jsonl"}
     version = {"save_dir": "runs", "name": "study", "version": run.key}
     own = {
         "seed_everything": run.seed,

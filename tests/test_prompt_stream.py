@@ -251,8 +251,13 @@ def test_changed_rows_are_refused_or_warned_of_on_resume(tiny_policy: Path, prom
         resume(train=PromptSource(str(path), stream_buffer=6))
     with pytest.warns(UserWarning, match="from the beginning of epoch 1"):
         resume(train=PromptSource(str(path), stream_buffer=6), on_data_change="warn")
+    for changed in ({"max_prompt_tokens": 80}, {"overlong": "drop"}):
+        with pytest.raises(ValueError, match=f"differs in {next(iter(changed))}"):
+            resume(**changed)
+    with pytest.warns(UserWarning, match="after the 4 rows that epoch 0 has read"):
+        resume(prompts_per_step=2, on_data_change="warn")
     with pytest.raises(ValueError, match="differs in how prompts are rendered"):
-        resume(system_prompt="Be short.", max_prompt_tokens=90)
+        resume(system_prompt="Be short.")
     with pytest.raises(ValueError, match="the content of rows|stream_buffer"):
         resume(train=PromptSource(str(path)))  # no stream any more
     path.write_text("\n".join(reversed(lines)))

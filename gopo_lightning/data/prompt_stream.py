@@ -122,6 +122,17 @@ class PromptStream(IterableDataset[Batch]):
         return Batch(prompts=batch, is_padding=torch.zeros(len(prompts), dtype=torch.bool))
 
 
+def fingerprint(render: PromptRenderer, limit: Limit) -> dict[str, Any]:
+    """Tells whether another process reads the same prompts, as far as that is known before they are read."""
+    return {
+        "path": render.source.path,
+        "stream_buffer": render.source.stream_buffer,
+        "rendering": render.identity,
+        "max_prompt_tokens": limit.max_tokens,
+        "overlong": limit.overlong,
+    }
+
+
 def shuffled(rows: Iterator[Row], size: int, seed: int) -> Iterator[Row]:
     """Rows drawn from a buffer of ``size`` that is filled up in their order; 1 keeps it.
 

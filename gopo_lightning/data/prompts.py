@@ -14,7 +14,7 @@ from gopo_lightning._compat import batches_processed, uses_distributed_sampler
 from gopo_lightning.data.batch import collate_with
 from gopo_lightning.data.fingerprint import FingerprintedDataModule, OnDataChange
 from gopo_lightning.data.prompt_dataset import Limit, Overlong, PromptDataset
-from gopo_lightning.data.prompt_stream import PromptStream, StreamPlace
+from gopo_lightning.data.prompt_stream import PromptStream, StreamPlace, fingerprint
 from gopo_lightning.data.rendering import PromptRenderer, Template
 from gopo_lightning.data.sampler import InOrderSampler, Place, PromptSampler
 from gopo_lightning.data.sources import PromptSource, columns_of, load_rows, stream_rows
@@ -91,7 +91,7 @@ class PromptDataModule(FingerprintedDataModule):
     @property
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Of the prompts that ``fit`` reads."""
-        of_stream = {} if self._stream is None else {"train": self._stream.fingerprint}
+        of_stream = {} if self._stream is None else {"train": fingerprint(self._stream, self.limit)}
         parts = ("train", "validation")
         return of_stream | {part: self._datasets[part].fingerprint for part in parts if part in self._datasets}
 
@@ -119,7 +119,8 @@ class PromptDataModule(FingerprintedDataModule):
         kind, known = Place if self._stream is None else StreamPlace, state_dict.get("place", {})
         self._origin = place = kind(**{field.name: known[field.name] for field in fields(kind) if field.name in known})
         if not drawn_anew:
-            return f"after the {place.offset} prompts that epoch {place.epoch} has read: none is skipped or repeated"
+            read = f"{place.offset} {'prompts' if self._stream is None else 'rows'}"
+            return f"after the {read} that epoch {place.epoch} has read: none is skipped or repeated"
         self._origin = kind(place.step, place.epoch + 1)
         return f"with the new data, in an order drawn anew, from the beginning of epoch {place.epoch + 1}"
 

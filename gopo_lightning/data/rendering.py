@@ -84,15 +84,6 @@ class PromptRenderer:
         digest.add([self.system_prompt, self.apply_chat_template, self.chat_template_kwargs])
         return digest.value
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """Tells, of a stream, whether another process reads the same prompts, as far as that is known before."""
-        return {
-            "path": self.source.path,
-            "stream_buffer": self.source.stream_buffer,
-            "rendering": self.identity,
-        }
-
     def _write(self, index: int, row: Mapping[str, Any]) -> "_Written":
         text, messages = self._conversation(index, row[self.source.column], self._system(index, row))
         read = text

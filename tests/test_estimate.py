@@ -150,11 +150,12 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        # The freed ones go first: a new storage may lie where one of them lay, and would be taken for it.
+        self.alive = {key: (ref, n) for key, (ref, n) in self.alive.items() if not ref.expired()}
         for tensor in (t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.device.type == "cpu"):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self.alive:
                 self.alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
-        self.alive = {key: (ref, n) for key, (ref, n) in self.alive.items() if not ref.expired()}
         self.peak = max(self.peak, sum(n for _, n in self.alive.values()))
         return result
 

@@ -7,6 +7,7 @@ from gopo_lightning.rewards.budgeted import BudgetedComparisons
 from gopo_lightning.rewards.chat_model import ChatModel
 from gopo_lightning.rewards.classifier import SequenceClassifierReward
 from gopo_lightning.rewards.comparators import FunctionComparator, RankingOracle, RewardModelComparator
+from gopo_lightning.rewards.early import AsksEarly, EarlyQuestions
 from gopo_lightning.rewards.evolving_rubric import EvolvingRubric
 from gopo_lightning.rewards.function import FunctionReward
 from gopo_lightning.rewards.human import HumanRanking
@@ -27,8 +28,10 @@ from gopo_lightning.rewards.scoring import (
 
 __all__ = [
     "AnchorReward",
+    "AsksEarly",
     "BudgetedComparisons",
     "ChatModel",
+    "EarlyQuestions",
     "EvolvingRubric",
     "FunctionComparator",
     "FunctionReward",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gopo_lightning.objectives.named import check_choice
 from gopo_lightning.rewards.base import HoldsModels, RewardSource, SourceConfigError
 from gopo_lightning.rewards.learning import refuse_learner
-from gopo_lightning.rewards.pairwise import PairwiseSource
+from gopo_lightning.rewards.pairwise import Groups, PairComparator, PairwiseSource
 from gopo_lightning.types import Prompt
 
 Scale = Literal["probability", "logit"]
@@ -63,6 +63,20 @@ class AnchorReward(RewardSource):
     def counters(self) -> dict[str, int]:
         """Those of the comparator."""
         return self.comparator.counters()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the comparator does."""
+        return isinstance(self.comparator, PairComparator) and self.comparator.waits
+
+    async def ask(self, prompts: Sequence[Prompt], groups: Groups) -> None:
+        """See `early.AsksEarly`."""
+        assert isinstance(self.comparator, PairComparator)
+        anchored = zip(prompts, groups, self._anchors(prompts), strict=True)
+        pairs = [
+            (prompt, str(text), anchor) for prompt, group, anchor in anchored if anchor is not None for text in group
+        ]
+        await self.comparator.ask_pairs(pairs)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         """float64 [N].

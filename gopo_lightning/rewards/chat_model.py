@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from gopo_lightning.rewards.base import SourceConfigError
 from gopo_lightning.rewards.judge_prompt import Readable, read_verdict
@@ -15,6 +15,10 @@ from gopo_lightning.rewards.judge_server import ChatServer, Reply, RequestFailed
 from gopo_lightning.rewards.verdict_cache import Verdict, VerdictCache
 
 _SHOWN_CHARACTERS = 400
+
+
+Outcome: TypeAlias = Reply | RequestFailedError | None
+"""Of a question: none where its answer is in the cache, else the reply that cannot be read, or why there is none."""
 
 
 class BudgetSpentError(SourceConfigError):
@@ -108,6 +112,7 @@ class Asker:
         self.counts = {"calls": 0, "cached": 0, "abstained": 0}
         self._cache: VerdictCache | None = None
         self._unread, self._warned = 0, False
+        self._early: dict[str, Outcome] = {}
 
     def connect(self) -> None:
         """Read the cache, and ask the server for its models: a wrong key or address stops the run here.
@@ -133,31 +138,45 @@ class Asker:
         """
         if self._cache is None:
             raise RuntimeError(f"{self.source} is not connected; call setup(device) first")
-        keys = [self.key(text, *more) for text, _ in questions]
-        new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._cache}
-        failed = self._ask_all(new, form)
-        answers = [self._cache.get(key) for key in keys]
-        self.counts["cached"] += len(keys) - len(new)
+        asked = {self.key(text, *more): (text, fence) for text, fence in questions}
+        early = {key: self._early.pop(key) for key in asked if key in self._early}
+        new = {key: question for key, question in asked.items() if key not in early and key not in self._cache}
+        outcomes = early | (self.server.run(lambda client: self._ask_all(client, new, form)) if new else {})
+        answers = [self._cache.get(self.key(text, *more)) for text, _ in questions]
+        self.counts["cached"] += len(questions) - len(outcomes)
         self.counts["abstained"] += sum(answer is None for answer in answers)
-        errors = [reply for reply in failed if isinstance(reply, RequestFailedError)]
-        if errors and len(errors) == len(new):
-            raise RuntimeError(f"all {len(new)} requests to {self.server.base_url} failed, the last with {errors[-1]}")
-        unread = [reply for reply in failed if isinstance(reply, Reply)]
+        errors = [outcome for outcome in outcomes.values() if isinstance(outcome, RequestFailedError)]
+        if errors and len(errors) == len(outcomes):
+            raise RuntimeError(
+                f"all {len(errors)} requests to {self.server.base_url} failed, the last with {errors[-1]}"
+            )
+        unread = [outcome for outcome in outcomes.values() if isinstance(outcome, Reply)]
         self._unread = self._unread + len(unread) if all(answer is None for answer in answers) else 0
         if unread:
             self._complain(unread[-1], form)
         return answers
+
+    async def ask(self, questions: Sequence[tuple[str, str]], form: AnswerForm, *more: str) -> None:
+        """Put questions of the next call of ``answers`` already now, one call of this at a time."""
+        assert self._cache is not None
+        asked = {self.key(text, *more): (text, fence) for text, fence in questions}
+        known = {key for key in asked if key in self._early or key in self._cache}
+        new = {key: question for key, question in asked.items() if key not in known}
+        if new:
+            self._early |= await self.server.with_client(lambda client: self._ask_all(client, new, form))
 
     def key(self, text: str, *more: str) -> str:
         """Of a question in the cache: a hash of all that its answer depends on."""
         content = [self.server.base_url, self.model.request, self.model.extra_body or {}, text, *more]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def _ask_all(self, questions: Mapping[str, tuple[str, str]], form: AnswerForm) -> list[Reply | RequestFailedError]:
-        """Put the answers into the cache; returns what has none: replies, and errors of requests that failed."""
-        stopped = False
+    async def _ask_all(
+        self, client: Any, questions: Mapping[str, tuple[str, str]], form: AnswerForm
+    ) -> dict[str, Outcome]:
+        """Put the answers into the cache; by key what came of each question."""
+        stopped, places = False, asyncio.Semaphore(self.model.max_concurrency)
 
-        async def ask(client: Any, places: asyncio.Semaphore, key: str, text: str, fence: str) -> Reply | None:
+        async def ask(key: str, text: str, fence: str) -> Reply | None:
             nonlocal stopped
             async with places:
                 if stopped:  # what has not begun will not be paid for
@@ -168,16 +187,12 @@ class Asker:
                     stopped = True
                     raise
 
-        async def ask_all(client: Any) -> list[Any]:
-            places = asyncio.Semaphore(self.model.max_concurrency)
-            calls = [ask(client, places, key, *question) for key, question in questions.items()]
-            return await asyncio.gather(*calls, return_exceptions=True)
-
-        outcomes = self.server.run(ask_all) if questions else []
-        for outcome in outcomes:
+        calls = [ask(key, *question) for key, question in questions.items()]
+        outcomes = dict(zip(questions, await asyncio.gather(*calls, return_exceptions=True), strict=True))
+        for outcome in outcomes.values():
             if isinstance(outcome, BaseException) and not isinstance(outcome, RequestFailedError):
                 raise outcome
-        return [outcome for outcome in outcomes if outcome is not None]
+        return outcomes  # type: ignore[return-value]
 
     async def _ask(self, client: Any, key: str, text: str, fence: str, form: AnswerForm) -> Reply | None:
         """One question; None when its answer is in the cache, else the reply that has none."""

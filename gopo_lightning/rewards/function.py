@@ -1,7 +1,8 @@
 """A reward that is any Python callable, also one that waits: `async def`."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from gopo_lightning.objectives.named import load_callable
 from gopo_lightning.rewards.base import RewardSource, Scores, SourceConfigError
+from gopo_lightning.rewards.pairwise import Groups, content
 from gopo_lightning.rewards.waiting import all_of, is_async, wait_for
 from gopo_lightning.types import Completion, Prompt
 
@@ -178,6 +180,7 @@ class FunctionReward(RewardSource):
                 "Correct or remove it."
             )
         self.max_concurrent = max_concurrent or _MAX_CONCURRENT
+        self._early: defaultdict[Hashable, list[Any]] = defaultdict(list)
 
     def setup(self, device: torch.device) -> None:
         """Nothing to load."""
@@ -189,11 +192,35 @@ class FunctionReward(RewardSource):
             SourceConfigError: a column that the signature requires is not in the data, or a column has a name that
                 the trainer fills.
         """
-        endings = self._function.endings(completions)
         if not self._each:
+            endings = self._function.endings(completions)
             return self._function(prompts, completions=list(map(str, completions)), **endings)
+        early, self._early = self._early, defaultdict(list)
+        keys = [_key(*each) for each in zip(prompts, completions, strict=True)]
+        known = {n: early[key].pop() for n, key in enumerate(keys) if early[key]}
+        others = [n for n in range(len(keys)) if n not in known]
+        calls = self._calls([prompts[n] for n in others], [completions[n] for n in others])
+        known |= zip(others, wait_for(lambda: all_of(calls, self.max_concurrent)) if calls else (), strict=True)
+        return [known[n] for n in range(len(keys))]
+
+    @property
+    def waits(self) -> bool:
+        """Whether completions are scored as they come: by an `async def` that names `completion`."""
+        return self._each
+
+    async def ask(self, prompts: Sequence[Prompt], groups: Groups) -> None:
+        """See `early.AsksEarly`."""
+        rows = [(prompt, text) for prompt, group in zip(prompts, groups, strict=True) for text in group]
+        prompts_N, texts_N = map(list, zip(*rows, strict=True))
+        scores = await all_of(self._calls(prompts_N, texts_N), self.max_concurrent)
+        for prompt, text, score in zip(prompts_N, texts_N, scores, strict=True):
+            self._early[_key(prompt, text)].append(score)
+
+    def _calls(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Callable[[], Any]]:
+        """One for each completion."""
         self._function.check_columns(prompts)
-        calls = [
+        endings = self._function.endings(completions)
+        return [
             partial(
                 self._function.begun,
                 row,
@@ -203,7 +230,11 @@ class FunctionReward(RewardSource):
             )
             for n, (row, text) in enumerate(zip(prompts, completions, strict=True))
         ]
-        return wait_for(lambda: all_of(calls, self.max_concurrent))
+
+
+def _key(prompt: Prompt, completion: str) -> Hashable:
+    """Of the row and the completion with its ending."""
+    return prompt.path, prompt.index, content(completion, with_ending=True)
 
 
 def _names(function: Callable[..., Any]) -> set[str]:

@@ -91,7 +91,7 @@ class ChatServer:
 
     def run(self, work: Callable[[Any], Awaitable[T]]) -> T:
         """``work`` with a client, as by `waiting.wait_for`."""
-        return wait_for(lambda: self._with_client(work))
+        return wait_for(lambda: self.with_client(work))
 
     async def ask(self, client: Any, request: Mapping[str, Any], count: Callable[[], None]) -> Reply:
         """The reply to ``request``; ``count`` is called before everything that is sent.
@@ -138,7 +138,8 @@ class ChatServer:
         key = os.environ.get(self.api_key_env or "")
         return str(said).replace(key, "<the key>") if key else str(said)
 
-    async def _with_client(self, work: Callable[[Any], Awaitable[T]]) -> T:
+    async def with_client(self, work: Callable[[Any], Awaitable[T]]) -> T:
+        """``work`` with a client, which is closed at its end."""
         openai = self._import()
         key = "none" if self.api_key_env is None else os.environ.get(self.api_key_env, "")
         http = openai.DefaultAsyncHttpxClient(follow_redirects=False)

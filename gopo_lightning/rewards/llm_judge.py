@@ -49,6 +49,8 @@ class LLMJudge(PairComparator):
             wins. `survey_overall` asks the same and takes the last answer. Replies are long: max_tokens from 1500 on.
     """
 
+    waits = True
+
     def __init__(
         self,
         model: str,
@@ -108,8 +110,17 @@ class LLMJudge(PairComparator):
             RuntimeError: every request failed.
         """
         questions = [self._question(*pair) for pair in zip(prompts, firsts, seconds, strict=True)]
-        form = [] if self.template == "single" else [self.template]  # two may ask the same and read it otherwise
-        return self.asker.answers(questions, self.form, *form)
+        return self.asker.answers(questions, self.form, *self._reading)
+
+    async def ask_pairs(self, pairs: Sequence[tuple[Prompt, str, str]]) -> None:
+        """Ask about ``pairs`` before `answers` is called for them."""
+        questions = [self._question(*each) for each in self.questions(pairs).values()]
+        await self.asker.ask(questions, self.form, *self._reading)
+
+    @property
+    def _reading(self) -> list[str]:
+        """Two templates may ask the same and read it otherwise."""
+        return [] if self.template == "single" else [self.template]
 
     def counters(self) -> dict[str, int]:
         """Requests, comparisons from the cache, and comparisons without an answer, so far."""

@@ -5,6 +5,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError
 from gopo_lightning.rewards.chat_model import Asker, ChatModel
 from gopo_lightning.rewards.judge_prompt import fenced_alone
+from gopo_lightning.rewards.pairwise import Groups
 from gopo_lightning.rewards.score_forms import CRITERION, RubricForm, ScoreForm, check_range, rubric_of
 from gopo_lightning.rewards.verdict_cache import Verdict
 from gopo_lightning.types import Prompt
@@ -23,6 +25,8 @@ class ChatScore(RewardSource):
     Fences, ids, retries, the cache and abstentions are those of `LLMJudge`: a reply without a score abstains, and the
     first such reply is shown in a warning.
     """
+
+    waits = True
 
     def __init__(self, judge: ChatModel | Mapping[str, Any], name: str) -> None:
         self.name, self.judge = name, ChatModel.of(judge)
@@ -48,16 +52,25 @@ class ChatScore(RewardSource):
             SourceConfigError: the budget is spent, the server refuses key or model, every request failed, or no reply
                 can be read.
         """
-        questions = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            text, fence = fenced_alone(prompt, str(completion))
-            questions.append((f"{text}\n\n{self.form.question(fence)}", fence))
         try:
-            return self.asker.answers(questions, self.form)
+            return self.asker.answers(self._questions(prompts, completions), self.form)
         except SourceConfigError:
             raise
         except RuntimeError as error:  # no row is to be looked for: asking again may cost money
             raise SourceConfigError(f"{self.asker.source}: {error}") from error
+
+    async def ask(self, prompts: Sequence[Prompt], groups: Groups) -> None:
+        """See `early.AsksEarly`."""
+        prompts_N = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
+        await self.asker.ask(self._questions(prompts_N, list(chain.from_iterable(groups))), self.form)
+
+    def _questions(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[str, str]]:
+        """What the judge is asked, each with the id that its answer must repeat."""
+        questions = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            text, fence = fenced_alone(prompt, str(completion))
+            questions.append((f"{text}\n\n{self.form.question(fence)}", fence))
+        return questions
 
     def counters(self) -> dict[str, int]:
         """Requests, scores from the cache, and completions without a score, so far."""

@@ -75,6 +75,9 @@ class PairComparator(PairwiseSource):
         seed: of the order.
     """
 
+    waits: bool = False
+    """Whether it spends its time waiting for other machines, and has an ``ask_pairs``."""
+
     def __init__(self, name: str, num_opponents: int | None = None, both_orders: bool = False, seed: int = 0) -> None:
         if num_opponents is not None and num_opponents < 1:
             raise ValueError(f"num_opponents={num_opponents}: a completion meets at least 1 other. Use null for all.")
@@ -92,12 +95,7 @@ class PairComparator(PairwiseSource):
                 probability, or a wrong number of answers.
         """
         G = len(groups[0])
-        if self.num_opponents is not None and self.num_opponents >= G:
-            raise ValueError(
-                f"num_opponents={self.num_opponents}, but a completion of a group of {G} has only {G - 1} opponents. "
-                "Lower num_opponents, or raise the number of completions."
-            )
-        cells = [(p, i, j) for p in range(len(groups)) for i, j in round_robin(G, self.num_opponents)]
+        cells = self._cells(groups)
         answers = self.answers([(prompts[p], groups[p][i], groups[p][j]) for p, i, j in cells])
         wins_PGG = torch.full((len(groups), G, G), math.nan, dtype=torch.float64)
         for (p, i, j), (i_first, j_first) in zip(cells, answers, strict=True):
@@ -113,11 +111,7 @@ class PairComparator(PairwiseSource):
 
     def answers(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[tuple[float, float]]:
         """For each pair (x, y) the answers with x first and with y first; NaN where that was not asked."""
-        questions: dict[tuple[str, Any, Any], tuple[Prompt, str, str]] = {}
-        for prompt, x, y in pairs:
-            for first, second in self._orders(prompt, x, y):
-                key = (_key(prompt), content(first, self.reads_endings), content(second, self.reads_endings))
-                questions.setdefault(key, (prompt, first, second))
+        questions = self.questions(pairs)
         if not questions and pairs and self._asks_in_step():
             prompt, x, y = pairs[0]
             self.compare([prompt], [x], [y])  # other ranks may have questions
@@ -130,6 +124,34 @@ class PairComparator(PairwiseSource):
                 (0.5, math.nan) if a == b else (known.get((asked, a, b), math.nan), known.get((asked, b, a), math.nan))
             )
         return answers
+
+    async def ask(self, prompts: Sequence[Prompt], groups: Groups) -> None:
+        """See `early.AsksEarly`."""
+        await self.ask_pairs([(prompts[p], groups[p][i], groups[p][j]) for p, i, j in self._cells(groups)])
+
+    async def ask_pairs(self, pairs: Sequence[tuple[Prompt, str, str]]) -> None:
+        """Ask about pairs before ``answers`` is called for them; a comparator that ``waits`` does."""
+
+    def _cells(self, groups: Groups) -> list[tuple[int, int, int]]:
+        """The pairs of the round-robin of each group."""
+        G = len(groups[0])
+        if self.num_opponents is not None and self.num_opponents >= G:
+            raise ValueError(
+                f"num_opponents={self.num_opponents}, but a completion of a group of {G} has only {G - 1} opponents. "
+                "Lower num_opponents, or raise the number of completions."
+            )
+        return [(p, i, j) for p in range(len(groups)) for i, j in round_robin(G, self.num_opponents)]
+
+    def questions(
+        self, pairs: Sequence[tuple[Prompt, str, str]]
+    ) -> dict[tuple[str, Any, Any], tuple[Prompt, str, str]]:
+        """What is asked about ``pairs``, in the orders in which it is, each once."""
+        questions: dict[tuple[str, Any, Any], tuple[Prompt, str, str]] = {}
+        for prompt, x, y in pairs:
+            for first, second in self._orders(prompt, x, y):
+                key = (_key(prompt), content(first, self.reads_endings), content(second, self.reads_endings))
+                questions.setdefault(key, (prompt, first, second))
+        return questions
 
     def _asks_in_step(self) -> bool:
         """Whether a forward of its models needs all ranks."""

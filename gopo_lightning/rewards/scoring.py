@@ -11,6 +11,7 @@ from torch import Tensor
 from gopo_lightning.distributed.collectives import all_or_none, all_reduce_sum
 from gopo_lightning.objectives.advantages import preferences, without_noise
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError, score
+from gopo_lightning.rewards.early import EarlyQuestions
 from gopo_lightning.rewards.metrics import win_rate, wins_metrics
 from gopo_lightning.rewards.pairwise import Groups, PairwiseSource, check_wins, content, tie_copies
 from gopo_lightning.rewards.time_limit import time_limit
@@ -36,6 +37,7 @@ def score_groups(
     *,
     compare: bool = True,
     timeout_seconds: float | None = None,
+    early: EarlyQuestions | None = None,
 ) -> GroupScores:
     """Scores and comparisons of P groups.
 
@@ -45,6 +47,7 @@ def score_groups(
         groups: G completions of each.
         compare: false asks the pairwise sources nothing: their columns are NaN.
         timeout_seconds: longest time for one source; None waits for ever.
+        early: where sources that wait are asked about the groups meanwhile, as far as they have not been yet.
 
     A collective: all ranks ask the same sources.
 
@@ -58,8 +61,13 @@ def score_groups(
     texts_N = [text for group in groups for text in group]
     unasked = torch.full((P, G, G), torch.nan, dtype=torch.float64)
     columns, matrices = [], []
+    if early:
+        for p, group in enumerate(groups):
+            early.add(p, group)
     for source in sources:
         with _asking(source, timeout_seconds):
+            if early:
+                early.wait_for(source)
             if isinstance(source, RewardSource):
                 columns.append(score([source], prompts_N, texts_N).view(P, G))
                 matrices.append(unasked)

@@ -12,10 +12,10 @@ from gopo_lightning.distributed.collectives import all_or_none
 from gopo_lightning.distributed.gathering import Gather, gathered
 from gopo_lightning.distributed.offloading import on_device
 from gopo_lightning.policy.model import evaluating, float32_default, warn_of_endless_turns
-from gopo_lightning.rewards import GroupScores, HoldsModels, Source, score_groups
+from gopo_lightning.rewards import EarlyQuestions, GroupScores, HoldsModels, RewardSource, Source, score_groups
 from gopo_lightning.rewards.learning import LearnsFromRollouts
 from gopo_lightning.rewards.pairwise import Groups
-from gopo_lightning.rollout.engines.base import HasSampler, RolloutEngine, SamplingConfig
+from gopo_lightning.rollout.engines.base import HasSampler, RolloutEngine, SamplingConfig, TellsOfGroups
 from gopo_lightning.rollout.engines.streams import stream_seeds
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.types import Completions, Prompt, PromptBatch, Rollout
@@ -81,13 +81,18 @@ class Collector:
             step: keys the random streams.
             compare: False: pairwise sources are not asked to compare a group with itself, and their columns are NaN.
         """
-        completions = self.sample(actor, prompts, num_completions, step)
-        with self.phases("reward", actor.device):
-            groups, evaluates = completions.groups(num_completions), step == EVALUATION_STEP
-            scores = self.score(prompts.prompts, groups, actor.device, compare=compare, evaluates=evaluates)
-            device = device_of_rewards(prompts.tokens_PL.device)
-            rewards_PGK = scores.rewards_PGK.to(device)
-            rewards_PG = self.combined(rewards_PGK)
+        evaluates = step == EVALUATION_STEP
+        asked = [source for source in self.sources if compare or isinstance(source, RewardSource)]
+        with self._as_first(evaluates), EarlyQuestions(asked, prompts.prompts) as early:
+            completions = self.sample(actor, prompts, num_completions, step, early)
+            with self.phases("reward", actor.device):
+                groups = completions.groups(num_completions)
+                scores = self.score(
+                    prompts.prompts, groups, actor.device, compare=compare, evaluates=evaluates, early=early
+                )
+                device = device_of_rewards(prompts.tokens_PL.device)
+                rewards_PGK = scores.rewards_PGK.to(device)
+                rewards_PG = self.combined(rewards_PGK)
         return Rollout(
             prompts,
             completions,
@@ -103,8 +108,15 @@ class Collector:
         return self.engine.sampler if evaluates else self.engine  # type: ignore[attr-defined]
 
     @all_or_none("sampling")
-    def sample(self, actor: Actor, prompts: PromptBatch, num_completions: int, step: int) -> Completions:
-        """Completions of ``actor``, N = P * G."""
+    def sample(
+        self,
+        actor: Actor,
+        prompts: PromptBatch,
+        num_completions: int,
+        step: int,
+        early: EarlyQuestions | None = None,
+    ) -> Completions:
+        """Completions of ``actor``, N = P * G; ``early`` is told of groups that have ended, if the engine can."""
         if prompts.prompts[0].messages is not None and not self._turns_are_checked:
             warn_of_endless_turns(actor.tokenizer, actor.eos_token_ids)
             self._turns_are_checked = True
@@ -116,6 +128,7 @@ class Collector:
             gathered(actor.model, actor.gather),
             actor.autocast(),
             float32_default(),
+            _told(self.engine_at(step), early),
         ):
             completions = self.engine_at(step).generate(
                 actor.model,
@@ -135,11 +148,20 @@ class Collector:
         return completions
 
     def score(
-        self, prompts: Sequence[Prompt], groups: Groups, device: torch.device, *, compare: bool, evaluates: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        groups: Groups,
+        device: torch.device,
+        *,
+        compare: bool,
+        evaluates: bool = False,
+        early: EarlyQuestions | None = None,
     ) -> GroupScores:
         """Scores of P groups by all sources."""
         with self.scoring(device, evaluates=evaluates):
-            return score_groups(self.sources, prompts, groups, compare=compare, timeout_seconds=self.timeout_seconds)
+            return score_groups(
+                self.sources, prompts, groups, compare=compare, timeout_seconds=self.timeout_seconds, early=early
+            )
 
     @all_or_none("combining the rewards")
     def combined(self, rewards_PGK: Tensor) -> Tensor:
@@ -149,14 +171,31 @@ class Collector:
     @contextmanager
     def scoring(self, device: torch.device, *, evaluates: bool = False) -> Iterator[None]:
         """The models of the sources are on ``device`` inside; in an evaluation, sources that learn are as at first."""
-        with ExitStack() as stack:
-            for source in self.sources if evaluates else ():
-                if isinstance(source, LearnsFromRollouts):
-                    stack.enter_context(source.as_first())
+        with self._as_first(evaluates), ExitStack() as stack:
             with all_or_none("placing the reward models"):
                 models = [m for source in self.sources if isinstance(source, HoldsModels) for m in source.models()]
                 stack.enter_context(on_device(models, device))
             yield
+
+    @contextmanager
+    def _as_first(self, evaluates: bool) -> Iterator[None]:
+        with ExitStack() as stack:
+            for source in self.sources if evaluates else ():
+                if isinstance(source, LearnsFromRollouts):
+                    stack.enter_context(source.as_first())
+            yield
+
+
+@contextmanager
+def _told(engine: RolloutEngine, early: EarlyQuestions | None) -> Iterator[None]:
+    """Inside, ``engine`` tells ``early`` of groups that have ended, if it can and somebody wants to know."""
+    if early and isinstance(engine, TellsOfGroups):
+        engine.on_group = early.add
+    try:
+        yield
+    finally:
+        if isinstance(engine, TellsOfGroups):
+            engine.on_group = None
 
 
 def device_of_rewards(device: torch.device) -> torch.device:

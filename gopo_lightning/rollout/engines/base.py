@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gopo_lightning.distributed.gathering import compute_device
-from gopo_lightning.types import Completions, PromptBatch
+from gopo_lightning.types import Completion, Completions, PromptBatch
 
 SamplingDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -100,6 +100,14 @@ class HasSampler(Protocol):
     def sampler(self) -> RolloutEngine:
         """Of evaluations."""
         ...
+
+
+@runtime_checkable
+class TellsOfGroups(Protocol):
+    """An engine that can say, while it samples others, that all completions of a prompt have ended."""
+
+    on_group: Callable[[int, Sequence[Completion]], None] | None
+    """Called with the number of the prompt and its completions, in the thread that samples; None for nobody."""
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ A prompt is prefilled once, whatever the number of its completions. The loop kno
 *decoder* knows the model: where keys and values live, and how a step is run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,7 @@ from gopo_lightning.rollout.engines.decoders import Decoder
 from gopo_lightning.rollout.engines.drawing import draw_tokens
 from gopo_lightning.rollout.engines.precision import sampling_precision
 from gopo_lightning.rollout.engines.streams import uniforms
-from gopo_lightning.types import Completions, PromptBatch
+from gopo_lightning.types import Completion, Completions, PromptBatch
 
 _COMPACT_BELOW = 0.875
 """Rows are dropped when this share of them or less remains."""
@@ -62,6 +62,7 @@ class TransformersEngine(RolloutEngine):
             raise ValueError(f"max_rows is {max_rows}, but it must be >= 1; leave it out for no limit.")
         self.prefix_sharing, self.dtype, self.max_rows = prefix_sharing, dtype, max_rows
         self._choose = DecoderChoice(prefix_sharing)
+        self.on_group: Callable[[int, Sequence[Completion]], None] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """How the policy is sampled, as a trial has found: a resumed run goes on in the same way."""
@@ -87,7 +88,7 @@ class TransformersEngine(RolloutEngine):
         device, together = compute_device(model), forward_is_collective(model)
         check_length(model, prompts.tokens_PL.shape[1], sampling.max_new_tokens, "the longest prompt of a batch")
         prompts = prompts.to(device)
-        writer = CompletionWriter(tokenizer, sampling, seeds_N, eos_token_ids, len(prompts), device)
+        writer = CompletionWriter(tokenizer, sampling, seeds_N, eos_token_ids, len(prompts), device, self.on_group)
         with evaluating(model), uncompiled(), plain_outputs(model):
             decoder_type = self._choose(model, prompts, sampling.max_new_tokens)
             passes = self._passes(prompts, num_completions, decoder_type.equal_lengths, together)
@@ -140,6 +141,7 @@ class CompletionWriter:
         eos_token_ids: Sequence[int],
         num_prompts: int,
         device: torch.device,
+        on_group: Callable[[int, Sequence[Completion]], None] | None = None,
     ) -> None:
         N, T = len(seeds_N), sampling.max_new_tokens
         self.tokenizer, self.sampling = tokenizer, sampling
@@ -150,6 +152,7 @@ class CompletionWriter:
         self.finished_N = torch.zeros(N, dtype=torch.bool, device=device)
         self.uniforms_NT = uniforms(seeds_N, T, device)
         self.all_rows_PG = torch.arange(N, device=device).view(num_prompts, -1)
+        self.on_group, self.told_P = on_group, torch.zeros(num_prompts, dtype=torch.bool)
 
     def begin(self, index_P: Tensor) -> None:
         """Write the completions of these prompts next, from their first token."""
@@ -172,6 +175,8 @@ class CompletionWriter:
         self.finished_N[rows] = torch.isin(tokens_A[live_A], self.eos) | ~logprobs_A[live_A].isfinite()
         if self.sampling.stop_strings and self.length > self.sampling.min_new_tokens:
             self._match_stop_strings()
+        if self.on_group is not None:
+            self._tell(self.on_group)
         done = self.length == self.sampling.max_new_tokens or bool(self.finished_N[self.rows_PG].all())
         return None if done else tokens_A
 
@@ -195,6 +200,17 @@ class CompletionWriter:
         rows = [row[kept].tolist() for row, kept in zip(tokens_NT.cpu(), mask_NT.cpu(), strict=True)]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return Completions(tokens_NT, mask_NT, ~self.finished_N, tuple(texts), self.logprobs_NT[:, :width].contiguous())
+
+    def _tell(self, on_group: Callable[[int, Sequence[Completion]], None]) -> None:
+        """Of the groups that have ended since the last time."""
+        ended_P = (self.finished_N | self.mask_NT[:, -1])[self.all_rows_PG].all(-1).cpu()
+        for p in (ended_P & ~self.told_P).nonzero()[:, 0].tolist():
+            rows = self.all_rows_PG[p]
+            tokens = [row[kept].tolist() for row, kept in zip(self.tokens_NT[rows], self.mask_NT[rows], strict=True)]
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            endings = zip(texts, (~self.finished_N[rows]).tolist(), map(len, tokens), strict=True)
+            on_group(p, [Completion(text, truncated=cut, num_tokens=length) for text, cut, length in endings])
+        self.told_P |= ended_P
 
     def _match_stop_strings(self) -> None:
         """Mark the live rows whose text now holds a stop string that was not yet complete at ``min_new_tokens``.

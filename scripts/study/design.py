@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-TUNING_SEEDS = (101, 102)
 MAX_KL, MAX_CUT_OFF = 3.0, 0.2
 """What a learning rate may do to the policy, as means over its tuning runs: KL to the start at the end (nats a token),
 and completions that are cut off. Beyond them it repeats praise without end, which the judge likes best of all.
@@ -29,6 +28,7 @@ class Policy:
     """What the learning rate is chosen on, a file of the assets; that of the verdict is in the base."""
     assets: str = "facts.json"
     """What tells these assets from those of another machine."""
+    tuning_seeds: tuple[int, ...] = (101, 102)
 
 
 POLICIES = {
@@ -43,7 +43,14 @@ POLICIES = {
         "adder/tuning",
         "adder/training.json",
     ),
-    "small4": Policy((1e-4, 3e-4, 1e-3), (1, 2, 3), 100, 64, ("base", "four_updates")),
+    "small4": Policy(
+        (1e-4, 3e-4, 1e-3),
+        (1, 2, 3),
+        60,
+        64,
+        ("base", "four_updates"),
+        tuning_seeds=(101,),
+    ),
 }
 
 
@@ -135,7 +142,7 @@ def _tuning(method: str, size: int, policy: str) -> list[Run]:
     return [
         Run("tuning", "clean", method, seed, lr, size, of.steps, policy)
         for lr in of.learning_rates
-        for seed in TUNING_SEEDS
+        for seed in of.tuning_seeds
     ]
 
 

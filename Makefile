@@ -93,8 +93,8 @@ test-use-sample: $(INSTALLED) ## As many of them as fit into 3 minutes; another 
 test-cuda: $(INSTALLED) ## Run the tests of the paths that only a GPU takes, which `test` skips where there is none.
 	@$(BIN)/python -m pytest tests/test_cuda.py $(PYTEST_FLAGS)
 
-test-vllm: $(INSTALLED_VLLM) ## Run the tests of the vLLM engine, which `test` skips where vLLM is missing.
-	@$(BIN)/python -m pytest tests/test_vllm_engine.py $(PYTEST_FLAGS)
+test-vllm: $(INSTALLED_VLLM) ## Run the tests of the vLLM engines, which `test` skips where vLLM is missing.
+	@$(BIN)/python -m pytest tests/test_vllm_engine.py tests/test_vllm_server.py $(PYTEST_FLAGS)
 
 $(VERL): requirements-verl.lock $(INSTALLED)
 	@echo "Installing requirements-verl.lock into $(VERL)"

@@ -44,7 +44,7 @@ def test_reward_model_configs_are_instantiated(path: Path) -> None:
 @pytest.mark.parametrize("layers", STACKS, ids=named)
 def test_layers_are_instantiated_together(layers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what each of them sets; vLLM need not be installed, and FSDP1 has another name on CPUs."""
-    monkeypatch.setattr("gopo_lightning.rollout.engines.vllm.find_spec", lambda name: True)
+    monkeypatch.setattr("gopo_lightning.rollout.engines.vllm_start.find_spec", lambda name: True)
     fsdp1 = ["--trainer.strategy=fsdp_cpu"] if Path("configs/strategy/fsdp.yaml") in layers else []
     module = instantiate(layers, f"--trainer.logger.init_args.save_dir={tmp_path}", *fsdp1)
     for path in layers:
@@ -52,8 +52,9 @@ def test_layers_are_instantiated_together(layers: list[Path], tmp_path: Path, mo
             assert module.objective_config.advantage == init_args(path)["objective"]["advantage"]
         if path.stem == "smoke":
             assert module.sampling.max_new_tokens == 16
-        if path.stem == "vllm":
-            assert type(module.collector.engine).__name__ == "VLLMEngine"
+        if path.parent.name == "engine":
+            engine = {"vllm": "VLLMEngine", "vllm_server": "VLLMServerEngine"}[path.stem]
+            assert type(module.collector.engine).__name__ == engine
 
 
 @pytest.mark.parametrize("path", METHODS, ids=str)

@@ -68,7 +68,7 @@ def write_files(folder: Path, found: list[Block]) -> None:
 
 @pytest.mark.parametrize(("page", "block", "command"), COMMANDS)
 def test_commands(page: Path, block: Block, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gopo_lightning.rollout.engines.vllm.find_spec", lambda name: True)
+    monkeypatch.setattr("gopo_lightning.rollout.engines.vllm_start.find_spec", lambda name: True)
     write_files(folder, dict(PAGES)[page])
     words = resolve(shlex.split(re.sub(r"^(\w+=\S+ )+", "", command)))
     for (program, *start), check in CHECKS.items():
@@ -189,6 +189,7 @@ CHECKS: dict[tuple[str, ...], Callable[[list[str]], object]] = {
     ("sbatch",): check_launcher,
     ("scripts/torchrun.sh",): lambda arguments: check_launcher(["scripts/torchrun.sh", *arguments]),
     ("tensorboard",): check_nothing,
+    ("vllm", "serve"): check_nothing,
     (".", ".venv/bin/activate"): check_nothing,
 }
 """How a command begins → how the rest of it is checked."""

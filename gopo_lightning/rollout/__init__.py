@@ -7,6 +7,7 @@ from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.engines.recorded import RecordedEngine
 from gopo_lightning.rollout.engines.transformers import TransformersEngine
 from gopo_lightning.rollout.engines.vllm import VLLMEngine
+from gopo_lightning.rollout.engines.vllm_server import VLLMServerEngine
 from gopo_lightning.rollout.history import HistoryLength
 from gopo_lightning.rollout.penalties import OverlongPenalty, RepetitionPenalty
 from gopo_lightning.rollout.prefixes import PrefixScores
@@ -35,4 +36,5 @@ __all__ = [
     "Transform",
     "TransformersEngine",
     "VLLMEngine",
+    "VLLMServerEngine",
 ]

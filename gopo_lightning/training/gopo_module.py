@@ -339,7 +339,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.shaping.commit(experience)
         learning.observe(self.collector.sources, experience, step=self.trainer.global_step)
         seconds = {**batch["seconds"], "train": perf_counter() - start}  # the metrics have synchronised the device
-        measured = rollout_metrics(experience, self.collector.sources, seconds, batch["refilled"])
+        measured = rollout_metrics(experience, self.collector, seconds, batch["refilled"])
         self._log(metrics | measured | self.shaping.metrics())
         log_histogram(self.trainer, "advantage/histogram", experience.advantages_PG)
 

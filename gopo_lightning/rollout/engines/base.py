@@ -111,6 +111,15 @@ class TellsOfGroups(Protocol):
 
 
 @runtime_checkable
+class HasMetrics(Protocol):
+    """An engine with something to say of each rollout."""
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last rollout, the same on every rank; curves `rollout/<name>`."""
+        ...
+
+
+@runtime_checkable
 class HasState(Protocol):
     """An engine whose state belongs into the checkpoint."""
 

@@ -1,42 +1,34 @@
 """The rollout engine for GPUs: vLLM inside the training process, with a copy of the policy's weights."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gopo_lightning.distributed.decoder_layers import base_of
 from gopo_lightning.distributed.gathering import compute_device
 from gopo_lightning.distributed.whole_weights import merged_weights
-from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.rollout.engines.base import (
     RolloutEngine,
     SamplingConfig,
     SamplingDtype,
-    check_drawn,
     check_dtype,
-    padding_token,
     sampling_dtype,
 )
+from gopo_lightning.rollout.engines.vllm_results import Sampled, sampling_parameters, to_completions
 from gopo_lightning.rollout.engines.vllm_start import (
     OWN,
     LogprobsMode,
+    check_installed,
     check_options,
     check_supported,
-    logprob_temperature,
     logprobs_mode,
     start,
     undisturbed,
 )
 from gopo_lightning.types import Completions, PromptBatch
-
-_TOLERANCE = 0.25
-"""Nats: bfloat16 makes 0.02 to 0.05, weights that did not arrive several."""
 
 
 class VLLMEngine(RolloutEngine):
@@ -70,8 +62,7 @@ class VLLMEngine(RolloutEngine):
         check_every_n_rollouts: int = 1,
         options: dict[str, Any] | None = None,
     ) -> None:
-        if find_spec("vllm") is None:
-            raise ValueError("VLLMEngine needs vLLM: pip install 'gopo-lightning[vllm]'. Or use TransformersEngine.")
+        check_installed("VLLMEngine")
         check_dtype(dtype)
         if check_every_n_rollouts < 1:
             raise ValueError(
@@ -123,16 +114,9 @@ class VLLMEngine(RolloutEngine):
             self._load(model, dtype)
             outputs = self._sample(prompts, num_completions, sampling, seeds_N, eos_token_ids)
             self._sleep()
-        logprobs_NT = pad_sequence([_logprobs(output) for output in outputs], batch_first=True)
-        check_drawn(logprobs_NT, prompts)
-        reported_at = logprob_temperature(self._mode, sampling)
-        own = reported_at == (sampling.temperature or 1.0)
-        completions = _completions(outputs, tokenizer, padding_token(tokenizer, eos_token_ids))
-        completions = replace(completions, sampler_logprobs_NT=logprobs_NT if own else None).to(device)
-        if self._rollouts % self.check_every_n_rollouts == 0 and reported_at is not None:
-            _check_logprobs(model, prompts, completions, logprobs_NT, reported_at)
+        check = self._rollouts % self.check_every_n_rollouts == 0
         self._rollouts += 1
-        return completions
+        return to_completions(outputs, model, tokenizer, prompts, sampling, eos_token_ids, self._mode, check=check)
 
     def _start(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
@@ -189,64 +173,19 @@ class VLLMEngine(RolloutEngine):
         sampling: SamplingConfig,
         seeds_N: Sequence[int],
         eos_token_ids: Sequence[int],
-    ) -> list[Any]:
+    ) -> list[Sampled]:
         """vLLM's completions, N of them; its cache computes a prompt once."""
         from vllm import SamplingParams, TokensPrompt
 
         rows = [p.token_ids for p in prompts.prompts for _ in range(num_completions)]
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=list(row)) for row in rows],
-            [
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    top_k=sampling.top_k,
-                    min_p=sampling.min_p,
-                    max_tokens=sampling.max_new_tokens,
-                    min_tokens=sampling.min_new_tokens,
-                    stop=list(sampling.stop_strings),
-                    stop_token_ids=list(eos_token_ids),
-                    ignore_eos=True,  # those above are all
-                    detokenize=bool(sampling.stop_strings),
-                    logprobs=0,  # of the drawn token alone
-                    seed=seed,
-                )
-                for seed in seeds_N
-            ],
+            [SamplingParams(**sampling_parameters(sampling, seed, eos_token_ids)) for seed in seeds_N],
             use_tqdm=False,
         )
-        return [output.outputs[0] for output in outputs]
+        return [_sampled(output.outputs[0]) for output in outputs]
 
 
-def _completions(outputs: Sequence[Any], tokenizer: PreTrainedTokenizerBase, pad: int) -> Completions:
-    rows = [torch.tensor(output.token_ids) for output in outputs]
-    tokens_NT = pad_sequence(rows, batch_first=True, padding_value=pad)
-    lengths_N = torch.tensor([len(row) for row in rows])
-    return Completions(
-        tokens_NT,
-        torch.arange(tokens_NT.shape[1]) < lengths_N[:, None],
-        torch.tensor([output.finish_reason == "length" for output in outputs]),
-        tuple(tokenizer.batch_decode([list(output.token_ids) for output in outputs], skip_special_tokens=True)),
-    )
-
-
-def _logprobs(output: Any) -> torch.Tensor:
-    """Of the drawn tokens, float32 [T]."""
+def _sampled(output: Any) -> Sampled:
     steps = zip(output.token_ids, output.logprobs, strict=True)
-    return torch.tensor([step[token].logprob for token, step in steps], dtype=torch.float32)
-
-
-def _check_logprobs(
-    model: nn.Module, prompts: PromptBatch, completions: Completions, theirs_NT: torch.Tensor, temperature: float
-) -> None:
-    """ValueError unless both give the longest completion the same log-probs: weights may be lost on the way."""
-    n = completions.lengths_N.argmax()
-    few, prompt = completions.select(n[None]), prompts.select(n[None] * len(prompts) // len(completions))
-    ours_T = completion_logprobs(model, prompt, few, temperature=temperature).logprobs_NT[0].cpu()
-    difference = float((ours_T - theirs_NT[int(n), : len(ours_T)]).abs().mean())
-    if not difference <= _TOLERANCE:
-        raise ValueError(
-            f"vLLM's log-probs differ from those of {type(base_of(model)).__name__} by {difference:.2f} nats a token "
-            f"(at most {_TOLERANCE}): it runs this model otherwise, or not all weights arrive under its names. Use "
-            "TransformersEngine."
-        )
+    return Sampled(output.token_ids, [step[token].logprob for token, step in steps], output.finish_reason == "length")

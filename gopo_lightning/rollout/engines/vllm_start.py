@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.util import find_spec
 from inspect import signature
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeAlias
@@ -32,6 +33,12 @@ _TEMPERATURES = (0.01, 2.0)
 _SHOWN_CHARACTERS = 500
 
 
+def check_installed(engine: str, why: str = "") -> None:
+    """ValueError where vLLM is not installed, which ``engine`` needs."""
+    if find_spec("vllm") is None:
+        raise ValueError(f"{engine} needs vLLM{why}: pip install 'gopo-lightning[vllm]'. Or use TransformersEngine.")
+
+
 def logprobs_mode(sampling: SamplingConfig) -> LogprobsMode:
     """The mode in which vLLM gives the policy's log-probs, where there is one."""
     return "processed_logprobs" if sampling.temperature not in (0, 1) and _plain(sampling) else "raw_logprobs"
@@ -44,16 +51,26 @@ def logprob_temperature(mode: LogprobsMode, sampling: SamplingConfig) -> float |
     return sampling.temperature if _plain(sampling) else None
 
 
-def check_supported(sampling: SamplingConfig, *, logprobs: bool) -> None:
-    """ValueError for what vLLM would do otherwise or not at all; ``logprobs``: the policy's are needed."""
+def check_supported(sampling: SamplingConfig, *, logprobs: bool, mode: LogprobsMode | None = None) -> None:
+    """ValueError for what vLLM would do otherwise or not at all.
+
+    ``logprobs``: the policy's are needed; ``mode``: how they are reported, where a server has decided it already.
+    """
     low, high = _TEMPERATURES
     if sampling.temperature and not low <= sampling.temperature <= high:
         raise ValueError(
-            f"sampling.temperature={sampling.temperature} must be 0 or in [{low}, {high}] with VLLMEngine: vLLM takes "
+            f"sampling.temperature={sampling.temperature} must be 0 or in [{low}, {high}] with vLLM, which takes "
             f"a lower one for {low} and refuses a higher one. Change it, or use TransformersEngine."
         )
     wanted = sampling.temperature or 1.0
-    if logprobs and logprob_temperature(logprobs_mode(sampling), sampling) != wanted:
+    best = logprobs_mode(sampling)
+    if logprobs and mode not in (None, best) and logprob_temperature(best, sampling) == wanted:
+        raise ValueError(
+            f"objective.loss.sampler_correction_cap needs the sampler's log-probs at sampling.temperature="
+            f"{sampling.temperature}, but the servers report {mode}. Start them with --logprobs-mode {best}, or set "
+            "sampler_correction_cap to null."
+        )
+    if logprobs and logprob_temperature(mode or best, sampling) != wanted:
         names = ("top_p", "top_k", "min_p", "min_new_tokens")
         others = ", ".join(f"{n}={getattr(sampling, n)}" for n in names if getattr(sampling, n) != getattr(_EXACT, n))
         raise ValueError(

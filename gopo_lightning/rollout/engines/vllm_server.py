@@ -1,0 +1,247 @@
+"""The rollout engine for `vllm serve` elsewhere: prompts are spread over the servers, weights are pushed to them."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from gopo_lightning.distributed.collectives import rank, world_size
+from gopo_lightning.distributed.gathering import compute_device
+from gopo_lightning.rewards.waiting import wait_for
+from gopo_lightning.rollout.engines.base import (
+    RolloutEngine,
+    SamplingConfig,
+    SamplingDtype,
+    check_dtype,
+    sampling_dtype,
+)
+from gopo_lightning.rollout.engines.vllm_results import Sampled, sampling_parameters, to_completions
+from gopo_lightning.rollout.engines.vllm_start import LogprobsMode, check_installed, check_supported
+from gopo_lightning.rollout.engines.vllm_sync import HOW_TO_START, Server, WeightSync, answering
+from gopo_lightning.types import Completion, Completions, Prompt, PromptBatch
+
+_NCCL = "vllm.distributed.weight_transfer.nccl_engine.NCCLTrainerInitInfo"
+
+
+class VLLMServerEngine(RolloutEngine):
+    """Samples on vLLM servers, which get the policy's weights at each rollout, under any strategy.
+
+    Each server runs the policy's model, with any tensor or data parallelism of its own, and has been started with
+
+        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --weight-transfer-config '{"backend": "nccl"}'
+
+    in a private network: its development mode lets anybody replace its weights. The prompts of a step, over all ranks,
+    go to the servers in turn, all completions of one to the same server, whose cache computes the prompt once; if that
+    server fails, to the next. The text does not depend on the server. Each completion comes with the version of its
+    weights, and one of another version is refused.
+
+    Args:
+        urls: of the servers, such as http://node7:8000.
+        dtype: in which weights are sent. ``auto`` is that of the Trainer's ``precision``, or else of the policy's.
+        timeout_seconds: of one request, and of one step of sending weights.
+        max_concurrency: most requests of a rank at a time.
+        check_every_n_rollouts: how often the policy computes the log-probs of a completion too, which stops the run
+            where vLLM's differ: weights may be lost on the way. It costs a forward of one completion.
+        master_address: of the machine of rank 0, as the servers reach it; null finds it out.
+        api_key_env: name of the environment variable with the servers' key; null sends none.
+        transfer: dotted path of the ``…TrainerInitInfo`` of vLLM's transport.
+
+    Raises:
+        ValueError: vLLM is not installed here (it sends the weights); or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str] | str,
+        dtype: SamplingDtype = "auto",
+        timeout_seconds: float = 600.0,
+        max_concurrency: int = 512,
+        check_every_n_rollouts: int = 1,
+        master_address: str | None = None,
+        api_key_env: str | None = None,
+        transfer: str = _NCCL,
+    ) -> None:
+        check_installed("VLLMServerEngine", " here too, which sends the weights")
+        check_dtype(dtype)
+        addresses = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
+        if (
+            not addresses
+            or len(set(addresses)) < len(addresses)
+            or not all(url.startswith("http") for url in addresses)
+        ):
+            raise ValueError(f"urls={urls!r} must name one server or more, each once, such as [http://node7:8000]")
+        for name, value in {
+            "timeout_seconds": timeout_seconds,
+            "max_concurrency": max_concurrency,
+            "check_every_n_rollouts": check_every_n_rollouts,
+        }.items():
+            if not value >= (0 if name == "timeout_seconds" else 1) or not value:
+                raise ValueError(f"{name}={value} of VLLMServerEngine must be above 0")
+        self.dtype, self.timeout_seconds, self.max_concurrency = dtype, timeout_seconds, max_concurrency
+        self.check_every_n_rollouts, self._rollouts = check_every_n_rollouts, 0
+        self.servers = [Server(url, api_key_env, timeout_seconds) for url in addresses]
+        self.transfer, self.sync = transfer, WeightSync(self.servers, transfer, master_address)
+        self.on_group: Callable[[int, Sequence[Completion]], None] | None = None
+        self._metrics: dict[str, float] = {}
+        self._info: tuple[LogprobsMode, int] | None = None
+
+    def check_sampling(self, sampling: SamplingConfig, *, logprobs: bool) -> None:
+        """See :class:`ChecksSampling`; asks the servers how they report log-probs.
+
+        Raises:
+            ValueError: none of them answers, or they were started in another way than is needed.
+        """
+        check_supported(sampling, logprobs=logprobs, mode=self._started_with()[0])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: PromptBatch,
+        num_completions: int,
+        sampling: SamplingConfig,
+        *,
+        seeds_N: list[int],
+        eos_token_ids: Sequence[int],
+    ) -> Completions:
+        """See :class:`RolloutEngine`.
+
+        Raises:
+            ValueError: no server answers, or one refuses a request; or log-probs are not those of ``model``.
+            RuntimeError: all servers have failed in the middle of this rollout.
+        """
+        with torch.autocast(compute_device(model).type, enabled=False):
+            servers, version = self.sync.push(model, sampling_dtype(self.dtype, model))
+        self._metrics = {"servers": float(len(servers)), "weights_version": float(version.rsplit("-", 1)[1])}
+        mode, limit = self._started_with()
+        check_supported(sampling, logprobs=False, mode=mode)
+        longest = max(len(prompt.token_ids) for prompt in prompts.prompts)
+        if longest + sampling.max_new_tokens > limit:  # a server would cut the completion off there
+            raise ValueError(
+                f"a prompt of {longest} tokens with max_new_tokens={sampling.max_new_tokens} may become longer than "
+                f"the {limit} tokens of the vLLM servers; raise their --max-model-len, or cut prompts or completions"
+            )
+        rollout = _Rollout(servers, version, self.timeout_seconds, self.max_concurrency)
+        parameters = [sampling_parameters(sampling, seed, eos_token_ids) for seed in seeds_N]
+
+        def ended(p: int, group: Sequence[Sampled]) -> None:
+            if self.on_group is not None:
+                texts = tokenizer.batch_decode([list(each.token_ids) for each in group], skip_special_tokens=True)
+                told = zip(texts, group, strict=True)
+                self.on_group(
+                    p, [Completion(t, truncated=each.cut_off, num_tokens=len(each.token_ids)) for t, each in told]
+                )
+
+        sampled = wait_for(lambda: rollout.sample(prompts.prompts, parameters, ended))
+        check = self._rollouts % self.check_every_n_rollouts == 0
+        self._rollouts += 1
+        return to_completions(sampled, model, tokenizer, prompts, sampling, eos_token_ids, mode, check=check)
+
+    def metrics(self) -> dict[str, float]:
+        """Servers that had the weights of the last rollout, and how often weights have been sent in this process."""
+        return self._metrics
+
+    def _started_with(self) -> tuple[LogprobsMode, int]:
+        """How the servers report log-probs, and the most tokens of a prompt with its completion."""
+        if self._info is None:
+            found, silent = answering(self.servers, "server_info?config_format=json")
+            if not found:
+                raise ValueError(
+                    f"none of the vLLM servers answers /server_info: {silent}. Start one with {HOW_TO_START}, or "
+                    "correct urls."
+                )
+            configs = [info["vllm_config"]["model_config"] for info in found.values()]
+            modes = {config["logprobs_mode"] for config in configs}
+            if len(modes) > 1 or not modes <= {"raw_logprobs", "processed_logprobs"}:
+                raise ValueError(
+                    f"the vLLM servers report {sorted(modes)}; start all with the same --logprobs-mode, raw_logprobs "
+                    "or processed_logprobs"
+                )
+            self._info = modes.pop(), min(config["max_model_len"] for config in configs)
+        return self._info
+
+
+class _FailedError(Exception):
+    """A server did not give a completion of the right weights; another may."""
+
+
+class _Rollout:
+    """The requests of one rollout of this rank."""
+
+    def __init__(self, servers: Sequence[Server], version: str, timeout_seconds: float, max_concurrency: int) -> None:
+        self.servers, self.version, self.timeout_seconds = servers, version, timeout_seconds
+        self.places = asyncio.Semaphore(max_concurrency)
+        self.failed: dict[str, str] = {}
+
+    async def sample(
+        self,
+        prompts: Sequence[Prompt],
+        parameters: Sequence[dict[str, Any]],
+        ended: Callable[[int, Sequence[Sampled]], None],
+    ) -> list[Sampled]:
+        """N completions, one for each of ``parameters``; ``ended`` is told of each prompt's."""
+        import aiohttp
+
+        G, timeout = len(parameters) // len(prompts), aiohttp.ClientTimeout(total=self.timeout_seconds)
+        connector = aiohttp.TCPConnector(limit=0)  # the places are the limit
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+
+            async def group(p: int) -> list[Sampled]:
+                turn = (p * world_size() + rank()) % len(self.servers)
+                order = [*self.servers[turn:], *self.servers[:turn]]
+                calls = [self._one(session, order, prompts[p], each) for each in parameters[p * G : (p + 1) * G]]
+                sampled = await _all(calls)
+                ended(p, sampled)
+                return sampled
+
+            groups = await _all([group(p) for p in range(len(prompts))])
+        return [each for sampled in groups for each in sampled]
+
+    async def _one(
+        self, session: Any, servers: Sequence[Server], prompt: Prompt, parameters: dict[str, Any]
+    ) -> Sampled:
+        """A completion of the first of ``servers`` that gives one."""
+        import aiohttp
+
+        async with self.places:
+            for server in servers:
+                if server.url in self.failed:
+                    continue
+                try:
+                    return await self._ask(session, server, prompt, parameters)
+                except (aiohttp.ClientError, TimeoutError, _FailedError) as error:
+                    self.failed[server.url] = f"{type(error).__name__}: {error}"
+        raise RuntimeError(
+            f"no vLLM server is left for the prompt in row {prompt.index}: {self.failed}. Start them again, and go on "
+            "from the last checkpoint."
+        )
+
+    async def _ask(self, session: Any, server: Server, prompt: Prompt, parameters: dict[str, Any]) -> Sampled:
+        body = {"token_ids": list(prompt.token_ids), "sampling_params": {**parameters, "repetition_penalty": 1.0}}
+        url = f"{server.url}/inference/v1/generate"
+        async with session.post(url, json=body, headers=server.headers, allow_redirects=False) as reply:
+            if reply.status != 200:
+                said = f"{url} answers {reply.status}: {(await reply.text())[:500]}"
+                if 300 <= reply.status < 500:
+                    raise ValueError(f"the prompt in row {prompt.index}: {said}")
+                raise _FailedError(said)
+            choice = (await reply.json())["choices"][0]
+        versions = {span["version"] for span in choice["weight_versions"] or ()}
+        if versions != {self.version}:
+            raise _FailedError(f"{server.url} samples with the weights {sorted(versions)}, not {self.version}")
+        logprobs = [step["logprob"] for step in choice["logprobs"]["content"]]
+        return Sampled(choice["token_ids"], logprobs, choice["finish_reason"] == "length")
+
+
+async def _all(calls: Sequence[Any]) -> list[Any]:
+    """The results of ``calls``; the first that raises cancels the others."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            results = [tasks.create_task(call) for call in calls]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [result.result() for result in results]

@@ -185,6 +185,50 @@ def test_an_adapter_is_sampled_from(policies: dict[str, Path], engines: dict[str
         assert_same(generate(engines["qwen2"], model, prompts, temperature=0.0), plain)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], "all-linear"], ids=str)
+def test_an_adapter_alone_is_sampled_from(targets: Any, policies: dict[str, Path], adapter_engine: VLLMEngine) -> None:
+    """As it is at each rollout, beside a base that was given once; switched off, the base is sampled from."""
+    base: PreTrainedModel = load_policy(PolicyConfig(str(policies["qwen2"])))  # type: ignore[assignment]
+    prompts, plain = prompt_batch((20, 33)), generate(TransformersEngine(), base, prompt_batch((20, 33)), temperature=0)
+    torch.manual_seed(2)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+    texts = set()
+    for _ in range(3):
+        expected = generate(TransformersEngine(), model, prompts, temperature=0.0)
+        assert_same(generate(adapter_engine, model, prompts, temperature=0.0), expected)
+        texts.add(expected.texts)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.mul_(1.3).add_(0.01)
+    assert len(texts) == 3 and plain.texts not in texts
+    with model.disable_adapter():
+        assert_same(generate(adapter_engine, model, prompts, temperature=0.0), plain)
+
+
+@pytest.fixture(scope="module")
+def adapter_engine() -> VLLMEngine:
+    return VLLMEngine(adapter_only=True, options=OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (None, "sends the adapter alone: set policy.lora"),
+        ({"use_dora": True}, "adapter of another kind than LoRA on a linear layer"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save, bias or trainable_token_indices"),
+        ({"r": 600}, "rank 600 is above vLLM's 512"),
+    ],
+)
+def test_adapters_that_cannot_be_sent_alone(lora: Any, message: str, policies: dict[str, Path]) -> None:
+    model = load_policy(PolicyConfig(str(policies["qwen2"])))
+    if lora is not None:
+        options = {"r": 4, "target_modules": ["q_proj"], **lora}
+        model = get_peft_model(model, LoraConfig(**options))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        generate(VLLMEngine(adapter_only=True, options=OPTIONS), model, prompt_batch((5,)))
+
+
 def test_weights_that_do_not_arrive_are_noticed(
     policies: dict[str, Path], engines: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,14 +293,30 @@ def greedy_on_ranks(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def adapter_on_ranks(rank: int, folder: Path) -> list[Any]:
+    """An adapter alone, of sharded weights."""
+    engine, prompts = VLLMEngine(adapter_only=True, options=OPTIONS), prompt_batch((20, 33, 17)[rank : 2 * rank + 1])
+    return [generate(engine, with_adapter(folder, sharded), prompts, temperature=0.0).texts for sharded in (True, True)]
+
+
+def with_adapter(folder: Path, sharded: bool) -> nn.Module:
+    torch.manual_seed(3)
+    lora = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": "orthogonal"}
+    config = PolicyConfig(str(folder), lora=lora)
+    return sharded_policy(config) if sharded else load_policy(config)
+
+
 def test_greedy_on_two_ranks_is_that_of_one(policies: dict[str, Path], prompts_file: Path, tmp_path: Path) -> None:
-    launch([Case("first", "ddp", max_steps=1), greedy_on_ranks], policies["llama"], prompts_file, tmp_path, 2)
+    cases = [Case("first", "ddp", max_steps=1), greedy_on_ranks, adapter_on_ranks]
+    launch(cases, policies["llama"], prompts_file, tmp_path, 2)
     model = load_policy(PolicyConfig(str(policies["llama"])))
     for rank in (0, 1):
         prompts = prompt_batch((20, 33, 17)[rank : 2 * rank + 1])
         expected = generate(TransformersEngine(), model, prompts, temperature=0.0).texts
         found = torch.load(tmp_path / f"greedy_on_ranks.{rank}.pt")
         assert len(found) == 3 and all(texts == expected for texts in found.values())
+        adapted = generate(TransformersEngine(), with_adapter(policies["llama"], False), prompts, temperature=0.0).texts
+        assert torch.load(tmp_path / f"adapter_on_ranks.{rank}.pt") == [adapted] * 2
 
 
 def test_the_overlay_trains_with_log_probs_that_agree(

@@ -1,6 +1,7 @@
 """The rollout engine for GPUs: vLLM inside the training process, with a copy of the policy's weights."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from gopo_lightning.distributed.decoder_layers import base_of
 from gopo_lightning.distributed.gathering import compute_device
 from gopo_lightning.distributed.whole_weights import merged_weights
+from gopo_lightning.rollout.engines import vllm_adapter
 from gopo_lightning.rollout.engines.base import (
     RolloutEngine,
     SamplingConfig,
@@ -45,6 +47,8 @@ class VLLMEngine(RolloutEngine):
         max_model_len: most tokens of a prompt with its completion, for which the cache must have room; None for the
             model's own limit.
         sleep: give vLLM's memory back between rollouts. GPUs only.
+        adapter_only: give vLLM the base once and then the LoRA adapter alone, which it adds as the policy does, instead
+            of all weights with the adapter merged. Less is sent; vLLM samples somewhat slower.
         check_every_n_rollouts: how often the policy computes the log-probs of a completion too, which stops the run
             where vLLM's differ: weights may be lost on the way. It costs a forward of one completion.
         options: more arguments of ``vllm.LLM``: ``enforce_eager``, ``kv_cache_memory_bytes``, ``max_num_seqs``, …
@@ -59,6 +63,7 @@ class VLLMEngine(RolloutEngine):
         gpu_memory_utilization: float = 0.3,
         max_model_len: int | None = None,
         sleep: bool = False,
+        adapter_only: bool = False,
         check_every_n_rollouts: int = 1,
         options: dict[str, Any] | None = None,
     ) -> None:
@@ -75,6 +80,7 @@ class VLLMEngine(RolloutEngine):
                 where = "set the engine's own field" if name in fields else "the engine decides it; take it out"
                 raise ValueError(f"{name}={value!r} among the options of VLLMEngine: {where}.")
         self.check_every_n_rollouts, self._rollouts = check_every_n_rollouts, 0
+        self.adapter_only = adapter_only
         self._llm: Any = None
         self._mode: LogprobsMode = "raw_logprobs"
         self._started_with: dict[str, Any] = {}
@@ -112,7 +118,8 @@ class VLLMEngine(RolloutEngine):
             self._check_same(model, device, dtype)
             self._check_lengths(prompts, sampling)
             self._load(model, dtype)
-            outputs = self._sample(prompts, num_completions, sampling, seeds_N, eos_token_ids)
+            with vllm_adapter.requested(model, self._rollouts + 1) if self.adapter_only else nullcontext() as adapter:
+                outputs = self._sample(prompts, num_completions, sampling, seeds_N, eos_token_ids, adapter)
             self._sleep()
         check = self._rollouts % self.check_every_n_rollouts == 0
         self._rollouts += 1
@@ -124,7 +131,11 @@ class VLLMEngine(RolloutEngine):
         if self.sleep and device.type == "cpu":
             raise ValueError("sleep=True of VLLMEngine needs a GPU, but the policy is on CPUs; leave it out.")
         options = {**self.options, "enable_sleep_mode": True} if self.sleep else self.options
-        return start(model, tokenizer, device, dtype, self._mode, options)
+        if not self.adapter_only:
+            return start(model, tokenizer, device, dtype, self._mode, options)
+        options = {**options, **vllm_adapter.options_for(model)}
+        with vllm_adapter.base_given(model, dtype):
+            return start(model, tokenizer, device, dtype, self._mode, options, vllm_adapter.LOAD_FORMAT)
 
     def _check_same(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """What vLLM was started with cannot change; the temperature may, for log-probs are then given or not."""
@@ -157,14 +168,15 @@ class VLLMEngine(RolloutEngine):
 
         if self.sleep:
             self._llm.wake_up(tags=["weights"])
-        self._llm.collective_rpc(load)
+        if not self.adapter_only:
+            self._llm.collective_rpc(load)
         if self.sleep:
             self._llm.wake_up(tags=["kv_cache"])
         self._llm.reset_prefix_cache()
 
     def _sleep(self) -> None:
-        if self.sleep:
-            self._llm.sleep(level=2)  # nothing is kept: the weights come anew
+        if self.sleep:  # at level 2 nothing is kept, for the weights come anew; at 1 the weights wait on the CPU
+            self._llm.sleep(level=1 if self.adapter_only else 2)
 
     def _sample(
         self,
@@ -173,6 +185,7 @@ class VLLMEngine(RolloutEngine):
         sampling: SamplingConfig,
         seeds_N: Sequence[int],
         eos_token_ids: Sequence[int],
+        adapter: Any,
     ) -> list[Sampled]:
         """vLLM's completions, N of them; its cache computes a prompt once."""
         from vllm import SamplingParams, TokensPrompt
@@ -182,6 +195,7 @@ class VLLMEngine(RolloutEngine):
             [TokensPrompt(prompt_token_ids=list(row)) for row in rows],
             [SamplingParams(**sampling_parameters(sampling, seed, eos_token_ids)) for seed in seeds_N],
             use_tqdm=False,
+            lora_request=adapter,
         )
         return [_sampled(output.outputs[0]) for output in outputs]
 

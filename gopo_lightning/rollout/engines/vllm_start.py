@@ -26,7 +26,8 @@ LogprobsMode: TypeAlias = Literal["raw_logprobs", "processed_logprobs"]
 and bans, if there are any."""
 
 OWN = ("model", "tokenizer", "dtype", "load_format", "tensor_parallel_size", "pipeline_parallel_size",
-       "distributed_executor_backend", "enable_sleep_mode", "logprobs_mode", "generation_config")  # fmt: skip
+       "distributed_executor_backend", "enable_sleep_mode", "logprobs_mode", "generation_config",
+       "enable_lora", "max_loras", "max_lora_rank")  # fmt: skip
 """Arguments of ``vllm.LLM`` that the engine decides by itself."""
 _TEMPERATURES = (0.01, 2.0)
 """vLLM takes lower ones for the lowest, and refuses higher ones."""
@@ -99,8 +100,9 @@ def start(
     dtype: torch.dtype,
     mode: LogprobsMode,
     options: Mapping[str, Any],
+    load_format: str = "dummy",
 ) -> Any:
-    """A ``vllm.LLM`` without weights for models like ``model``.
+    """A ``vllm.LLM`` for models like ``model``; by default without weights.
 
     Raises:
         ValueError: vLLM does not start; the message says why, and what to change.
@@ -126,7 +128,7 @@ def start(
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         try:
-            return LLM(folder, load_format="dummy", logprobs_mode=mode, generation_config="vllm", **arguments)
+            return LLM(folder, load_format=load_format, logprobs_mode=mode, generation_config="vllm", **arguments)
         except Exception as error:  # of vLLM, pydantic, transformers, torch: whatever stands in its way
             name = type(base_of(model)).__name__
             said = str(error).replace(folder, name)[:_SHOWN_CHARACTERS]

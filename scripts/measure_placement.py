@@ -5,9 +5,11 @@ python scripts/measure_placement.py --policy packaged:smollm2-135m-instruct --ra
 
 import argparse
 import ctypes
+import os
 import socket
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event, Thread
 from time import perf_counter
 from typing import Any
 
@@ -29,19 +31,31 @@ from gopo_lightning.types import Prompt, PromptBatch
 def resident() -> float:
     """MiB of this process in memory that is no file and that the allocator does not keep for later."""
     ctypes.CDLL(None).malloc_trim(0)
-    return status("RssAnon")
+    return anonymous()
 
 
-def status(key: str) -> float:
-    """MiB, from the kernel's account of this process."""
+def anonymous() -> float:
+    """MiB of this process in memory that is no file (files that are mapped go as soon as the memory is wanted)."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[key].split()[0]) / 1024
+    return int(lines["RssAnon"].split()[0]) / 1024
 
 
-def forget_peak() -> float:
-    """Start a new peak; what is resident now, files and all."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
+class Peak:
+    """The most that was resident inside beyond what was before, looked at every millisecond: ``mib``."""
+
+    def __enter__(self) -> "Peak":
+        self._before, self.mib, self._end = resident(), 0.0, Event()
+        self._thread = Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._end.wait(0.001):
+            self.mib = max(self.mib, anonymous() - self._before)
 
 
 def load(how: str, config: PolicyConfig, ranks: int) -> nn.Module:
@@ -63,14 +77,14 @@ def measure(rank: int, how: str, gather: str, name: str, ranks: int, port: int, 
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=ranks, rank=rank)
     config = PolicyConfig(name)
     tokenizer = load_tokenizer(config)
-    start, before = perf_counter(), forget_peak()
-    model = load(how, config, ranks)
-    found = {"load s": perf_counter() - start, "load peak": status("VmHWM") - before}
+    start = perf_counter()
+    with Peak() as peak:
+        model = load(how, config, ranks)
+    found = {"load s": perf_counter() - start, "load peak": peak.mib}
     text = "The weather today is"
     prompts = PromptBatch.collate([Prompt(rank, tuple(tokenizer(text)["input_ids"]), text)], tokenizer.pad_token_id)
-    empty = resident()
-    start, before = perf_counter(), forget_peak()
-    with torch.no_grad(), gathered(model, gather):  # type: ignore[arg-type]
+    empty, start = resident(), perf_counter()
+    with Peak() as peak, torch.no_grad(), gathered(model, gather):  # type: ignore[arg-type]
         found["in"] = resident() - empty
         TransformersEngine(prefix_sharing="never").generate(
             model,
@@ -81,7 +95,7 @@ def measure(rank: int, how: str, gather: str, name: str, ranks: int, port: int, 
             seeds_N=[0, 1],
             eos_token_ids=eos_token_ids(model, tokenizer),
         )
-    found |= {"rollout s": perf_counter() - start, "rollout peak": status("VmHWM") - before}
+    found |= {"rollout s": perf_counter() - start, "rollout peak": peak.mib}
     found["after"] = resident() - empty
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
@@ -94,6 +108,7 @@ def main() -> None:
     parser.add_argument("--policy", default="packaged:smollm2-135m-instruct")
     parser.add_argument("--ranks", type=int, default=2)
     options = parser.parse_args()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # of the children: what is freed is gone at once
     assets.resolve(options.policy)  # fetched once
     columns = ["load s", "load peak", "in", "rollout peak", "after", "rollout s"]
     print("| load | rollout_gather | " + " | ".join(columns) + " |")

@@ -165,8 +165,8 @@ def chosen_lr(done: Done, method: str, group_size: int, policy: str = "small") -
 
 
 def outcome(result: Mapping[str, Any]) -> float:
-    """The judge's mean score of the last five evaluations: what is compared, fixed in advance."""
-    return fmean(result["curves"]["val/judge/reward"][-5:])
+    """The judge's mean score of the last five evaluations after step 0: what is compared, fixed in advance."""
+    return fmean(result["curves"]["val/judge/reward"][1:][-5:])
 
 
 def runs_of(table: Table, done: Done, *, quick: bool = False) -> list[list[Run]]:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,72 @@ def test_an_error_is_that_of_the_call_for_the_batch() -> None:
 
     with pytest.raises(RuntimeError, match="'broken' raised LookupError"):
         scored(FunctionReward(broken), [0, 1])
+
+
+def test_the_first_error_ends_the_batch_though_a_second_call_would_not_fail() -> None:
+    calls = []
+
+    async def once(completion: str) -> float:
+        calls.append(completion)
+        if len(calls) == 1:
+            raise LookupError(completion)
+        return 0.0
+
+    with pytest.raises(RuntimeError, match="'once' raised LookupError: a"):
+        scored(FunctionReward(once, max_concurrent=1), [0])
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
+def test_what_is_no_exception_comes_from_the_call_for_the_batch(error: type[BaseException]) -> None:
+    async def leaves(completion: str) -> float:
+        raise error
+
+    with pytest.raises(BaseException) as caught:  # noqa: PT011 - which it is without early questions
+        FunctionReward(leaves, max_concurrent=1)(PROMPTS[:1], ["a"])
+    with pytest.raises(type(caught.value)):
+        scored(FunctionReward(leaves, max_concurrent=1), [0, 1])
+
+
+class Learner(LLMScore):
+    """Keeps its state on itself, so that being as first within being as first would lose it."""
+
+    waits = False
+
+    def __init__(self) -> None:
+        super().__init__(ChatModel("m"))
+        self.state, self.asked = "learned", list[str]()
+
+    def setup(self, device: torch.device) -> None:
+        pass
+
+    def __call__(self, prompts: Any, completions: Any) -> list[float]:
+        self.asked.append(self.state)
+        return [0.0] * len(completions)
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def observe(self, rollout: Any, scores_PG: Any, *, step: int) -> None:
+        pass
+
+    @contextmanager
+    def as_first(self) -> Iterator[None]:
+        self.kept, self.state = self.state, "first"
+        yield
+        self.state = self.kept
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        pass
+
+
+def test_a_learner_is_as_first_once_in_an_evaluation(tiny_policy: Path, prompts_file: Path, tmp_path: Path) -> None:
+    learner = Learner()
+    fit(make_module(tiny_policy, rewards=[learner]), prompts_file, tmp_path, max_steps=2, val_check_interval=1)
+    assert {"first", "learned"} == {*learner.asked} and learner.state == "learned"
+    assert learner.asked[-1] == "first" and "learned" in learner.asked[-4:]
 
 
 def test_sources_are_asked_beside_each_other() -> None:

@@ -24,8 +24,8 @@ from gopo_lightning.distributed.collectives import PeerError
 from gopo_lightning.distributed.gathering import gathered
 from gopo_lightning.policy.model import PolicyConfig, load_policy
 from gopo_lightning.rollout import SamplingConfig, TransformersEngine, VLLMServerEngine
+from gopo_lightning.rollout.engines.vllm_client import Server
 from gopo_lightning.rollout.engines.vllm_server import _Rollout
-from gopo_lightning.rollout.engines.vllm_sync import Server
 from tests.architectures import prompt_batch
 from tests.ports import free_port
 from tests.ranks import Case, launch, sharded_policy
@@ -211,6 +211,61 @@ def test_another_version_is_refused(policy: Path, servers: list[Serving], monkey
     assert generate(engine, model, prompts).texts == expected.texts  # the next push mends it
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_half_completions_are_refused(
+    number: int, policy: Path, servers: list[Serving], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that stops, or is told to abort, gives what there is with status 200."""
+    model, prompts = load_policy(PolicyConfig(str(policy))), prompt_batch((20, 33, 5, 8))
+    expected = generate(engine_of(servers), model, prompts, max_new_tokens=60, eos=())
+    sample = _Rollout.sample
+
+    async def aborted(rollout: _Rollout, *arguments: Any) -> Any:
+        sampling = asyncio.ensure_future(sample(rollout, *arguments))
+        await asyncio.sleep(0.05)
+        assert not sampling.done()
+        for server in servers[:number]:
+            await asyncio.to_thread(Server(server.url).post, "abort_requests", {})
+        return await sampling
+
+    monkeypatch.setattr(_Rollout, "sample", aborted)
+    if number == 1:
+        assert generate(engine_of(servers), model, prompts, max_new_tokens=60, eos=()).texts == expected.texts
+    else:
+        with pytest.raises(RuntimeError, match="no vLLM server is left .* ended a completion by abort"):
+            generate(engine_of(servers), model, prompts, max_new_tokens=60, eos=())
+
+
+def test_a_trainer_that_was_gone_in_the_middle_of_a_push(policy: Path, servers: list[Serving]) -> None:
+    model, prompts = load_policy(PolicyConfig(str(policy))), prompt_batch((20, 33))
+    expected = generate(engine_of(servers), model, prompts, temperature=0.0)
+    Server(servers[0].url).post("pause?mode=wait")
+    Server(servers[0].url).post("start_weight_update")
+    assert_same(generate(engine_of(servers), model, prompts, temperature=0.0), expected)
+
+
+def test_logits_that_are_no_numbers_are_noticed(policy: Path, servers: list[Serving]) -> None:
+    model: Any = load_policy(PolicyConfig(str(policy)))
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="of the prompt in row 0 cannot be drawn: the policy's logits are NaN"):
+        generate(engine_of(servers, check_every_n_rollouts=9), model, prompt_batch((20,)))
+
+
+def test_weights_are_sent_in_the_precision_around(policy: Path, servers: list[Serving]) -> None:
+    model, engine = load_policy(PolicyConfig(str(policy))), engine_of(servers)
+    for enabled, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            generate(engine, model, prompt_batch((20, 5)))
+        assert {weight.dtype for weight in engine.sync.weights.metadata()} == {expected}
+
+
+def test_servers_for_another_transfer(servers: list[Serving]) -> None:
+    engine = VLLMServerEngine([server.url for server in servers])
+    with pytest.raises(ValueError, match="takes weights by gloo, and they are sent by nccl. Start it with"):
+        engine.check_sampling(SamplingConfig(), logprobs=False)
+
+
 def test_a_refused_request_is_told(policy: Path, servers: list[Serving], monkeypatch: pytest.MonkeyPatch) -> None:
     model, engine = load_policy(PolicyConfig(str(policy))), engine_of(servers)
     with pytest.raises(ValueError, match="a prompt of 120 tokens with max_new_tokens=12 .* --max-model-len"):
@@ -262,6 +317,15 @@ def greedy_on_ranks(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def too_long_on_ranks(rank: int, folder: Path) -> str:
+    """What each rank says where only the second has a prompt that is too long; the forward of all is a collective."""
+    engine = VLLMServerEngine(os.environ["GOPO_TEST_SERVERS"].split(), transfer=TRANSFER)
+    model = sharded_policy(PolicyConfig(str(folder)))
+    with gathered(model, "layer"), pytest.raises((ValueError, PeerError)) as caught:
+        generate(engine, model, prompt_batch((120 if rank else 20,)))
+    return str(caught.value)
+
+
 def no_server_on_ranks(rank: int, folder: Path) -> str:
     """What each rank says where the one that sends finds nobody."""
     engine = VLLMServerEngine("http://127.0.0.1:9", transfer=TRANSFER)
@@ -274,7 +338,7 @@ def test_greedy_on_two_ranks_is_that_of_one(
     policy: Path, servers: list[Serving], prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GOPO_TEST_SERVERS", " ".join(server.url for server in servers))
-    cases = [Case("first", "ddp", max_steps=1), greedy_on_ranks, no_server_on_ranks]
+    cases = [Case("first", "ddp", max_steps=1), greedy_on_ranks, too_long_on_ranks, no_server_on_ranks]
     launch(cases, policy, prompts_file, tmp_path, 2)
     model = load_policy(PolicyConfig(str(policy)))
     for rank in (0, 1):
@@ -282,6 +346,7 @@ def test_greedy_on_two_ranks_is_that_of_one(
         expected = generate(TransformersEngine(), model, prompts, temperature=0.0).texts
         found = torch.load(tmp_path / f"greedy_on_ranks.{rank}.pt")
         assert len(found) == 3 and all(texts == expected for texts in found.values())
+        assert "a prompt of 120 tokens" in torch.load(tmp_path / f"too_long_on_ranks.{rank}.pt")
         assert "none of the vLLM servers answers" in torch.load(tmp_path / f"no_server_on_ranks.{rank}.pt")
 
 

@@ -5,15 +5,16 @@ are the same, however much was asked before.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from threading import Thread
-from typing import Protocol, TypeAlias, runtime_checkable
+from threading import Event, Thread
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from gopo_lightning.rewards.pairwise import Groups
 from gopo_lightning.types import Prompt
 
 Group: TypeAlias = tuple[Prompt, Sequence[str]]
+_LOOK_SECONDS = 1.0
 _END_SECONDS = 10.0
 """How long what is given up may take to end: a function that blocks does not hear of it."""
 
@@ -30,8 +31,8 @@ class AsksEarly(Protocol):
     async def ask(self, prompts: Sequence[Prompt], groups: Groups) -> None:
         """Ask about these groups, and keep what is answered until the call for their batch.
 
-        It runs in a thread, beside the sampling, one call at a time. What it raises is dropped: the batch's call asks
-        for what is not there, and raises it.
+        It runs in a thread, beside the sampling, one call of a source at a time; all sources share the thread, so it
+        must not block. What it raises is dropped: the batch's call asks for what is not there, and raises it.
         """
         ...
 
@@ -57,13 +58,14 @@ class EarlyQuestions:
             self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
             self._loop, self._end = self._runner.get_loop(), asyncio.Event()
             self._queues: list[asyncio.Queue[Group]] = [asyncio.Queue() for _ in self.sources]
+            self._waiting = set[asyncio.Future[None]]()  # a loop keeps none of its tasks
             self._thread = Thread(target=self._run, name="early questions", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.sources:
-            self._loop.call_soon_threadsafe(self._end.set)
+            self._call(self._end.set)
             self._thread.join(_END_SECONDS)
 
     def add(self, p: int, group: Sequence[str]) -> None:
@@ -71,16 +73,29 @@ class EarlyQuestions:
         if self.sources and p not in self._added:
             self._added.add(p)
             for queue in self._queues:
-                self._loop.call_soon_threadsafe(queue.put_nowait, (self.prompts[p], group))
+                self._call(queue.put_nowait, (self.prompts[p], group))
 
     def wait_for(self, source: object) -> None:
         """Until ``source`` has been asked about all that was added."""
         for each, queue in zip(self.sources, self._queues, strict=True) if self.sources else ():
             if each is source:
-                asyncio.run_coroutine_threadsafe(queue.join(), self._loop).result()
+                done = Event()
+                self._call(lambda queue=queue, done=done: self._tell(queue, done))  # type: ignore[misc]
+                while not done.wait(_LOOK_SECONDS) and self._thread.is_alive():
+                    pass
+
+    def _call(self, function: Callable[..., object], *arguments: Any) -> None:
+        """In the thread; nothing where a source has ended it (`SystemExit`), which its batch's call will tell."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _tell(self, queue: "asyncio.Queue[Group]", done: Event) -> None:
+        task = asyncio.ensure_future(queue.join())
+        task.add_done_callback(lambda _: done.set())
+        self._waiting.add(task)
 
     def _run(self) -> None:
-        with self._runner:  # cancels at its end what is still going on
+        with suppress(SystemExit), self._runner:  # cancels at its end what is still going on
             self._runner.run(self._serve())
 
     async def _serve(self) -> None:
@@ -94,7 +109,14 @@ async def _ask(source: AsksEarly, queue: "asyncio.Queue[Group]") -> None:
         groups = [await queue.get()]
         while not queue.empty():
             groups.append(queue.get_nowait())
-        with suppress(Exception):
+        try:
             await source.ask([prompt for prompt, _ in groups], [group for _, group in groups])
-        for _ in groups:
-            queue.task_done()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # this one, and not what the source waited for
+                raise
+        except (Exception, SystemExit):  # noqa: BLE001 - the batch's call raises it, on the main thread
+            pass
+        finally:
+            for _ in groups:
+                queue.task_done()

@@ -181,6 +181,7 @@ class FunctionReward(RewardSource):
             )
         self.max_concurrent = max_concurrent or _MAX_CONCURRENT
         self._early: defaultdict[Hashable, list[Any]] = defaultdict(list)
+        self._error: Exception | None = None
 
     def setup(self, device: torch.device) -> None:
         """Nothing to load."""
@@ -196,6 +197,9 @@ class FunctionReward(RewardSource):
             endings = self._function.endings(completions)
             return self._function(prompts, completions=list(map(str, completions)), **endings)
         early, self._early = self._early, defaultdict(list)
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
         keys = [_key(*each) for each in zip(prompts, completions, strict=True)]
         known = {n: early[key].pop() for n, key in enumerate(keys) if early[key]}
         others = [n for n in range(len(keys)) if n not in known]
@@ -212,7 +216,11 @@ class FunctionReward(RewardSource):
         """See `early.AsksEarly`."""
         rows = [(prompt, text) for prompt, group in zip(prompts, groups, strict=True) for text in group]
         prompts_N, texts_N = map(list, zip(*rows, strict=True))
-        scores = await all_of(self._calls(prompts_N, texts_N), self.max_concurrent)
+        try:
+            scores = await all_of(self._calls(prompts_N, texts_N), self.max_concurrent)
+        except Exception as error:  # of the first that raises: the batch's call raises it, and asks nothing more
+            self._error = error
+            raise
         for prompt, text, score in zip(prompts_N, texts_N, scores, strict=True):
             self._early[_key(prompt, text)].append(score)
 

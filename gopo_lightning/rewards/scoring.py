@@ -61,12 +61,11 @@ def score_groups(
     texts_N = [text for group in groups for text in group]
     unasked = torch.full((P, G, G), torch.nan, dtype=torch.float64)
     columns, matrices = [], []
-    if early:
-        for p, group in enumerate(groups):
-            early.add(p, group)
     for source in sources:
         with _asking(source, timeout_seconds):
             if early:
+                for p, group in enumerate(groups):
+                    early.add(p, group)
                 early.wait_for(source)
             if isinstance(source, RewardSource):
                 columns.append(score([source], prompts_N, texts_N).view(P, G))

@@ -87,9 +87,7 @@ class Collector:
             completions = self.sample(actor, prompts, num_completions, step, early)
             with self.phases("reward", actor.device):
                 groups = completions.groups(num_completions)
-                scores = self.score(
-                    prompts.prompts, groups, actor.device, compare=compare, evaluates=evaluates, early=early
-                )
+                scores = self.score(prompts.prompts, groups, actor.device, compare=compare, early=early)
                 device = device_of_rewards(prompts.tokens_PL.device)
                 rewards_PGK = scores.rewards_PGK.to(device)
                 rewards_PG = self.combined(rewards_PGK)

@@ -221,9 +221,9 @@ class GOPOModule(TrainableState, OptimisedModule):
 
     def setup(self, stage: str) -> None:
         install_atomic_saving(self.trainer)
-        engine = self.collector.engine
-        if isinstance(engine, ChecksSampling):
-            engine.check_sampling(self.sampling, logprobs=stage == "fit" and self.loss.reads_sampler)
+        with all_or_none("the set-up of the rollout engine"):  # it may ask a server
+            if isinstance(engine := self.collector.engine, ChecksSampling):
+                engine.check_sampling(self.sampling, logprobs=stage == "fit" and self.loss.reads_sampler)
         for source in self.collector.sources:
             with all_or_none(f"the set-up of reward source '{source.name}'"):
                 set_up_source(source, self.placement, self.trainer)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from gopo_lightning.distributed.collectives import all_or_none
 from gopo_lightning.distributed.decoder_layers import base_of
 from gopo_lightning.distributed.gathering import compute_device
 from gopo_lightning.distributed.whole_weights import merged_weights
@@ -19,7 +20,7 @@ from gopo_lightning.rollout.engines.base import (
     check_dtype,
     sampling_dtype,
 )
-from gopo_lightning.rollout.engines.vllm_results import Sampled, sampling_parameters, to_completions
+from gopo_lightning.rollout.engines.vllm_results import Sampled, check_logprobs, sampling_parameters, to_completions
 from gopo_lightning.rollout.engines.vllm_start import (
     OWN,
     LogprobsMode,
@@ -109,21 +110,40 @@ class VLLMEngine(RolloutEngine):
                 another model, device or precision; or its log-probs are not those of ``model``.
         """
         device, dtype = compute_device(model), sampling_dtype(self.dtype, model)
-        check_supported(sampling, logprobs=False)
         with torch.autocast(device.type, enabled=False), undisturbed():
+            # What may fail on one rank alone ends before others enter a collective: gathering, and maybe a forward.
+            with all_or_none("preparing vLLM"):
+                self._check(model, device, dtype, prompts, sampling)
             if self._llm is None:
                 self._mode = logprobs_mode(sampling)
-                self._llm = self._start(model, tokenizer, device, dtype)
+                with all_or_none("starting vLLM"):
+                    self._llm = self._start(model, tokenizer, device, dtype)
+                    self._check(model, device, dtype, prompts, sampling)
                 self._sleep()
+            self._load(model, dtype)
+            adapter = vllm_adapter.requested(model, self._rollouts + 1) if self.adapter_only else nullcontext()
+            with adapter as request, all_or_none("sampling with vLLM"):
+                outputs = self._sample(prompts, num_completions, sampling, seeds_N, eos_token_ids, request)
+                completions = to_completions(outputs, tokenizer, prompts, sampling, eos_token_ids, self._mode, device)
+            self._sleep()
+        if self._rollouts % self.check_every_n_rollouts == 0:
+            check_logprobs(model, prompts, completions, outputs, sampling, self._mode)
+        self._rollouts += 1
+        return completions
+
+    def _check(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        prompts: PromptBatch,
+        sampling: SamplingConfig,
+    ) -> None:
+        """ValueError for what this vLLM does not do."""
+        check_supported(sampling, logprobs=False)
+        if self._llm is not None:
             self._check_same(model, device, dtype)
             self._check_lengths(prompts, sampling)
-            self._load(model, dtype)
-            with vllm_adapter.requested(model, self._rollouts + 1) if self.adapter_only else nullcontext() as adapter:
-                outputs = self._sample(prompts, num_completions, sampling, seeds_N, eos_token_ids, adapter)
-            self._sleep()
-        check = self._rollouts % self.check_every_n_rollouts == 0
-        self._rollouts += 1
-        return to_completions(outputs, model, tokenizer, prompts, sampling, eos_token_ids, self._mode, check=check)
 
     def _start(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype

@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gopo_lightning.distributed.decoder_layers import base_of
-from gopo_lightning.distributed.gathering import compute_device
 from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.rollout.engines.base import SamplingConfig, check_drawn, padding_token
 from gopo_lightning.rollout.engines.vllm_start import LogprobsMode, logprob_temperature
@@ -49,30 +48,28 @@ def sampling_parameters(sampling: SamplingConfig, seed: int, eos_token_ids: Sequ
 
 def to_completions(
     sampled: Sequence[Sampled],
-    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: PromptBatch,
     sampling: SamplingConfig,
     eos_token_ids: Sequence[int],
     mode: LogprobsMode,
-    *,
-    check: bool,
+    device: torch.device,
 ) -> Completions:
-    """N completions on the device of ``model``; ``check`` compares the log-probs of one with the model's own.
+    """N completions on ``device``.
 
     Raises:
-        ValueError: they are not the same.
         RuntimeError: a token was drawn from what is no distribution.
     """
-    logprobs_NT = pad_sequence([torch.tensor(each.logprobs) for each in sampled], batch_first=True)
+    logprobs_NT = _padded_logprobs(sampled)
     check_drawn(logprobs_NT, prompts)
-    reported_at = logprob_temperature(mode, sampling)
-    own = reported_at == (sampling.temperature or 1.0)
+    own = logprob_temperature(mode, sampling) == (sampling.temperature or 1.0)
     completions = _padded(sampled, tokenizer, padding_token(tokenizer, eos_token_ids))
-    completions = replace(completions, sampler_logprobs_NT=logprobs_NT if own else None).to(compute_device(model))
-    if check and reported_at is not None:
-        _check_logprobs(model, prompts, completions, logprobs_NT, reported_at)
-    return completions
+    return replace(completions, sampler_logprobs_NT=logprobs_NT if own else None).to(device)
+
+
+def _padded_logprobs(sampled: Sequence[Sampled]) -> torch.Tensor:
+    """float32 [N, T], 0 beyond a completion's end."""
+    return pad_sequence([torch.tensor(each.logprobs) for each in sampled], batch_first=True)
 
 
 def _padded(sampled: Sequence[Sampled], tokenizer: PreTrainedTokenizerBase, pad: int) -> Completions:
@@ -87,14 +84,24 @@ def _padded(sampled: Sequence[Sampled], tokenizer: PreTrainedTokenizerBase, pad:
     )
 
 
-def _check_logprobs(
-    model: nn.Module, prompts: PromptBatch, completions: Completions, theirs_NT: torch.Tensor, temperature: float
+def check_logprobs(
+    model: nn.Module,
+    prompts: PromptBatch,
+    completions: Completions,
+    sampled: Sequence[Sampled],
+    sampling: SamplingConfig,
+    mode: LogprobsMode,
 ) -> None:
-    """ValueError unless both give the longest completion the same log-probs: weights may be lost on the way."""
+    """ValueError unless both give the longest completion the same log-probs: weights may be lost on the way.
+
+    Nothing is compared where vLLM does not report the policy's. A collective where a forward of ``model`` is one.
+    """
+    if (temperature := logprob_temperature(mode, sampling)) is None:
+        return
     n = completions.lengths_N.argmax()
     few, prompt = completions.select(n[None]), prompts.select(n[None] * len(prompts) // len(completions))
     ours_T = completion_logprobs(model, prompt, few, temperature=temperature).logprobs_NT[0].cpu()
-    difference = float((ours_T - theirs_NT[int(n), : len(ours_T)]).abs().mean())
+    difference = float((ours_T - torch.tensor(sampled[int(n)].logprobs)).abs().mean())
     if not difference <= _TOLERANCE:
         raise ValueError(
             f"vLLM's log-probs differ from those of {type(base_of(model)).__name__} by {difference:.2f} nats a token "

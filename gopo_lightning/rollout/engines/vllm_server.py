@@ -1,6 +1,7 @@
 """The rollout engine for `vllm serve` elsewhere: prompts are spread over the servers, weights are pushed to them."""
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from gopo_lightning.distributed.collectives import rank, world_size
+from gopo_lightning.distributed.collectives import all_or_none, rank, world_size
 from gopo_lightning.distributed.gathering import compute_device
 from gopo_lightning.rewards.waiting import wait_for
 from gopo_lightning.rollout.engines.base import (
@@ -18,9 +19,10 @@ from gopo_lightning.rollout.engines.base import (
     check_dtype,
     sampling_dtype,
 )
-from gopo_lightning.rollout.engines.vllm_results import Sampled, sampling_parameters, to_completions
-from gopo_lightning.rollout.engines.vllm_start import LogprobsMode, check_installed, check_supported
-from gopo_lightning.rollout.engines.vllm_sync import HOW_TO_START, Server, WeightSync, answering
+from gopo_lightning.rollout.engines.vllm_client import Server
+from gopo_lightning.rollout.engines.vllm_results import Sampled, check_logprobs, sampling_parameters, to_completions
+from gopo_lightning.rollout.engines.vllm_start import check_installed, check_supported
+from gopo_lightning.rollout.engines.vllm_sync import WeightSync
 from gopo_lightning.types import Completion, Completions, Prompt, PromptBatch
 
 _NCCL = "vllm.distributed.weight_transfer.nccl_engine.NCCLTrainerInitInfo"
@@ -86,7 +88,6 @@ class VLLMServerEngine(RolloutEngine):
         self.transfer, self.sync = transfer, WeightSync(self.servers, transfer, master_address)
         self.on_group: Callable[[int, Sequence[Completion]], None] | None = None
         self._metrics: dict[str, float] = {}
-        self._info: tuple[LogprobsMode, int] | None = None
 
     def check_sampling(self, sampling: SamplingConfig, *, logprobs: bool) -> None:
         """See :class:`ChecksSampling`; asks the servers how they report log-probs.
@@ -94,7 +95,7 @@ class VLLMServerEngine(RolloutEngine):
         Raises:
             ValueError: none of them answers, or they were started in another way than is needed.
         """
-        check_supported(sampling, logprobs=logprobs, mode=self._started_with()[0])
+        check_supported(sampling, logprobs=logprobs, mode=self.sync.settings().logprobs_mode)
 
     @torch.no_grad()
     def generate(
@@ -114,19 +115,28 @@ class VLLMServerEngine(RolloutEngine):
             ValueError: no server answers, or one refuses a request; or log-probs are not those of ``model``.
             RuntimeError: all servers have failed in the middle of this rollout.
         """
-        with torch.autocast(compute_device(model).type, enabled=False):
-            servers, version = self.sync.push(model, sampling_dtype(self.dtype, model))
-        self._metrics = {"servers": float(len(servers)), "weights_version": float(version.rsplit("-", 1)[1])}
-        mode, limit = self._started_with()
-        check_supported(sampling, logprobs=False, mode=mode)
-        longest = max(len(prompt.token_ids) for prompt in prompts.prompts)
-        if longest + sampling.max_new_tokens > limit:  # a server would cut the completion off there
-            raise ValueError(
-                f"a prompt of {longest} tokens with max_new_tokens={sampling.max_new_tokens} may become longer than "
-                f"the {limit} tokens of the vLLM servers; raise their --max-model-len, or cut prompts or completions"
-            )
-        rollout = _Rollout(servers, version, self.timeout_seconds, self.max_concurrency)
-        parameters = [sampling_parameters(sampling, seed, eos_token_ids) for seed in seeds_N]
+        device, dtype = compute_device(model), sampling_dtype(self.dtype, model)
+        with torch.autocast(device.type, enabled=False):
+            pushed = self.sync.push(model, dtype)
+        self._metrics = {
+            "servers": float(len(pushed.servers)),
+            "weights_version": float(pushed.version.rsplit("-", 1)[1]),
+        }
+        mode = pushed.settings.logprobs_mode
+        with all_or_none("sampling on the vLLM servers"):  # before the others enter a collective
+            check_supported(sampling, logprobs=False, mode=mode)
+            _check_lengths(prompts, sampling, pushed.settings.max_model_len)
+            rollout = _Rollout(pushed.servers, pushed.version, self.timeout_seconds, self.max_concurrency)
+            parameters = [sampling_parameters(sampling, seed, eos_token_ids) for seed in seeds_N]
+            sampled = wait_for(lambda: rollout.sample(prompts.prompts, parameters, self._ended(tokenizer)))
+            completions = to_completions(sampled, tokenizer, prompts, sampling, eos_token_ids, mode, device)
+        if self._rollouts % self.check_every_n_rollouts == 0:
+            check_logprobs(model, prompts, completions, sampled, sampling, mode)
+        self._rollouts += 1
+        return completions
+
+    def _ended(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[int, Sequence[Sampled]], None]:
+        """Tells of a prompt's completions."""
 
         def ended(p: int, group: Sequence[Sampled]) -> None:
             if self.on_group is not None:
@@ -136,33 +146,25 @@ class VLLMServerEngine(RolloutEngine):
                     p, [Completion(t, truncated=each.cut_off, num_tokens=len(each.token_ids)) for t, each in told]
                 )
 
-        sampled = wait_for(lambda: rollout.sample(prompts.prompts, parameters, ended))
-        check = self._rollouts % self.check_every_n_rollouts == 0
-        self._rollouts += 1
-        return to_completions(sampled, model, tokenizer, prompts, sampling, eos_token_ids, mode, check=check)
+        return ended
 
     def metrics(self) -> dict[str, float]:
         """Servers that had the weights of the last rollout, and how often weights have been sent in this process."""
         return self._metrics
 
-    def _started_with(self) -> tuple[LogprobsMode, int]:
-        """How the servers report log-probs, and the most tokens of a prompt with its completion."""
-        if self._info is None:
-            found, silent = answering(self.servers, "server_info?config_format=json")
-            if not found:
-                raise ValueError(
-                    f"none of the vLLM servers answers /server_info: {silent}. Start one with {HOW_TO_START}, or "
-                    "correct urls."
-                )
-            configs = [info["vllm_config"]["model_config"] for info in found.values()]
-            modes = {config["logprobs_mode"] for config in configs}
-            if len(modes) > 1 or not modes <= {"raw_logprobs", "processed_logprobs"}:
-                raise ValueError(
-                    f"the vLLM servers report {sorted(modes)}; start all with the same --logprobs-mode, raw_logprobs "
-                    "or processed_logprobs"
-                )
-            self._info = modes.pop(), min(config["max_model_len"] for config in configs)
-        return self._info
+
+def _check_lengths(prompts: PromptBatch, sampling: SamplingConfig, limit: int) -> None:
+    longest = max(len(prompt.token_ids) for prompt in prompts.prompts)
+    if longest + sampling.max_new_tokens > limit:  # a server would cut the completion off there
+        raise ValueError(
+            f"a prompt of {longest} tokens with max_new_tokens={sampling.max_new_tokens} may become longer than "
+            f"the {limit} tokens of the vLLM servers; raise their --max-model-len, or cut prompts or completions"
+        )
+
+
+_NO_NUMBER = -9999.0
+"""What vLLM's routes say for NaN and -inf, which JSON does not have."""
+_WATCH_SECONDS = 5.0
 
 
 class _FailedError(Exception):
@@ -176,6 +178,7 @@ class _Rollout:
         self.servers, self.version, self.timeout_seconds = servers, version, timeout_seconds
         self.places = asyncio.Semaphore(max_concurrency)
         self.failed: dict[str, str] = {}
+        self.asking: dict[str, set[asyncio.Task[Sampled]]] = {server.url: set() for server in servers}
 
     async def sample(
         self,
@@ -198,7 +201,11 @@ class _Rollout:
                 ended(p, sampled)
                 return sampled
 
-            groups = await _all([group(p) for p in range(len(prompts))])
+            watching = asyncio.create_task(self._watch(session))
+            try:
+                groups = await _all([group(p) for p in range(len(prompts))])
+            finally:
+                watching.cancel()
         return [each for sampled in groups for each in sampled]
 
     async def _one(
@@ -211,14 +218,46 @@ class _Rollout:
             for server in servers:
                 if server.url in self.failed:
                     continue
+                task = asyncio.create_task(self._ask(session, server, prompt, parameters))
+                self.asking[server.url].add(task)
                 try:
-                    return await self._ask(session, server, prompt, parameters)
+                    return await task
                 except (aiohttp.ClientError, TimeoutError, _FailedError) as error:
-                    self.failed[server.url] = f"{type(error).__name__}: {error}"
+                    self._fail(server, error)
+                except asyncio.CancelledError:
+                    this = asyncio.current_task()
+                    if server.url not in self.failed or (this is not None and this.cancelling()):
+                        raise  # the whole rollout is given up
+                finally:
+                    self.asking[server.url].discard(task)
+                    task.cancel()
         raise RuntimeError(
             f"no vLLM server is left for the prompt in row {prompt.index}: {self.failed}. Start them again, and go on "
             "from the last checkpoint."
         )
+
+    def _fail(self, server: Server, why: Exception) -> None:
+        """Nothing more is asked of ``server``, and what is open goes to others."""
+        self.failed.setdefault(server.url, f"{type(why).__name__}: {why}")
+        for task in self.asking[server.url]:
+            task.cancel()
+
+    async def _watch(self, session: Any) -> None:
+        """Look whether the servers are there: one that stops may keep its connections for minutes."""
+        import aiohttp
+
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            for server in self.servers:
+                if server.url not in self.failed:
+                    try:
+                        async with session.get(f"{server.url}/health", headers=server.headers) as reply:
+                            if reply.status != 200:
+                                raise _FailedError(f"{server.url}/health answers {reply.status}")
+                    except (aiohttp.ClientError, _FailedError) as error:
+                        self._fail(server, error)
+                    except TimeoutError:
+                        pass  # busy: its requests have a limit of their own
 
     async def _ask(self, session: Any, server: Server, prompt: Prompt, parameters: dict[str, Any]) -> Sampled:
         body = {"token_ids": list(prompt.token_ids), "sampling_params": {**parameters, "repetition_penalty": 1.0}}
@@ -230,10 +269,13 @@ class _Rollout:
                     raise ValueError(f"the prompt in row {prompt.index}: {said}")
                 raise _FailedError(said)
             choice = (await reply.json())["choices"][0]
+        if choice["finish_reason"] not in ("stop", "length"):  # "abort" comes with what there was until then
+            raise _FailedError(f"{server.url} ended a completion by {choice['finish_reason']}")
         versions = {span["version"] for span in choice["weight_versions"] or ()}
         if versions != {self.version}:
             raise _FailedError(f"{server.url} samples with the weights {sorted(versions)}, not {self.version}")
-        logprobs = [step["logprob"] for step in choice["logprobs"]["content"]]
+        found = [step["logprob"] for step in choice["logprobs"]["content"]]
+        logprobs = [math.nan if logprob <= _NO_NUMBER else logprob for logprob in found]
         return Sampled(choice["token_ids"], logprobs, choice["finish_reason"] == "length")
 
 

@@ -4,18 +4,13 @@ vLLM's own transfer carries the weights (`vllm.distributed.weight_transfer`): on
 of all servers. Its routes are those of a server's development mode.
 """
 
-import json
-import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -24,64 +19,7 @@ from torch import Tensor, nn
 from gopo_lightning.distributed.collectives import all_or_none, gather_objects, rank
 from gopo_lightning.distributed.whole_weights import merged_weights
 from gopo_lightning.objectives.named import load_callable
-
-_HEALTH_SECONDS = 10.0
-HOW_TO_START = (
-    'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --weight-transfer-config \'{"backend": "nccl"}\''
-)
-"""A server that can be pushed to."""
-
-
-class _NoRedirect(HTTPRedirectHandler):
-    def redirect_request(self, *arguments: Any) -> None:
-        """Weights go to no address that nobody has named."""
-
-
-_OPENER = build_opener(ProxyHandler({}), _NoRedirect)
-
-
-@dataclass(frozen=True)
-class Server:
-    """One `vllm serve`, of any number of workers."""
-
-    url: str
-    api_key_env: str | None = None
-    timeout_seconds: float = 600.0
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Of every request."""
-        return {} if self.api_key_env is None else {"Authorization": f"Bearer {os.environ.get(self.api_key_env, '')}"}
-
-    def get(self, path: str) -> Any:
-        """The JSON at ``path``; OSError or ValueError where there is none."""
-        return json.loads(self._answer(Request(f"{self.url}/{path}", headers=self.headers), _HEALTH_SECONDS))
-
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> None:
-        """Send ``body`` to ``path``; OSError, with the server's words, where it is not taken."""
-        data = b"" if body is None else json.dumps(body).encode()
-        headers = {**self.headers, "Content-Type": "application/json"}
-        self._answer(Request(f"{self.url}/{path}", data, headers), self.timeout_seconds)
-
-    def _answer(self, request: Request, timeout: float) -> bytes:
-        try:
-            with _OPENER.open(request, timeout=timeout) as reply:
-                return bytes(reply.read())
-        except HTTPError as error:
-            said = error.read()[:500].decode(errors="replace")
-            raise OSError(f"{request.full_url} answers {error.code}: {said}") from None
-
-
-def answering(servers: Sequence[Server], path: str) -> tuple[dict[Server, Any], dict[str, str]]:
-    """What the servers answer to ``path``; and of the others, by address, why they do not."""
-    answers: dict[Server, Any] = {}
-    silent = {}
-    for server in servers:
-        try:
-            answers[server] = server.get(path)
-        except (OSError, ValueError) as error:
-            silent[server.url] = str(error)
-    return answers, silent
+from gopo_lightning.rollout.engines.vllm_client import HOW_TO_START, Server, Settings, alike, answering
 
 
 class _Weight(NamedTuple):
@@ -105,6 +43,7 @@ class PolicyWeights:
         self.model, self.dtype = model, dtype
         if self._meta is None:
             self._meta = [_Weight(name, dtype, tuple(value.shape)) for name, value in merged_weights(model)]
+        self._meta = [weight._replace(dtype=dtype) for weight in self._meta]
         self._running = self._all()
 
     def metadata(self) -> list[_Weight]:
@@ -122,7 +61,11 @@ class PolicyWeights:
 
     def _all(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in merged_weights(self.model):
-            yield name, value.to(self.dtype)
+            # A copy, for vLLM packs many before it sends them, and on streams of its own, which wait for nobody.
+            weight = value.to(self.dtype, copy=True)
+            if weight.is_cuda:
+                torch.cuda.current_stream().synchronize()
+            yield name, weight
 
 
 class _Control:
@@ -156,13 +99,28 @@ class _Control:
         self._all(lambda server: server.post("resume"))
 
     def shutdown_weight_transfer_engine(self) -> None:
-        """Leave the group, where there is one."""
-        with suppress(OSError):
-            self._all(lambda server: server.post("shutdown_weight_transfer_engine"))
+        """Leave the group, where there is one, also one whose trainer is gone in the middle of an update."""
+
+        def leave(server: Server) -> None:
+            with suppress(OSError):
+                server.post("finish_weight_update", {"weight_version": "incomplete"})
+            with suppress(OSError):
+                server.post("shutdown_weight_transfer_engine")
+
+        self._all(leave)
 
     def _all(self, call: Callable[[Server], None]) -> None:
         with ThreadPoolExecutor(len(self.sizes)) as pool:
             list(pool.map(call, self.sizes))
+
+
+class Pushed(NamedTuple):
+    """What a push has led to."""
+
+    servers: list[Server]
+    """Those that have the weights."""
+    version: str
+    settings: Settings
 
 
 class WeightSync:
@@ -182,13 +140,27 @@ class WeightSync:
         self.weights = PolicyWeights()
         self._run, self._pushed, self._silent = uuid.uuid4().hex[:8], 0, dict[str, str]()
         self._sender: Any = None
-        self._control = _Control({})
+        self._control, self._settings = _Control({}), Settings("raw_logprobs", 0, None)
 
-    def push(self, model: nn.Module, dtype: torch.dtype) -> tuple[list[Server], str]:
-        """Give the servers the weights of ``model``; returns those that have them, and their version. A collective.
+    def settings(self) -> Settings:
+        """How the servers that are there were started.
 
         Raises:
-            ValueError: no server answers.
+            ValueError: none is there, or they were started in different ways.
+        """
+        found, silent = answering(self.servers, Server.settings)
+        if not found:
+            raise ValueError(
+                f"none of the vLLM servers answers /server_info: {silent}. Start one with {HOW_TO_START}, or correct "
+                "urls."
+            )
+        return alike(found, load_callable(self.init_info).backend)  # type: ignore[attr-defined]
+
+    def push(self, model: nn.Module, dtype: torch.dtype) -> Pushed:
+        """Give the servers the weights of ``model``. A collective.
+
+        Raises:
+            ValueError: no server answers, or they were started in different ways.
             PeerError: rank 0 could not send them.
         """
         self.weights.set(model, dtype)
@@ -201,12 +173,12 @@ class WeightSync:
                     self._send()
             finally:
                 self.weights.finish()
-        served: tuple[list[Server], str] = gather_objects((list(self._control.sizes), self._control.version))[0]
-        return served
+        pushed: Pushed = gather_objects(Pushed(list(self._control.sizes), self._control.version, self._settings))[0]
+        return pushed
 
     def _join(self) -> None:
         """One group with the workers of all servers that are there, the old one if nothing has changed."""
-        found, silent = answering(self.servers, "weight_info")
+        found, silent = answering(self.servers, lambda server: server.get("weight_info"))
         if silent.keys() != self._silent.keys() and found:
             lost = "; ".join(f"{url}: {why}" for url, why in silent.items())
             rank_zero_warn(
@@ -226,6 +198,7 @@ class WeightSync:
             return
         if self._sender is not None:
             self._sender.shutdown()
+        self._settings = self.settings()
         sizes = {server: int(server.get("get_world_size")["world_size"]) for server in found}
         self._control = _Control(sizes)
         self._control.shutdown_weight_transfer_engine()
@@ -234,7 +207,8 @@ class WeightSync:
     def _connected(self, sizes: Mapping[Server, int]) -> Any:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-        address = self.master_address or _own_address(next(iter(sizes)).url)
+        urls = sorted((server.url for server in sizes), key=_is_here)  # the way to another machine leads to all
+        address = self.master_address or _own_address(urls[0])
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
@@ -244,6 +218,8 @@ class WeightSync:
         return WeightTransferTrainerFactory.trainer_init(info, client=self._control, source=self.weights)
 
     def _send(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the last update of the weights
         self._pushed += 1
         self._control.version = f"{self._run}-{self._pushed}"
         try:
@@ -251,6 +227,11 @@ class WeightSync:
         except BaseException:
             self._sender = None  # who has what is not known: begin anew
             raise
+
+
+def _is_here(url: str) -> bool:
+    """Whether it is this machine's own."""
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 def _own_address(url: str) -> str:

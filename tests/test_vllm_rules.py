@@ -20,6 +20,7 @@ from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.rollout import SamplingConfig, VLLMEngine
 from gopo_lightning.rollout.engines import vllm as vllm_engine
 from gopo_lightning.rollout.engines.streams import stream_seeds
+from gopo_lightning.rollout.engines.vllm_results import Sampled, to_completions
 from gopo_lightning.rollout.engines.vllm_start import check_supported
 from gopo_lightning.types import Completions
 from tests.architectures import build, prompt_batch
@@ -48,7 +49,7 @@ class StandIn:
     def reset_prefix_cache(self) -> None:
         """Nothing is cached."""
 
-    def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
+    def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool, lora_request: None) -> list[Any]:
         return [self._one(p["prompt_token_ids"], q) for p, q in zip(prompts, params, strict=True)]
 
     def _one(self, prompt: list[int], params: Any) -> Any:
@@ -259,18 +260,22 @@ def test_a_start_says_that_it_compiles_and_leaves_the_signals_heard(
 
 
 def test_a_draw_from_no_distribution_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_engine, "_logprobs", lambda output: torch.full((len(output.token_ids),), torch.nan))
+    def drawn_from_nothing(output: Any) -> Sampled:
+        return Sampled(output.token_ids, [torch.nan] * len(output.token_ids), True)
+
+    monkeypatch.setattr(vllm_engine, "_sampled", drawn_from_nothing)
     with pytest.raises(RuntimeError, match="token 1 of a completion of the prompt in row 0 cannot be drawn"):
         generate(VLLMEngine(), build("llama"))
 
 
 def test_completions_of_unequal_length_are_padded_and_masked() -> None:
     """The end of each counts, and nothing behind it."""
-    outputs = [
-        SimpleNamespace(token_ids=ids, finish_reason=reason)
-        for ids, reason in (([65, 66, 2], "length"), ([67], "stop"))
-    ]
-    completions = vllm_engine._completions(outputs, byte_tokenizer(), pad=0)
-    assert completions.tokens_NT.tolist() == [[65, 66, 2], [67, 0, 0]]
+    sampled = [Sampled([65, 66, 2], [-1.0, -2.0, -3.0], True), Sampled([67], [-4.0], False)]
+    completions = to_completions(
+        sampled, byte_tokenizer(), prompt_batch((5,)), SamplingConfig(), [257], "raw_logprobs", torch.device("cpu")
+    )
+    assert completions.sampler_logprobs_NT is not None
+    assert completions.sampler_logprobs_NT.tolist() == [[-1, -2, -3], [-4, 0, 0]]
+    assert completions.tokens_NT.tolist() == [[65, 66, 2], [67, 258, 258]]
     assert completions.mask_NT.tolist() == [[True, True, True], [True, False, False]]
     assert completions.truncated_N.tolist() == [True, False]

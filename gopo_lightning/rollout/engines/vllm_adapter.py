@@ -47,7 +47,7 @@ def options_for(model: nn.Module) -> dict[str, Any]:
             "adapter_only=True of VLLMEngine: the adapter also has modules_to_save, bias or trainable_token_indices, "
             "which vLLM's adapters have not. Leave adapter_only or these out."
         )
-    largest = max(config.r, *(config.rank_pattern or {}).values())  # vLLM looks at both
+    largest = max([config.r, *(config.rank_pattern or {}).values()])  # vLLM looks at both
     room = next((rank for rank in _RANKS if rank >= largest), None)
     if room is None:
         raise ValueError(f"adapter_only=True of VLLMEngine: rank {largest} is above vLLM's {_RANKS[-1]}. Leave it out.")

@@ -43,7 +43,7 @@ class PolicyWeights:
         self.model, self.dtype = model, dtype
         if self._meta is None:
             self._meta = [_Weight(name, dtype, tuple(value.shape)) for name, value in merged_weights(model)]
-        self._meta = [weight._replace(dtype=dtype) for weight in self._meta]
+        self._meta = [_Weight(name, dtype, shape) for name, _, shape in self._meta]
         self._running = self._all()
 
     def metadata(self) -> list[_Weight]:

@@ -80,7 +80,7 @@ class EarlyQuestions:
         for each, queue in zip(self.sources, self._queues, strict=True) if self.sources else ():
             if each is source:
                 done = Event()
-                self._call(lambda queue=queue, done=done: self._tell(queue, done))  # type: ignore[misc]
+                self._call(lambda queue=queue, done=done: self._tell(queue, done))
                 while not done.wait(_LOOK_SECONDS) and self._thread.is_alive():
                     pass
 

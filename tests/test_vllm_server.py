@@ -217,23 +217,24 @@ def test_half_completions_are_refused(
 ) -> None:
     """A server that stops, or is told to abort, gives what there is with status 200."""
     model, prompts = load_policy(PolicyConfig(str(policy))), prompt_batch((20, 33, 5, 8))
-    expected = generate(engine_of(servers), model, prompts, max_new_tokens=60, eos=())
+    expected = generate(engine_of(servers), model, prompts, max_new_tokens=90, eos=())
     sample = _Rollout.sample
 
     async def aborted(rollout: _Rollout, *arguments: Any) -> Any:
         sampling = asyncio.ensure_future(sample(rollout, *arguments))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.02)
         assert not sampling.done()
-        for server in servers[:number]:
-            await asyncio.to_thread(Server(server.url).post, "abort_requests", {})
+        while not sampling.done():  # also what goes from one to the other
+            for server in servers[:number]:
+                await asyncio.to_thread(Server(server.url).post, "abort_requests", {})
         return await sampling
 
     monkeypatch.setattr(_Rollout, "sample", aborted)
     if number == 1:
-        assert generate(engine_of(servers), model, prompts, max_new_tokens=60, eos=()).texts == expected.texts
+        assert generate(engine_of(servers), model, prompts, max_new_tokens=90, eos=()).texts == expected.texts
     else:
         with pytest.raises(RuntimeError, match="no vLLM server is left .* ended a completion by abort"):
-            generate(engine_of(servers), model, prompts, max_new_tokens=60, eos=())
+            generate(engine_of(servers), model, prompts, max_new_tokens=90, eos=())
 
 
 def test_a_trainer_that_was_gone_in_the_middle_of_a_push(policy: Path, servers: list[Serving]) -> None:

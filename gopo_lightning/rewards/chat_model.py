@@ -138,11 +138,12 @@ class Asker:
         """
         if self._cache is None:
             raise RuntimeError(f"{self.source} is not connected; call setup(device) first")
-        asked = {self.key(text, *more): (text, fence) for text, fence in questions}
-        early = {key: self._early.pop(key) for key in asked if key in self._early}
-        new = {key: question for key, question in asked.items() if key not in early and key not in self._cache}
-        outcomes = early | (self.server.run(lambda client: self._ask_all(client, new, form)) if new else {})
-        answers = [self._cache.get(self.key(text, *more)) for text, _ in questions]
+        keys = [self.key(text, *more) for text, _ in questions]
+        new = self._new(dict(zip(keys, questions, strict=True)))
+        outcomes = {key: self._early.pop(key) for key in dict.fromkeys(keys) if key in self._early}
+        if new:
+            outcomes |= self.server.run(lambda client: self._ask_all(client, new, form))
+        answers = [self._cache.get(key) for key in keys]
         self.counts["cached"] += len(questions) - len(outcomes)
         self.counts["abstained"] += sum(answer is None for answer in answers)
         errors = [outcome for outcome in outcomes.values() if isinstance(outcome, RequestFailedError)]
@@ -158,12 +159,14 @@ class Asker:
 
     async def ask(self, questions: Sequence[tuple[str, str]], form: AnswerForm, *more: str) -> None:
         """Put questions of the next call of ``answers`` already now, one call of this at a time."""
-        assert self._cache is not None
-        asked = {self.key(text, *more): (text, fence) for text, fence in questions}
-        known = {key for key in asked if key in self._early or key in self._cache}
-        new = {key: question for key, question in asked.items() if key not in known}
+        new = self._new({self.key(text, *more): (text, fence) for text, fence in questions})
         if new:
             self._early |= await self.server.with_client(lambda client: self._ask_all(client, new, form))
+
+    def _new(self, questions: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+        """Those that have not been asked yet."""
+        assert self._cache is not None
+        return {k: question for k, question in questions.items() if k not in self._early and k not in self._cache}
 
     def key(self, text: str, *more: str) -> str:
         """Of a question in the cache: a hash of all that its answer depends on."""

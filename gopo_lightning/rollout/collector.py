@@ -51,8 +51,8 @@ class Collector:
         phases: is told what is done, and how long it takes.
         timeout_seconds: longest time of one source for one batch.
 
-    What fails on one rank fails on all: each stage that can fail is ``all_or_none``, one after the other and never one
-    inside another, so that every rank takes part in equally many collectives.
+    What fails on one rank fails on all: each stage that can fail is ``all_or_none``, one after the other, so that every
+    rank takes part in equally many collectives. An engine may have such stages of its own: they too end on all ranks.
     """
 
     def __init__(

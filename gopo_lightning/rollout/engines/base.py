@@ -102,12 +102,16 @@ class HasSampler(Protocol):
         ...
 
 
+OnGroup: TypeAlias = Callable[[int, Sequence[Completion]], None]
+"""Is called with the number of a prompt and its completions, which have all ended."""
+
+
 @runtime_checkable
 class TellsOfGroups(Protocol):
     """An engine that can say, while it samples others, that all completions of a prompt have ended."""
 
-    on_group: Callable[[int, Sequence[Completion]], None] | None
-    """Called with the number of the prompt and its completions, in the thread that samples; None for nobody."""
+    on_group: OnGroup | None
+    """Called in the thread that samples; None for nobody."""
 
 
 @runtime_checkable
@@ -153,6 +157,15 @@ class WithSampler(RolloutEngine):
         """What ``state_dict`` gave."""
         if isinstance(self.sampler, HasState):
             self.sampler.load_state_dict(state)
+
+
+def ended(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]], truncated: Sequence[bool]
+) -> list[Completion]:
+    """Completions of these tokens, as `Completions.groups` has them when the rollout has ended."""
+    texts = tokenizer.batch_decode([list(row) for row in tokens], skip_special_tokens=True)
+    lengths = map(len, tokens)
+    return [Completion(t, truncated=cut, num_tokens=n) for t, cut, n in zip(texts, truncated, lengths, strict=True)]
 
 
 def sampling_dtype(option: SamplingDtype, model: nn.Module) -> torch.dtype:

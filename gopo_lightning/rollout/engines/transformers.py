@@ -4,7 +4,7 @@ A prompt is prefilled once, whatever the number of its completions. The loop kno
 *decoder* knows the model: where keys and values live, and how a step is run.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,11 +17,13 @@ from gopo_lightning.distributed.gathering import any_rank, compute_device, forwa
 from gopo_lightning.policy.model import evaluating
 from gopo_lightning.policy.positions import check_length
 from gopo_lightning.rollout.engines.base import (
+    OnGroup,
     RolloutEngine,
     SamplingConfig,
     SamplingDtype,
     check_drawn,
     check_dtype,
+    ended,
     padding_token,
     sampling_dtype,
 )
@@ -30,7 +32,7 @@ from gopo_lightning.rollout.engines.decoders import Decoder
 from gopo_lightning.rollout.engines.drawing import draw_tokens
 from gopo_lightning.rollout.engines.precision import sampling_precision
 from gopo_lightning.rollout.engines.streams import uniforms
-from gopo_lightning.types import Completion, Completions, PromptBatch
+from gopo_lightning.types import Completions, PromptBatch
 
 _COMPACT_BELOW = 0.875
 """Rows are dropped when this share of them or less remains."""
@@ -62,7 +64,7 @@ class TransformersEngine(RolloutEngine):
             raise ValueError(f"max_rows is {max_rows}, but it must be >= 1; leave it out for no limit.")
         self.prefix_sharing, self.dtype, self.max_rows = prefix_sharing, dtype, max_rows
         self._choose = DecoderChoice(prefix_sharing)
-        self.on_group: Callable[[int, Sequence[Completion]], None] | None = None
+        self.on_group: OnGroup | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """How the policy is sampled, as a trial has found: a resumed run goes on in the same way."""
@@ -141,7 +143,7 @@ class CompletionWriter:
         eos_token_ids: Sequence[int],
         num_prompts: int,
         device: torch.device,
-        on_group: Callable[[int, Sequence[Completion]], None] | None = None,
+        on_group: OnGroup | None = None,
     ) -> None:
         N, T = len(seeds_N), sampling.max_new_tokens
         self.tokenizer, self.sampling = tokenizer, sampling
@@ -201,15 +203,13 @@ class CompletionWriter:
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return Completions(tokens_NT, mask_NT, ~self.finished_N, tuple(texts), self.logprobs_NT[:, :width].contiguous())
 
-    def _tell(self, on_group: Callable[[int, Sequence[Completion]], None]) -> None:
+    def _tell(self, on_group: OnGroup) -> None:
         """Of the groups that have ended since the last time."""
         ended_P = (self.finished_N | self.mask_NT[:, -1])[self.all_rows_PG].all(-1).cpu()
         for p in (ended_P & ~self.told_P).nonzero()[:, 0].tolist():
             rows = self.all_rows_PG[p]
             tokens = [row[kept].tolist() for row, kept in zip(self.tokens_NT[rows], self.mask_NT[rows], strict=True)]
-            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            endings = zip(texts, (~self.finished_N[rows]).tolist(), map(len, tokens), strict=True)
-            on_group(p, [Completion(text, truncated=cut, num_tokens=length) for text, cut, length in endings])
+            on_group(p, ended(self.tokenizer, tokens, (~self.finished_N[rows]).tolist()))
         self.told_P |= ended_P
 
     def _match_stop_strings(self) -> None:

@@ -25,6 +25,7 @@ from gopo_lightning.rollout.engines.vllm_start import (
     OWN,
     LogprobsMode,
     check_installed,
+    check_lengths,
     check_options,
     check_supported,
     logprobs_mode,
@@ -143,7 +144,8 @@ class VLLMEngine(RolloutEngine):
         check_supported(sampling, logprobs=False)
         if self._llm is not None:
             self._check_same(model, device, dtype)
-            self._check_lengths(prompts, sampling)
+            limit = self._llm.model_config.max_model_len
+            check_lengths(prompts, sampling, limit, "VLLMEngine", "its max_model_len")
 
     def _start(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
@@ -169,14 +171,6 @@ class VLLMEngine(RolloutEngine):
                     "which cannot change. Use an engine for each, in processes of their own; set the engine's dtype if "
                     "only the Trainer's precision differs."
                 )
-
-    def _check_lengths(self, prompts: PromptBatch, sampling: SamplingConfig) -> None:
-        longest, limit = max(len(p.token_ids) for p in prompts.prompts), self._llm.model_config.max_model_len
-        if longest + sampling.max_new_tokens > limit:
-            raise ValueError(
-                f"a prompt of {longest} tokens with max_new_tokens={sampling.max_new_tokens} may become longer than "
-                f"the {limit} tokens of VLLMEngine; raise its max_model_len, or cut prompts or completions"
-            )
 
     def _load(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Today's weights; what was computed with others is forgotten."""

@@ -60,16 +60,11 @@ def to_completions(
     Raises:
         RuntimeError: a token was drawn from what is no distribution.
     """
-    logprobs_NT = _padded_logprobs(sampled)
+    logprobs_NT = pad_sequence([torch.tensor(each.logprobs) for each in sampled], batch_first=True)
     check_drawn(logprobs_NT, prompts)
     own = logprob_temperature(mode, sampling) == (sampling.temperature or 1.0)
     completions = _padded(sampled, tokenizer, padding_token(tokenizer, eos_token_ids))
     return replace(completions, sampler_logprobs_NT=logprobs_NT if own else None).to(device)
-
-
-def _padded_logprobs(sampled: Sequence[Sampled]) -> torch.Tensor:
-    """float32 [N, T], 0 beyond a completion's end."""
-    return pad_sequence([torch.tensor(each.logprobs) for each in sampled], batch_first=True)
 
 
 def _padded(sampled: Sequence[Sampled], tokenizer: PreTrainedTokenizerBase, pad: int) -> Completions:

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,19 +12,21 @@ from transformers import PreTrainedTokenizerBase
 
 from gopo_lightning.distributed.collectives import all_or_none, rank, world_size
 from gopo_lightning.distributed.gathering import compute_device
-from gopo_lightning.rewards.waiting import wait_for
+from gopo_lightning.rewards.waiting import all_of, wait_for
 from gopo_lightning.rollout.engines.base import (
+    OnGroup,
     RolloutEngine,
     SamplingConfig,
     SamplingDtype,
     check_dtype,
+    ended,
     sampling_dtype,
 )
 from gopo_lightning.rollout.engines.vllm_client import Server
 from gopo_lightning.rollout.engines.vllm_results import Sampled, check_logprobs, sampling_parameters, to_completions
-from gopo_lightning.rollout.engines.vllm_start import check_installed, check_supported
+from gopo_lightning.rollout.engines.vllm_start import check_installed, check_lengths, check_supported
 from gopo_lightning.rollout.engines.vllm_sync import WeightSync
-from gopo_lightning.types import Completion, Completions, Prompt, PromptBatch
+from gopo_lightning.types import Completions, Prompt, PromptBatch
 
 _NCCL = "vllm.distributed.weight_transfer.nccl_engine.NCCLTrainerInitInfo"
 
@@ -80,13 +83,13 @@ class VLLMServerEngine(RolloutEngine):
             "max_concurrency": max_concurrency,
             "check_every_n_rollouts": check_every_n_rollouts,
         }.items():
-            if not value >= (0 if name == "timeout_seconds" else 1) or not value:
+            if not value > 0:
                 raise ValueError(f"{name}={value} of VLLMServerEngine must be above 0")
         self.dtype, self.timeout_seconds, self.max_concurrency = dtype, timeout_seconds, max_concurrency
         self.check_every_n_rollouts, self._rollouts = check_every_n_rollouts, 0
-        self.servers = [Server(url, api_key_env, timeout_seconds) for url in addresses]
-        self.transfer, self.sync = transfer, WeightSync(self.servers, transfer, master_address)
-        self.on_group: Callable[[int, Sequence[Completion]], None] | None = None
+        servers = [Server(url, api_key_env, timeout_seconds) for url in addresses]
+        self.sync = WeightSync(servers, transfer, master_address)
+        self.on_group: OnGroup | None = None
         self._metrics: dict[str, float] = {}
 
     def check_sampling(self, sampling: SamplingConfig, *, logprobs: bool) -> None:
@@ -123,43 +126,28 @@ class VLLMServerEngine(RolloutEngine):
             "weights_version": float(pushed.version.rsplit("-", 1)[1]),
         }
         mode = pushed.settings.logprobs_mode
+
+        def tell(p: int, group: Sequence[Sampled]) -> None:
+            if self.on_group is not None:
+                tokens, cut_off = [each.token_ids for each in group], [each.cut_off for each in group]
+                self.on_group(p, ended(tokenizer, tokens, cut_off))
+
         with all_or_none("sampling on the vLLM servers"):  # before the others enter a collective
             check_supported(sampling, logprobs=False, mode=mode)
-            _check_lengths(prompts, sampling, pushed.settings.max_model_len)
+            limit = pushed.settings.max_model_len  # a server would cut a completion off there
+            check_lengths(prompts, sampling, limit, "the vLLM servers", "their --max-model-len")
             rollout = _Rollout(pushed.servers, pushed.version, self.timeout_seconds, self.max_concurrency)
             parameters = [sampling_parameters(sampling, seed, eos_token_ids) for seed in seeds_N]
-            sampled = wait_for(lambda: rollout.sample(prompts.prompts, parameters, self._ended(tokenizer)))
+            sampled = wait_for(lambda: rollout.sample(prompts.prompts, parameters, tell))
             completions = to_completions(sampled, tokenizer, prompts, sampling, eos_token_ids, mode, device)
         if self._rollouts % self.check_every_n_rollouts == 0:
             check_logprobs(model, prompts, completions, sampled, sampling, mode)
         self._rollouts += 1
         return completions
 
-    def _ended(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[int, Sequence[Sampled]], None]:
-        """Tells of a prompt's completions."""
-
-        def ended(p: int, group: Sequence[Sampled]) -> None:
-            if self.on_group is not None:
-                texts = tokenizer.batch_decode([list(each.token_ids) for each in group], skip_special_tokens=True)
-                told = zip(texts, group, strict=True)
-                self.on_group(
-                    p, [Completion(t, truncated=each.cut_off, num_tokens=len(each.token_ids)) for t, each in told]
-                )
-
-        return ended
-
     def metrics(self) -> dict[str, float]:
         """Servers that had the weights of the last rollout, and how often weights have been sent in this process."""
         return self._metrics
-
-
-def _check_lengths(prompts: PromptBatch, sampling: SamplingConfig, limit: int) -> None:
-    longest = max(len(prompt.token_ids) for prompt in prompts.prompts)
-    if longest + sampling.max_new_tokens > limit:  # a server would cut the completion off there
-        raise ValueError(
-            f"a prompt of {longest} tokens with max_new_tokens={sampling.max_new_tokens} may become longer than "
-            f"the {limit} tokens of the vLLM servers; raise their --max-model-len, or cut prompts or completions"
-        )
 
 
 _NO_NUMBER = -9999.0
@@ -184,9 +172,9 @@ class _Rollout:
         self,
         prompts: Sequence[Prompt],
         parameters: Sequence[dict[str, Any]],
-        ended: Callable[[int, Sequence[Sampled]], None],
+        tell: Callable[[int, Sequence[Sampled]], None],
     ) -> list[Sampled]:
-        """N completions, one for each of ``parameters``; ``ended`` is told of each prompt's."""
+        """N completions, one for each of ``parameters``; ``tell`` hears of each prompt's."""
         import aiohttp
 
         G, timeout = len(parameters) // len(prompts), aiohttp.ClientTimeout(total=self.timeout_seconds)
@@ -196,14 +184,14 @@ class _Rollout:
             async def group(p: int) -> list[Sampled]:
                 turn = (p * world_size() + rank()) % len(self.servers)
                 order = [*self.servers[turn:], *self.servers[:turn]]
-                calls = [self._one(session, order, prompts[p], each) for each in parameters[p * G : (p + 1) * G]]
-                sampled = await _all(calls)
-                ended(p, sampled)
+                own = parameters[p * G : (p + 1) * G]
+                sampled = await all_of([partial(self._one, session, order, prompts[p], each) for each in own], G)
+                tell(p, sampled)
                 return sampled
 
             watching = asyncio.create_task(self._watch(session))
             try:
-                groups = await _all([group(p) for p in range(len(prompts))])
+                groups = await all_of([partial(group, p) for p in range(len(prompts))], len(prompts))
             finally:
                 watching.cancel()
         return [each for sampled in groups for each in sampled]
@@ -277,13 +265,3 @@ class _Rollout:
         found = [step["logprob"] for step in choice["logprobs"]["content"]]
         logprobs = [math.nan if logprob <= _NO_NUMBER else logprob for logprob in found]
         return Sampled(choice["token_ids"], logprobs, choice["finish_reason"] == "length")
-
-
-async def _all(calls: Sequence[Any]) -> list[Any]:
-    """The results of ``calls``; the first that raises cancels the others."""
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            results = [tasks.create_task(call) for call in calls]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [result.result() for result in results]

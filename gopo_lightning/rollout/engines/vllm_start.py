@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from gopo_lightning.distributed.collectives import world_size
 from gopo_lightning.distributed.decoder_layers import base_of
 from gopo_lightning.rollout.engines.base import SamplingConfig
+from gopo_lightning.types import PromptBatch
 
 LogprobsMode: TypeAlias = Literal["raw_logprobs", "processed_logprobs"]
 """What vLLM reports, fixed at its start: at temperature 1 before everything, or at the temperature and after filters
@@ -78,6 +79,16 @@ def check_supported(sampling: SamplingConfig, *, logprobs: bool, mode: LogprobsM
             f"objective.loss.sampler_correction_cap needs the sampler's log-probs, which vLLM does not give for "
             f"{others} at sampling.temperature={sampling.temperature}. Leave these out, set temperature to 1, set "
             "sampler_correction_cap to null, or use TransformersEngine."
+        )
+
+
+def check_lengths(prompts: PromptBatch, sampling: SamplingConfig, limit: int, of: str, remedy: str) -> None:
+    """ValueError where a prompt with its completion may outgrow the ``limit`` tokens of a vLLM."""
+    longest = max(len(prompt.token_ids) for prompt in prompts.prompts)
+    if longest + sampling.max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens with max_new_tokens={sampling.max_new_tokens} may become longer than "
+            f"the {limit} tokens of {of}; raise {remedy}, or cut prompts or completions"
         )
 
 

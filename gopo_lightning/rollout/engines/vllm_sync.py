@@ -142,13 +142,13 @@ class WeightSync:
         self._sender: Any = None
         self._control, self._settings = _Control({}), Settings("raw_logprobs", 0, None)
 
-    def settings(self) -> Settings:
-        """How the servers that are there were started.
+    def settings(self, servers: Sequence[Server] | None = None) -> Settings:
+        """How the servers that are there were started, of ``servers``, or of all.
 
         Raises:
             ValueError: none is there, or they were started in different ways.
         """
-        found, silent = answering(self.servers, Server.settings)
+        found, silent = answering(servers or self.servers, Server.settings)
         if not found:
             raise ValueError(
                 f"none of the vLLM servers answers /server_info: {silent}. Start one with {HOW_TO_START}, or correct "
@@ -198,7 +198,7 @@ class WeightSync:
             return
         if self._sender is not None:
             self._sender.shutdown()
-        self._settings = self.settings()
+        self._settings = self.settings(list(found))
         sizes = {server: int(server.get("get_world_size")["world_size"]) for server in found}
         self._control = _Control(sizes)
         self._control.shutdown_weight_transfer_engine()

@@ -153,6 +153,8 @@ def test_other_completions_and_padding_do_not_matter() -> None:
     assert not torch.allclose(changed[1], expected[1])
 
 
+MODULE = nn.Module()
+"""A layer's, which rows do not look at."""
 LENGTHS = ((3, 1, 4), [[2, 5, 0], [1], [40, 3]])
 """Of prompts and of their texts: unequal groups, a text without tokens, runs that share a bucket and that do not."""
 
@@ -188,7 +190,7 @@ def test_attention_in_float64_against_a_dense_mask(
         return scores.masked_fill(~allowed_SS, -torch.inf).softmax(-1) @ value.repeat_interleave(R, 1)
 
     weights = torch.randn(1, K * R, S, D, dtype=torch.float64)
-    expected, found = dense(), packed.attend(0, query, key, value, 0.3, softcap)
+    expected, found = dense(), packed.attend(MODULE, query, key, value, 0.3, softcap)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
     found_gradients = torch.autograd.grad((found * weights).sum(), (query, key, value))
     for gradient, right in zip(
@@ -204,7 +206,7 @@ def test_padding_of_a_bucket_reaches_no_gradient_however_steep_the_scores() -> N
     rows = [torch.randn(1, 2, packed.num_tokens, 4, dtype=torch.float64) * 60 for _ in range(3)]
     for row in rows:
         row.requires_grad_()
-    packed.attend(0, *rows, 1.0, None).square().sum().backward()
+    packed.attend(MODULE, *rows, 1.0, None).square().sum().backward()
     assert all(row.grad is not None and row.grad.isfinite().all() for row in rows)
 
 
@@ -212,10 +214,11 @@ def test_padding_of_a_bucket_reaches_no_gradient_however_steep_the_scores() -> N
 def test_fused_kernel_of_gpus_computes_the_same(softcap: float | None) -> None:
     """Its uncompiled form runs on a CPU too, forward only."""
     torch.manual_seed(0)
-    packed, K, R, D = PackedGroups((150, 3), [[70, 5, 140], [1, 9]]), 2, 2, 16
+    lengths, K, R, D = ((150, 3), [[70, 5, 140], [1, 9]]), 2, 2, 16
+    packed, fused_row = PackedGroups(*lengths), PackedGroups(*lengths, fused=True)
     query, key, value = (torch.randn(1, heads, packed.num_tokens, D) for heads in (K * R, K, K))
-    fused = packed.attend_fused(query, key, value, 0.3, softcap)
-    plain = packed.attend(0, query, key, value, 0.3, softcap)
+    fused = fused_row.attend(MODULE, query, key, value, 0.3, softcap)
+    plain = packed.attend(MODULE, query, key, value, 0.3, softcap)
     torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)
 
 
@@ -250,7 +253,7 @@ def test_prompt_is_not_expanded() -> None:
     packed, sizes = PackedGroups((L,), [[1] * G]), list[int]()
     query, key, value = (torch.randn(1, K, packed.num_tokens, D, requires_grad=True) for _ in range(3))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
-        packed.attend(0, query, key, value, 1.0, None)
+        packed.attend(MODULE, query, key, value, 1.0, None)
     assert max(sizes) <= (L + G) * D < G * L * D
 
 
@@ -268,7 +271,7 @@ def test_model_is_left_as_it_was() -> None:
         m: m._gradient_checkpointing_func for m in model.modules() if "_gradient_checkpointing_func" in vars(m)
     }
     before = config._attn_implementation
-    with pytest.raises(KeyError), shared_prefix_attention(model):
+    with pytest.raises(KeyError), shared_prefix_attention(model, PackedGroups((1,), [[1]])):
         assert config._attn_implementation == IMPLEMENTATION
         raise KeyError
     assert config._attn_implementation == before

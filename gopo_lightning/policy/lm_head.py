@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gopo_lightning.distributed.decoder_layers import replaced_forward
+from gopo_lightning.distributed.decoder_layers import replaced_forward, uncompiled
 
 
 class TokenReader:
@@ -152,7 +152,7 @@ def _find_rule(model: nn.Module, tokens_11: Tensor) -> LogitRule | None:
         seen.append(original(hidden))
         return seen[-1]
 
-    with torch.no_grad(), replaced_forward(head, spy):
+    with torch.no_grad(), uncompiled(), replaced_forward(head, spy):
         logits = model(input_ids=tokens_11, use_cache=False).logits
         rule = _declared_rule(model)
         if len(seen) != 1 or not _same(rule(seen[0]), logits):

@@ -59,7 +59,7 @@ def completion_logprobs(
     reader = TokenReader(at_M, completions.tokens_NT[mask_NT], temperature or 1.0, with_entropy, chunk_tokens)
     with plain_outputs(model):
         rule = logit_rule(model, prompts.tokens_PL[:1, -1:])
-        with shared_prefix_attention(model) if shared_prefix else nullcontext():
+        with shared_prefix_attention(model, inputs["shared_prefix"]) if shared_prefix else nullcontext():
             result_KM = read_logprobs(model, inputs, reader, rule)
     if shared_prefix:
         require_called(model, inputs["shared_prefix"])

@@ -86,7 +86,7 @@ def shared_scores(model: nn.Module, packed: PackedTexts) -> Tensor:
     layout, seen = PackedGroups(prefixes, endings, packed.tokens_1S.device), []
     handle = _head(model).register_forward_hook(lambda module, args, logits_1S1: seen.append(logits_1S1))
     try:
-        with plain_outputs(model), shared_prefix_attention(model):
+        with plain_outputs(model), shared_prefix_attention(model, layout):
             model(
                 input_ids=packed.tokens_1S,
                 attention_mask=torch.ones_like(packed.tokens_1S),  # read by nobody: the layout is the mask

@@ -6,7 +6,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from gopo_lightning.policy.shared_prefix.attention import (
@@ -26,33 +26,48 @@ class PackedGroups:
         prompt_lengths: tokens of each prompt, maybe 0.
         text_lengths: tokens of each text of each prompt, maybe 0.
         device: of the row.
+        fused: whether FlexAttention computes it; None: on a GPU. Compiled layers take it into their graph.
     """
 
     # a plain class on purpose: FSDP takes dataclass arguments apart to cast what is in them
 
     def __init__(
-        self, prompt_lengths: Sequence[int], text_lengths: Sequence[Sequence[int]], device: torch.device | None = None
+        self,
+        prompt_lengths: Sequence[int],
+        text_lengths: Sequence[Sequence[int]],
+        device: torch.device | None = None,
+        *,
+        fused: bool | None = None,
     ) -> None:
         self.device = device
         self.lengths = [[prompt, *texts] for prompt, texts in zip(prompt_lengths, text_lengths, strict=True)]
         self.num_tokens = sum(map(sum, self.lengths))
         """S."""
-        self.num_calls = 0
-        """Layers that came by; 0 after a forward means that the model ignores its attention implementation."""
+        self.called = False
+        """Whether a layer came by; if none did, the model ignores its attention implementation."""
+        self.fused = (device is not None and device.type == "cuda") if fused is None else fused
+        if self.fused:
+            self.block_mask  # noqa: B018 - made here, for compiled layers can only read it
 
     def attend(
-        self, layer: int, query_1HSD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor, scale: float, softcap: float | None
+        self,
+        module: nn.Module,
+        query_1HSD: Tensor,
+        key_1KSD: Tensor,
+        value_1KSD: Tensor,
+        scale: float,
+        softcap: float | None,
     ) -> Tensor:
-        """The attention's output, [1, H, S, D]."""
-        if query_1HSD.is_cuda:
-            return self.attend_fused(query_1HSD, key_1KSD, value_1KSD, scale, softcap)
+        """The attention's output, [1, H, S, D], for any layer's ``module``."""
+        if self.fused:
+            return self._attend_fused(query_1HSD, key_1KSD, value_1KSD, scale, softcap)
         return attend_groups(query_1HSD, key_1KSD, value_1KSD, self.pieces, scale, softcap)
 
-    def attend_fused(
+    def _attend_fused(
         self, query_1HSD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
-        """The same by FlexAttention: one kernel over the row that skips the blocks no query may see."""
-        return _flex_attention(query_1HSD.is_cuda)(
+        """By FlexAttention: one kernel over the row that skips the blocks no query may see."""
+        return _flex_attention(query_1HSD)(
             query_1HSD,
             key_1KSD,
             value_1KSD,
@@ -177,9 +192,14 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
     return cap
 
 
+def _flex_attention(query: Tensor) -> Any:
+    """Compiled by itself on a GPU, unless it is being compiled with its layer."""
+    return _compiled_flex_attention() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+
+
 @cache
-def _flex_attention(compiled: bool) -> Any:
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
 
 
 class PrefixCache:
@@ -190,6 +210,8 @@ class PrefixCache:
         max_new_tokens: T, the width of the buffers.
     """
 
+    fused = False
+
     def __init__(self, prompt_mask_PL: Tensor, max_new_tokens: int) -> None:
         self.max_new_tokens = max_new_tokens
         self.prompt_mask_P1LL: Tensor | None = attention_mask(prompt_mask_PL)
@@ -198,7 +220,7 @@ class PrefixCache:
         self.suffixes: dict[int, tuple[Tensor, Tensor]] = {}
         self.num_tokens = 0
         """Completion tokens written so far, by each row; ``advance`` before each decoding step."""
-        self.num_calls = 0
+        self.called = False
         """As in ``PackedGroups``."""
 
     def advance(self) -> None:
@@ -206,9 +228,10 @@ class PrefixCache:
         self.num_tokens += 1
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
-        """[P, H, L, D] for the prompts, then [A, H, 1, D] for a token of each row."""
+        """[P, H, L, D] for the prompts, then [A, H, 1, D] for a token of each row, in the layer of this ``module``."""
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
         if self.num_tokens == 0:
             self.prompts[layer] = key.contiguous(), value.contiguous()
             return attend_prompt(query, key, value, self.prompt_mask_P1LL, scale, softcap)

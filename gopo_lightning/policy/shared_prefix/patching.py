@@ -24,6 +24,7 @@ from gopo_lightning.distributed.decoder_layers import configs_of
 from gopo_lightning.policy.shared_prefix.packing import PackedGroups, PrefixCache
 
 IMPLEMENTATION = "gopo_shared_prefix"
+FUSED_IMPLEMENTATION = "gopo_shared_prefix_fused"
 
 
 def _attention_function(
@@ -41,56 +42,57 @@ def _attention_function(
     if shared_prefix is None:
         raise RuntimeError(f"{type(module).__name__} does not hand its keyword arguments to the attention function")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings make them float32
-    shared_prefix.num_calls += 1
-    return shared_prefix.attend(layer, query, key, value, scale, softcap).transpose(1, 2), None
+    shared_prefix.called = True
+    return shared_prefix.attend(module, query, key, value, scale, softcap).transpose(1, 2), None
 
 
-# No mask function is registered under this name, so transformers builds no mask: the layout above is the mask.
-# Compiled layers call it as it is: torch's kernels need no compiler, and the layout changes at every step.
+# No mask function is registered under these names, so transformers builds no mask: the layout above is the mask.
+# Compiled layers call the first as it is, for torch's kernels need no compiler, and take the second into their graph.
 AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(_attention_function))
+AttentionInterface.register(FUSED_IMPLEMENTATION, _attention_function)
 
 
 @contextmanager
-def shared_prefix_attention(model: nn.Module) -> Iterator[None]:
-    """``model`` calls our attention function inside, and its own again outside.
+def shared_prefix_attention(model: nn.Module, shared_prefix: PackedGroups | PrefixCache) -> Iterator[None]:
+    """``model`` calls our attention function inside, for forwards with ``shared_prefix``, and its own again outside.
 
     Layers under gradient checkpointing are recomputed during backward, after the end of this context; so they are
     given a non-reentrant checkpoint that enters it again.
     """
+    name = FUSED_IMPLEMENTATION if shared_prefix.fused else IMPLEMENTATION
     with ExitStack() as stack:
-        stack.enter_context(_implementation(model))
+        stack.enter_context(_implementation(model, name))
         for module in model.modules():
             if (before := checkpoint_function(module)) is not None:
-                stack.enter_context(_with_attention(before, module, model))
+                stack.enter_context(_with_attention(before, module, model, name))
         yield
 
 
 def require_called(model: nn.Module, shared_prefix: PackedGroups | PrefixCache) -> None:
     """After a forward with ``shared_prefix``: ValueError if no layer of ``model`` looked at it."""
-    if not shared_prefix.num_calls:
+    if not shared_prefix.called:
         raise ValueError(f"{type(model).__name__} never called the registered attention; set prefix_sharing to never.")
 
 
 @contextmanager
-def _implementation(model: nn.Module) -> Iterator[None]:
+def _implementation(model: nn.Module, name: str) -> Iterator[None]:
     before = [(config, attention_of(config)) for config in configs_of(model)]
     try:
         for config, _ in before:
-            set_attention(config, IMPLEMENTATION)
+            set_attention(config, name)
         yield
     finally:
-        for config, name in before:
-            set_attention(config, name)
+        for config, own in before:
+            set_attention(config, own)
 
 
 @contextmanager
-def _with_attention(before: Callable[..., Any], module: nn.Module, model: nn.Module) -> Iterator[None]:
-    """``module`` checkpoints as by ``before``, and recomputes with our attention."""
+def _with_attention(before: Callable[..., Any], module: nn.Module, model: nn.Module, name: str) -> Iterator[None]:
+    """``module`` checkpoints as by ``before``, and recomputes with the attention of this ``name``."""
     options = getattr(before, "keywords", {}) | {
         "use_reentrant": False,
-        "context_fn": lambda: (ExitStack(), _implementation(model)),
+        "context_fn": lambda: (ExitStack(), _implementation(model, name)),
     }
     set_checkpoint_function(module, partial(checkpoint, **options))
     try:

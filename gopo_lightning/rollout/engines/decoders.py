@@ -67,7 +67,7 @@ class SharedDecoder:
         self.positions_A = self.positions_A[rows_A]
 
     def attention(self) -> AbstractContextManager[None]:
-        return shared_prefix_attention(self.model)
+        return shared_prefix_attention(self.model, self.cache)
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         output = self.model(

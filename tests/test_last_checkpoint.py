@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
@@ -94,6 +94,24 @@ def test_what_an_interrupted_run_saves_is_found(kind: str, with_dirpath: bool, t
     found = last_checkpoint_of(make(tmp_path, LOGGERS[kind](str(tmp_path), "mine"), ModelCheckpoint(**keeper)))
     assert found is not None and found.name == "interrupted-step=1.ckpt"
     assert found.parent == checkpoint_folder(trainer)
+
+
+@pytest.mark.parametrize(("steps", "said"), [(1, False), (3, True)])
+def test_a_run_that_fails_says_how_to_go_on(
+    steps: int, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(of: Trainer, *_: Any) -> None:
+        if of.global_step == steps:
+            raise ConnectionError("the judge is gone")
+
+    trainer = make(tmp_path, TensorBoardLogger(str(tmp_path)), ModelCheckpoint(every_n_train_steps=2))
+    trainer.callbacks += [LambdaCallback(on_train_batch_start=fail), SaveOnSignal()]  # type: ignore[attr-defined]
+    with pytest.raises(ConnectionError):
+        train(trainer, 4)
+    told = (
+        "the run ended after step 3, and its newest checkpoint is of step 2. To go on from there, run the same command "
+    )
+    assert (told + "with --ckpt_path last.\n" == capsys.readouterr().err) == said
 
 
 def test_without_model_checkpoint_and_logger_an_interrupted_run_is_found(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from gopo_lightning.distributed.checkpoints import step_of
 from gopo_lightning.distributed.collectives import gather_objects
 from gopo_lightning.distributed.run_folder import checkpoint_folder
 
@@ -58,12 +60,20 @@ class SaveOnSignal(Callback):
         self._previous = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give them back; where another rank may have died, say what to do."""
+        """Give them back, and say how to go on: each rank does where another may have died, else rank 0."""
         self.on_train_end(trainer, pl_module)
-        if isinstance(exception, RuntimeError) and trainer.world_size > 1:
+        if not isinstance(exception, Exception):
+            return
+        folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks} - {None}
+        steps = [step_of(path) for folder in folders for path in Path(folder).rglob("*.ckpt")]
+        saved = max((step for step in steps if step is not None), default=None)
+        lost_peer = isinstance(exception, RuntimeError) and trainer.world_size > 1
+        if saved is not None and (trainer.is_global_zero or lost_peer):
+            several = trainer.world_size > 1
+            rank, everywhere = (f"rank {trainer.global_rank}: ", " on all machines") if several else ("", "")
             print(
-                f"rank {trainer.global_rank}: the run has ended. If another rank died, run the same command on all "
-                "machines with --ckpt_path last; it resumes from the newest complete checkpoint.",
+                f"{rank}the run ended after step {trainer.global_step}, and its newest checkpoint is of step {saved}. "
+                f"To go on from there, run the same command{everywhere} with --ckpt_path last.",
                 file=sys.stderr,
             )
 

@@ -12,6 +12,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -58,10 +60,15 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
             final_logit_softcapping=3.0,
             attn_logit_softcapping=2.0,
             query_pre_attn_scalar=8,
+            sliding_window=6,  # shorter than the sequences, in the first of two layers
             attn_implementation="eager",  # transformers' sdpa drops the soft cap of the scores
         )
     ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, sliding_window=6, layer_types=["full_attention", "sliding_attention"])
+    ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+    "mistral, window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCAB,
@@ -78,7 +85,7 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
 }
-"""The architectures of the issue, absolute positions (GPT-2) and soft caps (Gemma 2) among them."""
+"""The architectures of the issue, absolute positions (GPT-2), soft caps (Gemma 2) and sliding windows among them."""
 
 SCALED_LOGITS: dict[str, Callable[[], PreTrainedModel]] = {
     "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),

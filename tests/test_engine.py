@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from gopo_lightning.policy.logprobs import completion_logprobs
-from gopo_lightning.policy.shared_prefix import packing as layouts
+from gopo_lightning.policy.shared_prefix import prefix_cache as layouts
 from gopo_lightning.rollout.engines import decoder_choice
 from gopo_lightning.rollout.engines.base import RolloutEngine, SamplingConfig
 from gopo_lightning.rollout.engines.decoder_choice import DecoderChoice, obstacle
@@ -29,7 +29,7 @@ from gopo_lightning.rollout.engines.precision import cpu_computes_bfloat16, samp
 from gopo_lightning.rollout.engines.streams import stream_seeds, uniforms
 from gopo_lightning.rollout.engines.transformers import TransformersEngine
 from gopo_lightning.types import Completions, Prompt, PromptBatch
-from tests.architectures import BUILDERS, SIZES, VOCAB, build, prompt_batch
+from tests.architectures import BUILDERS, SIZES, VOCAB, build, family, prompt_batch
 from tests.conftest import byte_tokenizer
 
 SHARING = ["always", "never"]
@@ -372,13 +372,12 @@ def test_auto_shares_where_it_can_and_says_why_where_it_cannot() -> None:
         warnings.simplefilter("error")
         texts = generate(build("llama"), prompts, "auto", 2).texts
     assert texts == generate(build("llama"), prompts, "never", 2).texts
-    torch.manual_seed(0)
-    windowed = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8))
-    with pytest.warns(UserWarning, match="sliding window of 8"):
-        texts = generate(windowed, prompts, "auto", 2).texts
-    assert texts == generate(windowed, prompts, "never", 2).texts
-    with pytest.raises(ValueError, match=r"sliding window of 8 .*auto or never"):
-        generate(windowed, prompts, "always", 2)
+    hybrid = family("lfm2").eval()
+    with pytest.warns(UserWarning, match=r"not all attention over the whole sequence \(conv\)"):
+        texts = generate(hybrid, prompts, "auto", 2).texts
+    assert texts == generate(hybrid, prompts, "never", 2).texts
+    with pytest.raises(ValueError, match=r"\(conv\).*auto or never"):
+        generate(hybrid, prompts, "always", 2)
 
 
 @pytest.mark.parametrize("vocabulary", [4, 14, 26, 79])

@@ -46,6 +46,8 @@ DECODERS = {
     "mixtral": SharedDecoder,
     "qwen3_moe": SharedDecoder,
     "opt": SharedDecoder,
+    "mistral": SharedDecoder,
+    "gemma3_text": SharedDecoder,
     "roberta": UnpaddedDecoder,
     "rwkv": RecomputingDecoder,  # transformers runs it step by step with one row alone
     "recurrent_gemma": RecomputingDecoder,  # its state is in its modules
@@ -113,13 +115,13 @@ def test_sampled_from_the_numbers_of_each_sequence_alone(name: str, sharing: str
 def test_the_fastest_decoder_that_serves_a_model(name: str) -> None:
     model = family(name).eval()
     with plain_outputs(model):
-        assert DecoderChoice("auto")(model, prompt_batch(), 12) is DECODERS.get(name, ExpandedDecoder)
+        assert DecoderChoice("auto")(model, prompt_batch()) is DECODERS.get(name, ExpandedDecoder)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in DECODERS.items() if kind is SharedDecoder])
 def test_shared_form_where_it_is_supported(name: str) -> None:
     model, prompts, completions = family(name), prompt_batch(), ragged_completions()
-    assert supports_shared_prefix(model, 16) == (True, "")
+    assert supports_shared_prefix(model) == (True, "")
     logprobs_NT = completion_logprobs(model, prompts, completions, shared_prefix=True).logprobs_NT
     torch.testing.assert_close(logprobs_NT, alone(model, prompts, completions), atol=1e-4, rtol=0)
 
@@ -208,18 +210,18 @@ def test_classifiers_return_scores_whatever_their_configuration_asks_for(mode: A
     asking = {"output_router_logits": True, "output_hidden_states": True, "return_dict": False}
     plain, model = classifier("mixtral", output_router_logits=False), classifier("mixtral", **asking)
     for num_pairs in (None, [2, 2]):
-        expected_N, scores_N = (Scorer(byte_tokenizer(), mode, 8)(m, PAIRS, num_pairs) for m in (plain, model))
+        expected_N, scores_N = (Scorer(byte_tokenizer(), mode)(m, PAIRS, num_pairs) for m in (plain, model))
         torch.testing.assert_close(scores_N, expected_N)
     assert model.config.output_router_logits is True
 
 
 def test_scoring_falls_back_where_a_trial_fails() -> None:
     model = classifier("nemotron")
-    expected_N = Scorer(byte_tokenizer(), "never", 8)(model, PAIRS, [2, 2])
+    expected_N = Scorer(byte_tokenizer(), "never")(model, PAIRS, [2, 2])
 
-    torch.testing.assert_close(Scorer(byte_tokenizer(), "auto", 8)(model, PAIRS, [2, 2]), expected_N)
+    torch.testing.assert_close(Scorer(byte_tokenizer(), "auto")(model, PAIRS, [2, 2]), expected_N)
     with pytest.raises(ValueError, match="prefix_sharing=always, but .* RuntimeError: NemotronAttention does not hand"):
-        Scorer(byte_tokenizer(), "always", 8)(model, PAIRS, [2, 2])
+        Scorer(byte_tokenizer(), "always")(model, PAIRS, [2, 2])
 
 
 def test_rows_of_a_memory_of_tensors_in_containers() -> None:

@@ -188,7 +188,7 @@ def test_check_agrees_on_a_sound_model_and_not_on_a_broken_one(monkeypatch: pyte
     assert agreement.tolerance == 1e-3
     assert all(p.grad is None for p in model.parameters())
     assert check_shared_prefix(build("gpt2").bfloat16(), prompts, completions).tolerance == 5e-2
-    monkeypatch.setattr(PackedGroups, "attend", lambda self, layer, query, *rest: query.cumsum(2))
+    monkeypatch.setattr(PackedGroups, "attend", lambda self, module, query, *rest: query.cumsum(2))
     assert not check_shared_prefix(model, prompts, completions).ok
 
 

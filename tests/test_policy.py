@@ -34,7 +34,7 @@ def test_dropout_is_off_in_train_mode(tmp_path: Path) -> None:
     tokens = torch.arange(20)[None]
     assert torch.equal(policy(tokens).logits, policy(tokens).logits)
     for model in (policy, load_reference(PolicyConfig(str(tmp_path)))):
-        assert supports_shared_prefix(model, 20) == (True, "")  # so a group's prompt is forwarded once
+        assert supports_shared_prefix(model) == (True, "")  # so a group's prompt is forwarded once
 
 
 def test_lora_dropout_is_refused() -> None:

@@ -13,8 +13,6 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -27,7 +25,7 @@ from gopo_lightning.policy.shared_prefix import (
     supports_shared_prefix,
 )
 from gopo_lightning.policy.shared_prefix import partial_softmax as parts
-from gopo_lightning.policy.shared_prefix.packing import visible_blocks
+from gopo_lightning.policy.shared_prefix.packing import block_distances, visible_blocks
 from gopo_lightning.types import Experience
 from tests.architectures import (
     BUILDERS,
@@ -159,19 +157,29 @@ LENGTHS = ((3, 1, 4), [[2, 5, 0], [1], [40, 3]])
 """Of prompts and of their texts: unequal groups, a text without tokens, runs that share a bucket and that do not."""
 
 
-def dense_mask(packed: PackedGroups) -> torch.Tensor:
+def dense_mask(packed: PackedGroups, window: int | None = None) -> torch.Tensor:
     """bool [S, S]: what each token sees, by the definition."""
-    kinds = [(p, i) for p, runs in enumerate(packed.lengths) for i, length in enumerate(runs) for _ in range(length)]
-    sees = [[b <= a and kinds[b] in (kinds[a], (kinds[a][0], 0)) for b in range(len(kinds))] for a in range(len(kinds))]
-    return torch.tensor(sees)
+    tokens = [
+        (p, i, place + (runs[0] if i else 0))
+        for p, runs in enumerate(packed.lengths)
+        for i, length in enumerate(runs)
+        for place in range(length)
+    ]
+
+    def sees(a: int, b: int) -> bool:
+        (p, i, place), (q, j, other) = tokens[a], tokens[b]
+        return b <= a and p == q and j in (i, 0) and (window is None or place - other < window)
+
+    return torch.tensor([[sees(a, b) for b in range(len(tokens))] for a in range(len(tokens))])
 
 
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 41, 100])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(
     ("max_scores", "kernel"), [(2**20, "pays"), (2**20, "forward"), (2**20, "none"), (130, "none"), (18, "none")]
 )
 def test_attention_in_float64_against_a_dense_mask(
-    max_scores: int, kernel: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    max_scores: int, kernel: str, softcap: float | None, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By torch's kernel and by products: all at once, some queries, query by query; output and gradients."""
     monkeypatch.setattr(parts, "_MAX_SCORES", max_scores)
@@ -180,7 +188,7 @@ def test_attention_in_float64_against_a_dense_mask(
         monkeypatch.setattr(parts, "_has_kernel", lambda query, softcap: False)
     torch.manual_seed(0)
     packed, K, R, D = PackedGroups(*LENGTHS), 2, 2, 4
-    S, allowed_SS = packed.num_tokens, dense_mask(packed)
+    S, allowed_SS = packed.num_tokens, dense_mask(packed, window)
     heads = (torch.randn(1, heads, S, D, dtype=torch.float64).requires_grad_() for heads in (K * R, K, K))
     query, key, value = heads
 
@@ -190,7 +198,7 @@ def test_attention_in_float64_against_a_dense_mask(
         return scores.masked_fill(~allowed_SS, -torch.inf).softmax(-1) @ value.repeat_interleave(R, 1)
 
     weights = torch.randn(1, K * R, S, D, dtype=torch.float64)
-    expected, found = dense(), packed.attend(MODULE, query, key, value, 0.3, softcap)
+    expected, found = dense(), packed.attend(MODULE, query, key, value, 0.3, softcap, window)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
     found_gradients = torch.autograd.grad((found * weights).sum(), (query, key, value))
     for gradient, right in zip(
@@ -206,19 +214,21 @@ def test_padding_of_a_bucket_reaches_no_gradient_however_steep_the_scores() -> N
     rows = [torch.randn(1, 2, packed.num_tokens, 4, dtype=torch.float64) * 60 for _ in range(3)]
     for row in rows:
         row.requires_grad_()
-    packed.attend(MODULE, *rows, 1.0, None).square().sum().backward()
+    packed.attend(MODULE, *rows, 1.0, None, None).square().sum().backward()
     assert all(row.grad is not None and row.grad.isfinite().all() for row in rows)
 
 
+@pytest.mark.parametrize("window", [None, 20, 140])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_fused_kernel_of_gpus_computes_the_same(softcap: float | None) -> None:
+def test_fused_kernel_of_gpus_computes_the_same(softcap: float | None, window: int | None) -> None:
     """Its uncompiled form runs on a CPU too, forward only."""
     torch.manual_seed(0)
     lengths, K, R, D = ((150, 3), [[70, 5, 140], [1, 9]]), 2, 2, 16
     packed, fused_row = PackedGroups(*lengths), PackedGroups(*lengths, fused=True)
     query, key, value = (torch.randn(1, heads, packed.num_tokens, D) for heads in (K * R, K, K))
-    fused = fused_row.attend(MODULE, query, key, value, 0.3, softcap)
-    plain = packed.attend(MODULE, query, key, value, 0.3, softcap)
+    fused_row.prepare({window})
+    fused = fused_row.attend(MODULE, query, key, value, 0.3, softcap, window)
+    plain = packed.attend(MODULE, query, key, value, 0.3, softcap, window)
     torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)
 
 
@@ -229,12 +239,16 @@ def test_blocks_are_left_out_where_no_token_is_seen_and_whole_where_all_are(seed
     texts = [torch.randint(0, 25, (n,), generator=generator).tolist() for n in (1, 5, 2, 3)]
     packed, size = PackedGroups(prompts, texts), 8
     some, whole = visible_blocks(packed.group_S, packed.run_S, packed.prompt_S, size)
+    window = None if seed % 2 else int(torch.randint(1, 40, (), generator=generator))
+    if window is not None:
+        nearest, farthest = block_distances(packed.position_S, size)
+        some, whole = some & (nearest < window), whole & (farthest < window)
     S = packed.num_tokens
     padded_SS = torch.zeros(len(some) * size, len(some) * size, dtype=torch.bool)
-    padded_SS[:S, :S] = dense_mask(packed)
+    padded_SS[:S, :S] = dense_mask(packed, window)
     by_block = padded_SS.view(len(some), size, len(some), size)
     assert not (by_block.any(3).any(1) & ~some).any()  # nothing that is seen is left out
-    assert not (some & ~by_block.any(3).any(1)).any()  # and nothing is kept for no reason
+    assert window or not (some & ~by_block.any(3).any(1)).any()  # and nothing is kept for no reason
     last = (S - 1) // size  # its padding is seen by nobody
     assert not (whole & ~by_block.all(3).all(1))[:last].any()
 
@@ -242,9 +256,10 @@ def test_blocks_are_left_out_where_no_token_is_seen_and_whole_where_all_are(seed
 def test_block_mask_names_those_blocks() -> None:
     packed = PackedGroups((300, 10), [[200, 90], [400]])
     some, _ = visible_blocks(packed.group_S, packed.run_S, packed.prompt_S, 128)
-    assert torch.equal(packed.block_mask.to_dense()[0, 0].bool(), some)
-    assert packed.block_mask.kv_num_blocks.sum() + packed.block_mask.full_kv_num_blocks.sum() == some.sum()
-    assert packed.block_mask.full_kv_num_blocks.sum() > 0
+    mask = packed.block_mask()
+    assert torch.equal(mask.to_dense()[0, 0].bool(), some)
+    assert mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum() == some.sum()
+    assert mask.full_kv_num_blocks.sum() > 0
 
 
 def test_prompt_is_not_expanded() -> None:
@@ -253,14 +268,14 @@ def test_prompt_is_not_expanded() -> None:
     packed, sizes = PackedGroups((L,), [[1] * G]), list[int]()
     query, key, value = (torch.randn(1, K, packed.num_tokens, D, requires_grad=True) for _ in range(3))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
-        packed.attend(MODULE, query, key, value, 1.0, None)
+        packed.attend(MODULE, query, key, value, 1.0, None, None)
     assert max(sizes) <= (L + G) * D < G * L * D
 
 
 def test_nothing_is_padded_and_short_runs_share_a_call() -> None:
     packed = PackedGroups((100, 5), [[90, 20, 3], [7, 99, 50]])
     assert packed.num_tokens == 100 + 90 + 20 + 3 + 5 + 7 + 99 + 50
-    assert [list(places_BM.shape) for places_BM, _ in packed.pieces.buckets] == [[3, 100], [1, 50], [4, 20]]
+    assert [list(places_BM.shape) for places_BM, _ in packed.pieces().buckets] == [[3, 100], [1, 50], [4, 20]]
 
 
 def test_model_is_left_as_it_was() -> None:
@@ -283,7 +298,6 @@ def unsupported() -> dict[str, tuple[nn.Module, str]]:
     sinks = GptOssConfig(**{**small, "sliding_window": 64}, num_local_experts=2, layer_types=["full_attention"])
     prompt_tuned = build("llama")
     return {
-        "window": (MistralForCausalLM(MistralConfig(**small, sliding_window=8)), "sliding window of 8"),
         "recurrent": (MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=8, num_hidden_layers=1)), "Mamba"),
         "sinks": (GptOssForCausalLM(sinks), "attention sinks"),
         "dropout": (LlamaForCausalLM(LlamaConfig(**small, attention_dropout=0.1)), "attention_dropout is 0.1"),
@@ -312,26 +326,27 @@ def _prompt_tuned(model: nn.Module) -> nn.Module:
     return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
-@pytest.mark.parametrize(
-    "case", ["window", "recurrent", "sinks", "dropout", "softcap", "wrapper", "virtual", "foreign"]
-)
+@pytest.mark.parametrize("case", ["recurrent", "sinks", "dropout", "softcap", "wrapper", "virtual", "foreign"])
 def test_unsupported_models_say_why(case: str) -> None:
     model, expected = unsupported()[case]
-    supported, reason = supports_shared_prefix(model, 32)
+    supported, reason = supports_shared_prefix(model)
     assert not supported
     assert expected in reason
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_supported_models(name: str) -> None:
-    assert supports_shared_prefix(policy(name, "lora"), 60) == (True, "")
+    assert supports_shared_prefix(policy(name, "lora")) == (True, "")
 
 
-def test_a_window_that_no_sequence_leaves_is_no_obstacle() -> None:
-    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=40))
-    assert supports_shared_prefix(model, 40)[0]
-    assert not supports_shared_prefix(model, 41)[0]
-    assert not supports_shared_prefix(model)[0]
+def test_a_window_that_the_attention_is_not_told_of_is_an_error() -> None:
+    """Within it the numbers agree, so a trial on short sequences would not notice."""
+    model = build("gemma3")
+    model.model.layers[1].self_attn.sliding_window = None
+    with pytest.raises(
+        ValueError, match="sliding windows of 6, none by its configuration, and tell their attention none;"
+    ):
+        completion_logprobs(model, prompt_batch((1,)), ragged_completions(1, 1, 2), shared_prefix=True)
 
 
 def test_a_model_that_ignores_the_attention_is_an_error() -> None:

@@ -136,7 +136,7 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_auto_checks_once_and_shares_what_saves_tokens(forms: list[str]) -> None:
     model, sizes = classifier("llama"), (2, 3, 2, 1, 4)
-    scorer = Scorer(byte_tokenizer(), "auto", None)
+    scorer = Scorer(byte_tokenizer(), "auto")
     expected = separate_scores(model, byte_tokenizer(), encoded(lists(sizes)))
     torch.testing.assert_close(scorer(model, encoded(lists(sizes)), sizes), expected, atol=2e-5, rtol=1e-5)
     assert forms == ["separate", "shared", "shared"]  # two for the check
@@ -154,29 +154,21 @@ def test_auto_shares_nothing_where_the_forms_differ(
     said: list[str] = []
     monkeypatch.setattr(scoring, "rank_zero_info", said.append)
     model, sizes = classifier("llama"), (2, 3, 2, 1, 4)
-    right = PackedGroups.pieces.func
-    wrong = property(lambda layout: right(layout)._replace(groups=[]))
-    monkeypatch.setattr(PackedGroups, "pieces", wrong)  # texts do not see what they share
-    scorer = Scorer(byte_tokenizer(), "auto", None)
+    right = PackedGroups.pieces
+    monkeypatch.setattr(
+        PackedGroups, "pieces", lambda *args: right(*args)._replace(groups=[])
+    )  # texts do not see what they share
+    scorer = Scorer(byte_tokenizer(), "auto")
     for _ in range(2):
         scorer(model, encoded(lists(sizes)), sizes)
     assert forms == ["separate", "shared", "separate", "separate"]
     assert len(said) == 1 and "scores differ by" in said[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "max_length", "reason"),
-    [
-        ("mistral", {"sliding_window": 8}, 9, "sliding window of 8 tokens"),
-        ("gpt2", {"attn_pdrop": 0.1}, None, "attn_pdrop is 0.1"),
-    ],
-)
-def test_a_model_that_cannot_share_says_why(
-    name: str, changes: dict[str, Any], max_length: int | None, reason: str
-) -> None:
-    model, sizes = classifier(name, **changes), (2, 3)
-    with pytest.raises(ValueError, match=rf"prefix_sharing=always, but .* cannot: .*{reason}.* Use auto or never"):
-        Scorer(byte_tokenizer(), "always", max_length)(model, encoded(lists(sizes)), sizes)
+def test_a_model_that_cannot_share_says_why() -> None:
+    model, sizes = classifier("gpt2", attn_pdrop=0.1), (2, 3)
+    with pytest.raises(ValueError, match="prefix_sharing=always, but .* cannot: attn_pdrop is 0.1.* Use auto or never"):
+        Scorer(byte_tokenizer(), "always")(model, encoded(lists(sizes)), sizes)
 
 
 def write_pairs(folder: Path) -> str:

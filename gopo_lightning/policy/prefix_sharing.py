@@ -25,10 +25,9 @@ def decide_prefix_sharing(mode: PrefixSharing, model: nn.Module, rollout: Rollou
     """
     if mode == "never":
         return False
-    num_tokens = rollout.prompts.tokens_PL.shape[1] + rollout.completions.tokens_NT.shape[1]
-    _, reason = supports_shared_prefix(model, max(gather_objects(num_tokens)))  # ranks must decide alike
+    _, reason = supports_shared_prefix(model)
     if not reason:
-        reason = max(gather_objects(_tried(model, rollout, temperature)))
+        reason = max(gather_objects(_tried(model, rollout, temperature)))  # ranks must decide alike
     if reason and mode == "always":
         name = type(model).__name__.removeprefix("FSDP")
         raise ValueError(f"prefix_sharing=always, but {name} cannot: {reason}. Use auto or never.")

@@ -128,7 +128,7 @@ class SequenceClassifierReward(RewardSource):
             _float32_head(model)
             self.max_length = max_length_of(model, tokenizer, self.max_length)
             self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-            self.scorer = Scorer(tokenizer, self.prefix_sharing, self.max_length, trains=False)
+            self.scorer = Scorer(tokenizer, self.prefix_sharing, trains=False)
         place(self.model, device)
 
     @torch.no_grad()

@@ -114,16 +114,13 @@ class Scorer:
         tokenizer: pads on the right.
         mode: `auto` checks once, on two pairs or lists, that both forms agree, else scores texts apart and says why;
             `always` raises a ValueError where they do not, or the data have nothing to share; `never` does not share.
-        max_length: most tokens of a text, against which a sliding window is held; None: any number.
         trains: the check compares gradients too.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, mode: PrefixSharing, max_length: int | None, *, trains: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mode: PrefixSharing, *, trains: bool = True) -> None:
         if mode not in get_args(PrefixSharing):
             raise ValueError(f"prefix_sharing={mode!r} is unknown; use one of {list(get_args(PrefixSharing))}.")
-        self.tokenizer, self.mode, self.max_length, self.trains = tokenizer, mode, max_length, trains
+        self.tokenizer, self.mode, self.trains = tokenizer, mode, trains
         self._allowed: bool | None = None
 
     def __call__(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int] | None) -> Tensor:
@@ -152,7 +149,7 @@ class Scorer:
         return pack(encoded["input_ids"], group_sizes, -1 if pad_token_id is None else int(pad_token_id))
 
     def _decide(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int]) -> bool:
-        allowed, reason = supports_shared_prefix(model, self.max_length)
+        allowed, reason = supports_shared_prefix(model)
         if allowed and _head(model) is None:
             allowed, reason = False, "its head is not called score"
         if allowed and not self.trains and is_sharded(model):

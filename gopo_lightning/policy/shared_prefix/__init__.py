@@ -7,21 +7,23 @@ an ordinary forward of the model, together with whatever object we passed as the
   completions or scores of texts, and their gradient.
 * ``PrefixCache``: first the prompts alone (prefill), then one token of every completion at a time (decode).
 
-A text attends to its prompt, and causally to itself, under one softmax. That is exact: the same numbers as G separate
-sequences, for L + G*T tokens in place of G*(L + T). Legend, beyond that of ``types``:
+A text attends to its prompt, and causally to itself, under one softmax; in a layer with a sliding window, to what
+of both is near. That is exact: the same numbers as G separate sequences, for L + G*T tokens in place of G*(L + T).
+Legend, beyond that of ``types``:
 
     H  query heads     K  key/value heads     R = H / K  query heads that read the same keys and values
     S  tokens of a packed row                 D  width of a head
 """
 
 from gopo_lightning.policy.shared_prefix.attention import attend_groups, attend_prompt
-from gopo_lightning.policy.shared_prefix.packing import PackedGroups, PrefixCache
+from gopo_lightning.policy.shared_prefix.packing import PackedGroups
 from gopo_lightning.policy.shared_prefix.patching import (
     IMPLEMENTATION,
     require_called,
     shared_prefix_attention,
     supports_shared_prefix,
 )
+from gopo_lightning.policy.shared_prefix.prefix_cache import PrefixCache
 
 __all__ = [
     "IMPLEMENTATION",

@@ -20,7 +20,7 @@ def attend_prompt(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Causal attention of the prompts among themselves, [P, H, L, D]; ``mask_P1LL`` None means that none is padded."""
+    """Causal attention of the prompts among themselves, [P, H, L, D], under `attention_mask`'s ``mask_P1LL``."""
     if softcap is not None:
         return _attend_softcapped(query_PHLD, key_PKLD, value_PKLD, mask_P1LL, scale, softcap)
     return F.scaled_dot_product_attention(
@@ -33,7 +33,7 @@ def _attend_softcapped(
 ) -> Tensor:
     """Causal attention with soft-capped scores (Gemma 2), which SDPA has not."""
     K, L, device = key_PKLD.shape[1], query_PHLD.shape[2], query_PHLD.device
-    allowed = ~parts.future(L, device) if mask_P1LL is None else mask_P1LL[:, None]
+    allowed = parts.visible(L, device) if mask_P1LL is None else mask_P1LL[:, None]
     scores = parts.widen(query_PHLD.unflatten(1, (K, -1)) @ key_PKLD[:, :, None].transpose(-1, -2)) * scale
     scores = ((scores / softcap).tanh() * softcap).masked_fill(~allowed, -torch.inf)
     return (scores.softmax(-1).to(value_PKLD.dtype) @ value_PKLD[:, :, None]).flatten(1, 2)
@@ -46,8 +46,11 @@ class Pieces(NamedTuple):
     """The prompts and texts, each attending causally to itself, those of about the same length together: their places
     in the row, int64 [B, M], and where these are real, bool [B, M] or None for everywhere. Of a place that is not, the
     number is any."""
-    groups: list[tuple[slice, slice]]
-    """A prompt, and the texts that attend to it."""
+    groups: list[tuple[slice, slice | Tensor, Tensor | None]]
+    """A prompt, and the texts that attend to it. With a window: what of both is near enough, and the bias of its pairs,
+    float32 [1, 1, M, N]."""
+    window: int | None = None
+    """A token attends to so many, itself among them; None: to all before it."""
 
 
 def attend_groups(
@@ -73,13 +76,14 @@ class _GroupAttention(torch.autograd.Function):
         normaliser = torch.empty(query.shape[:-1], dtype=parts.wide(query), device=query.device)
         for places_BM, real_BM in pieces.buckets:
             query_BHMD, key_BKMD, value_BKMD = (_heads(x[places_BM]) for x in (query, key, value))
-            own = parts.attend(query_BHMD, key_BKMD, value_BKMD, None, scale, softcap, causal=True)
+            bias = _window_bias(query_BHMD, pieces.window)
+            own = parts.attend(query_BHMD, key_BKMD, value_BKMD, bias, scale, softcap, causal=bias is None)
             _put(output, places_BM, real_BM, own[0])
             _put(normaliser, places_BM, real_BM, own[1])
-        for prompt, texts in pieces.groups:
-            to_prompt = parts.attend(_one(query[texts]), _one(key[prompt]), _one(value[prompt]), None, scale, softcap)
+        for prompt, texts, bias in pieces.groups:
+            to_prompt = parts.attend(_one(query[texts]), _one(key[prompt]), _one(value[prompt]), bias, scale, softcap)
             whole, normaliser_1HM = parts.merge(to_prompt, (_one(output[texts]), _one(normaliser[texts])))
-            output[texts], normaliser[texts] = _heads(whole)[0], _heads(normaliser_1HM)[0]
+            output[texts], normaliser[texts] = _heads(whole)[0].to(output.dtype), _heads(normaliser_1HM)[0]
         ctx.save_for_backward(query, key, value, output, normaliser)
         ctx.options = pieces, scale, softcap
         return output
@@ -95,15 +99,22 @@ class _GroupAttention(torch.autograd.Function):
                 normaliser_BHM = normaliser_BHM.masked_fill(~real_BM[:, None], torch.inf)
             grad_BHMD, query_BHMD, output_BHMD = (_heads(x[places_BM]) for x in (grad, query, output))
             whole = parts.Whole(grad_BHMD, query_BHMD, output_BHMD, normaliser_BHM)
-            own = parts.gradients(whole, _heads(key[places_BM]), _heads(value[places_BM]), scale, softcap, causal=True)
+            bias = _window_bias(query_BHMD, pieces.window)
+            key_BKMD, value_BKMD = _heads(key[places_BM]), _heads(value[places_BM])
+            own = parts.gradients(whole, key_BKMD, value_BKMD, bias, scale, softcap, causal=bias is None)
             for d_x, d_own in zip((d_query, d_key, d_value), own, strict=True):
                 _put(d_x, places_BM, real_BM, d_own)
-        for prompt, texts in pieces.groups:
+        for prompt, texts, bias in pieces.groups:
             whole = parts.Whole(_one(grad[texts]), _one(query[texts]), _one(output[texts]), _one(normaliser[texts]))
-            found = parts.gradients(whole, _one(key[prompt]), _one(value[prompt]), scale, softcap)
+            found = parts.gradients(whole, _one(key[prompt]), _one(value[prompt]), bias, scale, softcap)
             for d_x, where, d_part in zip((d_query, d_key, d_value), (texts, prompt, prompt), found, strict=True):
                 d_x[where] += _heads(d_part)[0]
         return d_query, d_key, d_value, None, None, None
+
+
+def _window_bias(query_BHMD: Tensor, window: int | None) -> Tensor | None:
+    """None where every query sees all keys before it."""
+    return None if window is None or query_BHMD.shape[2] <= window else parts.causal_bias(query_BHMD, window)
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -127,7 +138,7 @@ def _put(row_SH: Tensor, places_BM: Tensor, real_BM: Tensor | None, value_BHM: T
 
 def attend_token(
     query_AH1D: Tensor,
-    prompt: tuple[Tensor, Tensor],
+    prompt: tuple[Tensor, Tensor] | None,
     suffix: tuple[Tensor, Tensor],
     prompt_bias_P11L: Tensor | None,
     scale: float,
@@ -135,28 +146,35 @@ def attend_token(
 ) -> Tensor:
     """The same for one token of each row, without gradient: to its prompt, [P, K, L, D] each, and to its past.
 
-    The past is [A, K, t, D] each. Rows A = P*G are in the order of their prompts.
+    The past is [A, K, t, D] each. Rows A = P*G are in the order of their prompts. ``prompt`` None: out of sight.
     """
     A, H, _, D = query_AH1D.shape
-    P, K = prompt[0].shape[:2]
+    K = suffix[0].shape[1]
     query_AKRD = query_AH1D.reshape(A, K, H // K, D)
+    to_past_AKR = parts.attend(query_AKRD, *suffix, None, scale, softcap)
+    if prompt is None:
+        return to_past_AKR[0].to(query_AH1D.dtype).reshape(A, H, 1, D)
+    P = len(prompt[0])
     query_PKMD = query_AKRD.unflatten(0, (P, -1)).transpose(1, 2).flatten(2, 3)
     to_prompt = parts.attend(query_PKMD, *prompt, prompt_bias_P11L, scale, softcap)
     to_prompt_AKR = [x.unflatten(2, (A // P, -1)).transpose(1, 2).flatten(0, 1) for x in to_prompt]
-    to_past_AKR = parts.attend(query_AKRD, *suffix, None, scale, softcap)
     return parts.merge(to_prompt_AKR, to_past_AKR)[0].to(query_AH1D.dtype).view(A, H, 1, D)
 
 
-def attention_mask(mask_PL: Tensor) -> Tensor | None:
-    """bool [P, 1, L, L], causal without padding (which sees itself: no NaN); None if none is padded."""
-    if bool(mask_PL.all()):
-        return None
+def attention_mask(mask_PL: Tensor, window: int | None = None) -> Tensor | None:
+    """bool [P, 1, L, L], causal within ``window``, without padding (which sees itself: no NaN).
+
+    None if none is padded and the window holds all, which is plain causal attention.
+    """
     L, device = mask_PL.shape[1], mask_PL.device
-    return ((~parts.future(L, device) & mask_PL[:, None]) | torch.eye(L, dtype=torch.bool, device=device))[:, None]
+    if bool(mask_PL.all()) and (window is None or window >= L):
+        return None
+    seen_PLL = parts.visible(L, device, window) & mask_PL[:, None]
+    return (seen_PLL | torch.eye(L, dtype=torch.bool, device=device))[:, None]
 
 
-def padding_bias(mask_PL: Tensor) -> Tensor | None:
-    """float32 [P, 1, 1, L]: -inf on padding; None if there is none."""
+def key_bias(mask_PL: Tensor) -> Tensor | None:
+    """float32 [P, 1, 1, L]: 0 where the mask is True, else -inf; None if it is True everywhere."""
     if bool(mask_PL.all()):
         return None
     return torch.zeros(mask_PL.shape, device=mask_PL.device).masked_fill(~mask_PL, -torch.inf)[:, None, None]

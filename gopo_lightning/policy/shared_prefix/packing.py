@@ -1,22 +1,16 @@
-"""What a forward carries: whole groups in a row (training, scoring), or a token of each completion (decoding)."""
+"""What a forward in training or scoring carries: whole groups in a row without padding."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from gopo_lightning.policy.shared_prefix.attention import (
-    Pieces,
-    attend_groups,
-    attend_prompt,
-    attend_token,
-    attention_mask,
-    padding_bias,
-)
+from gopo_lightning.policy.shared_prefix.attention import Pieces, attend_groups
 
 
 class PackedGroups:
@@ -45,9 +39,16 @@ class PackedGroups:
         """S."""
         self.called = False
         """Whether a layer came by; if none did, the model ignores its attention implementation."""
+        self.windows = set[int | None]()
+        """With which sliding windows layers came by, those that are compiled apart."""
         self.fused = (device is not None and device.type == "cuda") if fused is None else fused
-        if self.fused:
-            self.block_mask  # noqa: B018 - made here, for compiled layers can only read it
+        self._pieces: dict[int | None, Pieces] = {}
+        self._block_masks: dict[int | None, BlockMask] = {}
+
+    def prepare(self, windows: Iterable[int | None]) -> None:
+        """Make what layers with these sliding windows need and, where they are compiled, can only read."""
+        for window in windows if self.fused else ():
+            self._block_masks[window] = self.block_mask(window)
 
     def attend(
         self,
@@ -57,14 +58,26 @@ class PackedGroups:
         value_1KSD: Tensor,
         scale: float,
         softcap: float | None,
+        window: int | None,
     ) -> Tensor:
-        """The attention's output, [1, H, S, D], for any layer's ``module``."""
+        """The attention's output, [1, H, S, D], for any layer's ``module``.
+
+        With a ``window`` a token sees that many of its own sequence, itself among them.
+        """
         if self.fused:
-            return self._attend_fused(query_1HSD, key_1KSD, value_1KSD, scale, softcap)
-        return attend_groups(query_1HSD, key_1KSD, value_1KSD, self.pieces, scale, softcap)
+            return self._attend_fused(query_1HSD, key_1KSD, value_1KSD, scale, softcap, window)
+        if window not in self._pieces:
+            self._pieces[window] = self.pieces(window)
+        return attend_groups(query_1HSD, key_1KSD, value_1KSD, self._pieces[window], scale, softcap)
 
     def _attend_fused(
-        self, query_1HSD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor, scale: float, softcap: float | None
+        self,
+        query_1HSD: Tensor,
+        key_1KSD: Tensor,
+        value_1KSD: Tensor,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
     ) -> Tensor:
         """By FlexAttention: one kernel over the row that skips the blocks no query may see."""
         return _flex_attention(query_1HSD)(
@@ -72,24 +85,38 @@ class PackedGroups:
             key_1KSD,
             value_1KSD,
             score_mod=None if softcap is None else _capped(softcap),
-            block_mask=self.block_mask,
+            block_mask=self._block_masks[window],
             scale=scale,
             enable_gqa=True,
         )
 
-    @cached_property
-    def pieces(self) -> Pieces:
+    def pieces(self, window: int | None = None) -> Pieces:
         """Which tokens attend to which."""
-        starts, groups = list[tuple[int, int]](), list[tuple[slice, slice]]()
+        starts, groups = list[tuple[int, int]](), list[tuple[slice, slice | Tensor, Tensor | None]]()
         start = 0
         for prompt, *texts in self.lengths:
             end = start + prompt + sum(texts)
             if prompt and end > start + prompt:
-                groups.append((slice(start, start + prompt), slice(start + prompt, end)))
+                if window is None or prompt + max(texts) <= window:
+                    groups.append((slice(start, start + prompt), slice(start + prompt, end), None))
+                elif window > 1:
+                    groups.append(self._near(start, prompt, texts, window))
             for length in (prompt, *texts):
                 starts.append((start, length))
                 start += length
-        return Pieces([self._places(bucket) for bucket in _buckets(starts)], groups)
+        return Pieces([self._places(bucket) for bucket in _buckets(starts)], groups, window)
+
+    def _near(self, start: int, prompt: int, texts: Sequence[int], window: int) -> tuple[slice, Tensor, Tensor]:
+        """The end of the prompt at ``start`` and the beginnings of its texts that see some of it, and what they see."""
+        begin = max(prompt - (window - 1), 0)
+        text_starts = accumulate(texts[:-1], initial=start + prompt)
+        number_M = torch.cat([torch.arange(min(n, window - 1), device=self.device) for n in texts])
+        starts_M = torch.cat(
+            [number_M.new_full((min(n, window - 1),), s) for s, n in zip(text_starts, texts, strict=True)]
+        )
+        distance_MN = prompt + number_M[:, None] - torch.arange(begin, prompt, device=self.device)
+        bias_MN = torch.zeros(distance_MN.shape, device=self.device).masked_fill(distance_MN >= window, -torch.inf)
+        return slice(start + begin, start + prompt), starts_M + number_M, bias_MN[None, None]
 
     def _places(self, bucket: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         """int64 [B, M] of runs (start, length) of tokens, and where they are real, as ``Pieces`` has them."""
@@ -114,20 +141,30 @@ class PackedGroups:
         """bool, True on tokens of prompts."""
         return self._of_runs([i == 0 for runs in self.lengths for i in range(len(runs))])
 
+    @cached_property
+    def position_S(self) -> Tensor:
+        """int64 place of each token in its own sequence."""
+        begins = [prompt if i else 0 for prompt, *texts in self.lengths for i in range(len(texts) + 1)]
+        first_S = torch.ones_like(self.run_S).cumsum(0) - 1
+        lengths = [length for runs in self.lengths for length in runs]
+        return first_S - self._of_runs(list(accumulate(lengths[:-1], initial=0))) + self._of_runs(begins)
+
     def _of_runs(self, values: Sequence[int]) -> Tensor:
         lengths = torch.tensor([length for runs in self.lengths for length in runs], device=self.device)
         return torch.tensor(values, device=self.device).repeat_interleave(lengths, output_size=self.num_tokens)
 
-    @cached_property
-    def block_mask(self) -> BlockMask:
+    def block_mask(self, window: int | None = None) -> BlockMask:
         """The same for FlexAttention, made of the numbers of blocks alone: S x S may be far too many."""
-        group_S, run_S, prompt_S = self.group_S, self.run_S, self.prompt_S
+        group_S, run_S, prompt_S, position_S = self.group_S, self.run_S, self.prompt_S, self.position_S
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             to_prompt = prompt_S[key] & (group_S[key] == group_S[query])
             return (query >= key) & (to_prompt | (run_S[key] == run_S[query]))
 
         some, whole = visible_blocks(group_S, run_S, prompt_S, _BLOCK)
+        if window is not None:
+            nearest, farthest = block_distances(position_S, _BLOCK)
+            some, whole = some & (nearest < window), whole & (farthest < window)
         num_part, which_part = _table(some & ~whole)
         num_whole, which_whole = _table(whole)
         return BlockMask.from_kv_blocks(
@@ -136,9 +173,16 @@ class PackedGroups:
             num_whole,
             which_whole,
             BLOCK_SIZE=_BLOCK,
-            mask_mod=visible,
+            mask_mod=visible if window is None else _within(window, visible, position_S),
             seq_lengths=(self.num_tokens, self.num_tokens),
         )
+
+
+def _within(window: int, visible: Callable[..., Tensor], position_S: Tensor) -> Callable[..., Tensor]:
+    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(batch, head, query, key) & (position_S[query] - position_S[key] < window)
+
+    return near
 
 
 _BLOCK = 128
@@ -161,6 +205,14 @@ def visible_blocks(group_S: Tensor, run_S: Tensor, prompt_S: Tensor, size: int) 
     same_run = one_run_B & one_run_B[:, None] & (run_BM[:, 0] == run_BM[:, :1])
     own_prompt = prompt_BM.all(-1) & one_group_B & one_group_B[:, None] & (group_BM[:, 0] == group_BM[:, :1])
     return some_BB, earlier_BB & (same_run | own_prompt)
+
+
+def block_distances(position_S: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """By how many places a block's queries are at least, and at most, behind a block's keys; [query and key blocks]."""
+    padding = -len(position_S) % size
+    position_BM = torch.cat([position_S, position_S[-1:].expand(padding)]).view(-1, size)
+    lowest_B, highest_B = position_BM.amin(-1), position_BM.amax(-1)
+    return lowest_B[:, None] - highest_B, highest_B[:, None] - lowest_B
 
 
 def _table(blocks_QK: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,63 +252,3 @@ def _flex_attention(query: Tensor) -> Any:
 @cache
 def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention, dynamic=True)
-
-
-class PrefixCache:
-    """Keys and values of a rollout: the prompts' once per prompt, the completions' in buffers filled token by token.
-
-    Args:
-        prompt_mask_PL: bool, True on real tokens.
-        max_new_tokens: T, the width of the buffers.
-    """
-
-    fused = False
-
-    def __init__(self, prompt_mask_PL: Tensor, max_new_tokens: int) -> None:
-        self.max_new_tokens = max_new_tokens
-        self.prompt_mask_P1LL: Tensor | None = attention_mask(prompt_mask_PL)
-        self.prompt_bias_P11L = padding_bias(prompt_mask_PL)
-        self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
-        self.suffixes: dict[int, tuple[Tensor, Tensor]] = {}
-        self.num_tokens = 0
-        """Completion tokens written so far, by each row; ``advance`` before each decoding step."""
-        self.called = False
-        """As in ``PackedGroups``."""
-
-    def advance(self) -> None:
-        """The next forward carries one more token of each completion."""
-        self.num_tokens += 1
-
-    def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
-    ) -> Tensor:
-        """[P, H, L, D] for the prompts, then [A, H, 1, D] for a token of each row, in the layer of this ``module``."""
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        if self.num_tokens == 0:
-            self.prompts[layer] = key.contiguous(), value.contiguous()
-            return attend_prompt(query, key, value, self.prompt_mask_P1LL, scale, softcap)
-        suffix = self._append(layer, key, value)
-        return attend_token(query, self.prompts[layer], suffix, self.prompt_bias_P11L, scale, softcap)
-
-    def keep(self, prompts_P: Tensor, rows_A: Tensor) -> None:
-        """Go on with these prompts, and of each with as many of these rows (indices into the present P*G)."""
-        whole = len(prompts_P) == len(next(iter(self.prompts.values()))[0])
-        for layer, prompt in self.prompts.items():
-            if not whole:
-                self.prompts[layer] = prompt[0][prompts_P], prompt[1][prompts_P]
-            if layer in self.suffixes:
-                key_AKTD, value_AKTD = self.suffixes[layer]
-                self.suffixes[layer] = key_AKTD[rows_A], value_AKTD[rows_A]
-        if self.prompt_bias_P11L is not None:
-            self.prompt_bias_P11L = self.prompt_bias_P11L[prompts_P]
-
-    def _append(self, layer: int, key_AK1D: Tensor, value_AK1D: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the keys and values of one token; returns all so far, [A, K, num_tokens, D] each."""
-        new = key_AK1D, value_AK1D
-        if layer not in self.suffixes:
-            A, K, _, D = key_AK1D.shape
-            self.suffixes[layer] = tuple(x.new_empty(A, K, self.max_new_tokens, D) for x in new)  # type: ignore[assignment]
-        for buffer_AKTD, x_AK1D in zip(self.suffixes[layer], new, strict=True):
-            buffer_AKTD[:, :, self.num_tokens - 1] = x_AK1D[:, :, 0]
-        key_AKTD, value_AKTD = self.suffixes[layer]
-        return key_AKTD[:, :, : self.num_tokens], value_AKTD[:, :, : self.num_tokens]

@@ -31,13 +31,14 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, H, M, D] of the queries to these keys, and the logarithm of its normaliser [B, H, M], float32.
 
-    ``bias``, 0 or -inf and broadcast from four dimensions, is added to the scores; None adds nothing. ``causal``, in
-    its place: a query sees the keys up to its own place, of which there are as many.
+    ``bias``, 0 or -inf and broadcast from [B, 1, M, N], is added to the scores; None adds nothing. ``causal``, in its
+    place: a query sees the keys up to its own place, of which there are as many.
     """
+    bias = None if bias is None else bias.to(wide(query_BHMD))  # the kernel reads it as that, whatever it is
     if _has_kernel(query_BHMD, softcap):
         return cpu_flash_attention(query_BHMD, key_BKND, value_BKND, bias, scale, causal)
     query_BKMD = _by_key_heads(query_BHMD, key_BKND)
-    bias = _causal_bias(query_BHMD, key_BKND) if causal else bias
+    bias = _bias_by_key_heads(causal_bias(query_BHMD) if causal else bias, query_BHMD, key_BKND)
     output = query_BKMD.new_empty(*query_BKMD.shape[:-1], value_BKND.shape[-1])
     normaliser = query_BKMD.new_empty(query_BKMD.shape[:-1], dtype=wide(query_BKMD))
     for b, m in _chunks(query_BKMD, key_BKND):
@@ -67,17 +68,22 @@ def gradients(
     whole: Whole,
     key_BKND: Tensor,
     value_BKND: Tensor,
+    bias: Tensor | None,
     scale: float,
     softcap: float | None,
     *,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This part's share of the gradients of the queries, keys and values; the scores are computed again."""
+    """This part's share of the gradients of the queries, keys and values; the scores are computed again.
+
+    ``bias`` and ``causal`` are those of ``attend``.
+    """
     query_BHMD = whole.query_BHMD
+    bias = None if bias is None else bias.to(wide(query_BHMD))
     if _has_kernel(query_BHMD, softcap) and key_BKND.shape[2] >= _KERNEL_PAYS:
         saved = query_BHMD, key_BKND, value_BKND, whole.output_BHMD, whole.normaliser_BHM
-        return cpu_flash_attention_backward(whole.grad_BHMD, *saved, bias=None, scale=scale, causal=causal)
-    bias = _causal_bias(query_BHMD, key_BKND) if causal else None
+        return cpu_flash_attention_backward(whole.grad_BHMD, *saved, bias=bias, scale=scale, causal=causal)
+    bias = _bias_by_key_heads(causal_bias(query_BHMD) if causal else bias, query_BHMD, key_BKND)
     grad_BKMD, query_BKMD, output_BKMD, normaliser_BKM = (_by_key_heads(x, key_BKND) for x in whole)
     mean_BKM1 = torch.linalg.vecdot(widen(grad_BKMD), widen(output_BKMD))[..., None]
     d_query, d_key, d_value = (torch.zeros_like(x) for x in (query_BKMD, key_BKND, value_BKND))
@@ -116,16 +122,23 @@ def _by_key_heads(x_BHM: Tensor, key_BKND: Tensor) -> Tensor:
     return x_BHM.unflatten(1, (key_BKND.shape[1], -1)).flatten(2, 3)
 
 
-def _causal_bias(query_BHMD: Tensor, key_BKND: Tensor) -> Tensor:
-    """float32 [1, 1, H / K * M, N], -inf where the key comes after the query of `_by_key_heads`."""
-    M, R = query_BHMD.shape[2], query_BHMD.shape[1] // key_BKND.shape[1]
-    bias_MM = torch.zeros(M, M, device=query_BHMD.device).masked_fill(future(M, query_BHMD.device), -torch.inf)
-    return bias_MM.repeat(R, 1)[None, None]
+def _bias_by_key_heads(bias: Tensor | None, query_BHMD: Tensor, key_BKND: Tensor) -> Tensor | None:
+    """The bias of `_by_key_heads`' queries: [B, 1, H / K * M, N] of one that has a row for each query."""
+    if bias is None or bias.shape[2] == 1:
+        return bias
+    return bias.repeat(1, 1, query_BHMD.shape[1] // key_BKND.shape[1], 1)
 
 
-def future(size: int, device: torch.device) -> Tensor:
-    """bool [size, size], True where the column comes after the row."""
-    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
+def causal_bias(query_BHMD: Tensor, window: int | None = None) -> Tensor:
+    """-inf where the key comes after the query, or ``window`` places or more before it, else 0; [1, 1, M, M]."""
+    hidden_MM = ~visible(query_BHMD.shape[2], query_BHMD.device, window)
+    return torch.zeros(hidden_MM.shape, device=query_BHMD.device).masked_fill(hidden_MM, -torch.inf)[None, None]
+
+
+def visible(size: int, device: torch.device, window: int | None = None) -> Tensor:
+    """bool [size, size], True where the column is at the row's place or one of the ``window`` - 1 before it."""
+    earlier = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+    return earlier if window is None else earlier.triu(1 - window)
 
 
 def _scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

@@ -20,8 +20,9 @@ from gopo_lightning._compat import (
     set_attention,
     set_checkpoint_function,
 )
-from gopo_lightning.distributed.decoder_layers import configs_of
-from gopo_lightning.policy.shared_prefix.packing import PackedGroups, PrefixCache
+from gopo_lightning.distributed.decoder_layers import base_of, configs_of
+from gopo_lightning.policy.shared_prefix.packing import PackedGroups
+from gopo_lightning.policy.shared_prefix.prefix_cache import PrefixCache
 
 IMPLEMENTATION = "gopo_shared_prefix"
 FUSED_IMPLEMENTATION = "gopo_shared_prefix_fused"
@@ -35,6 +36,7 @@ def _attention_function(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    sliding_window: int | None = None,
     shared_prefix: "PackedGroups | PrefixCache | None" = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -44,7 +46,9 @@ def _attention_function(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings make them float32
     shared_prefix.called = True
-    return shared_prefix.attend(module, query, key, value, scale, softcap).transpose(1, 2), None
+    if not torch.compiler.is_compiling():
+        shared_prefix.windows.add(sliding_window)
+    return shared_prefix.attend(module, query, key, value, scale, softcap, sliding_window).transpose(1, 2), None
 
 
 # No mask function is registered under these names, so transformers builds no mask: the layout above is the mask.
@@ -61,6 +65,7 @@ def shared_prefix_attention(model: nn.Module, shared_prefix: PackedGroups | Pref
     given a non-reentrant checkpoint that enters it again.
     """
     name = FUSED_IMPLEMENTATION if shared_prefix.fused else IMPLEMENTATION
+    shared_prefix.prepare(windows_of(model))
     with ExitStack() as stack:
         stack.enter_context(_implementation(model, name))
         for module in model.modules():
@@ -70,9 +75,27 @@ def shared_prefix_attention(model: nn.Module, shared_prefix: PackedGroups | Pref
 
 
 def require_called(model: nn.Module, shared_prefix: PackedGroups | PrefixCache) -> None:
-    """After a forward with ``shared_prefix``: ValueError if no layer of ``model`` looked at it."""
+    """After a forward with ``shared_prefix``: ValueError if no layer of ``model`` looked at it, or one hid a window."""
+    name, told = type(model).__name__, shared_prefix.windows
     if not shared_prefix.called:
-        raise ValueError(f"{type(model).__name__} never called the registered attention; set prefix_sharing to never.")
+        raise ValueError(f"{name} never called the registered attention; set prefix_sharing to never.")
+    if told and told != (declared := windows_of(model)):
+        raise ValueError(
+            f"the layers of {name} have sliding windows of {_listed(declared)} by its configuration, and tell their "
+            f"attention {_listed(told)}; set prefix_sharing to never."
+        )
+
+
+def windows_of(model: nn.Module) -> set[int | None]:
+    """The sliding windows of the layers of ``model``, in tokens; None is that of a layer without one."""
+    text = base_of(model).config.get_text_config()  # type: ignore[union-attr, operator]
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    layer_types = getattr(text, "layer_types", None) or ["sliding_attention"]
+    return {window if kind == "sliding_attention" else None for kind in layer_types}
+
+
+def _listed(windows: set[int | None]) -> str:
+    return ", ".join(sorted("none" if window is None else str(window) for window in windows))
 
 
 @contextmanager
@@ -101,17 +124,17 @@ def _with_attention(before: Callable[..., Any], module: nn.Module, model: nn.Mod
         set_checkpoint_function(module, before)
 
 
-def supports_shared_prefix(model: nn.Module, num_tokens: int | None = None) -> tuple[bool, str]:
-    """Whether ``model`` may share prompts in sequences of ``num_tokens`` (L + T; None: any length), and why not.
+def supports_shared_prefix(model: nn.Module) -> tuple[bool, str]:
+    """Whether ``model`` may share prompts, and why not.
 
     It looks at the configuration alone; ``logprobs.check_shared_prefix`` then compares the numbers.
     """
     base: Any = model
-    reason = _obstacle(base.get_base_model() if hasattr(model, "get_base_model") else base, model, num_tokens)
+    reason = _obstacle(base.get_base_model() if hasattr(model, "get_base_model") else base, model)
     return reason is None, reason or ""
 
 
-def _obstacle(base: nn.Module, model: nn.Module, num_tokens: int | None) -> str | None:
+def _obstacle(base: nn.Module, model: nn.Module) -> str | None:
     config = getattr(base, "config", None)
     if not isinstance(config, PreTrainedConfig):
         return f"{type(base).__name__} is not a transformers model"
@@ -125,9 +148,6 @@ def _obstacle(base: nn.Module, model: nn.Module, num_tokens: int | None) -> str 
     kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds or is_recurrent(base):
         return f"its layers are not all attention over the whole sequence ({', '.join(sorted(kinds)) or 'recurrent'})"
-    window = _window(text)
-    if window is not None and (num_tokens is None or num_tokens > window):
-        return f"its sliding window of {window} tokens may be shorter than a sequence"
     if getattr(text, "attn_logit_softcapping", None) and attention_of(config) == "sdpa":
         return "sdpa ignores the soft cap of its attention scores; set attn_implementation to eager"
     for name in ("attention_dropout", "attn_pdrop"):
@@ -148,12 +168,3 @@ def _drops(base: nn.Module) -> bool:
         for module in base.modules()
         if module is not base
     )
-
-
-def _window(text_config: PreTrainedConfig) -> int | None:
-    """The sliding window of any layer, or None."""
-    window = getattr(text_config, "sliding_window", None)
-    layer_types = getattr(text_config, "layer_types", None)
-    if layer_types is not None:
-        return window if "sliding_attention" in layer_types else None
-    return window if getattr(text_config, "use_sliding_window", True) else None

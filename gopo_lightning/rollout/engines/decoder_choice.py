@@ -47,23 +47,20 @@ class DecoderChoice:
         self._latest: dict[DecoderType, str | None] = {}
         self._said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
-    def __call__(self, model: nn.Module, prompts: PromptBatch, max_new_tokens: int) -> DecoderType:
+    def __call__(self, model: nn.Module, prompts: PromptBatch) -> DecoderType:
         """The decoder for these prompts; all ranks decide alike where a forward is a collective.
 
         Raises:
             ValueError: ``always``, and the model cannot share; or no decoder gives the model's own numbers.
         """
         name = type(model).__name__.removeprefix("FSDP")
-        longest = prompts.tokens_PL.shape[1]
-        if forward_is_collective(model):
-            longest = max(gather_objects(longest))
         self._latest = _trials.setdefault(model, {k: self._restored[k.__name__] or None for k in self._known()})
         ladder = list(_LADDER)[int(self.prefix_sharing == "never") :]
         reasons: list[str] = []
         for kind in ladder:
             reason = None
             if kind is SharedDecoder:
-                _, reason = supports_shared_prefix(model, longest + max_new_tokens)
+                _, reason = supports_shared_prefix(model)
             if not (reason := reason or _tried(kind, model, prompts)):
                 self._say(model, kind, reasons)
                 return kind

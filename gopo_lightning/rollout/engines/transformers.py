@@ -92,7 +92,7 @@ class TransformersEngine(RolloutEngine):
         prompts = prompts.to(device)
         writer = CompletionWriter(tokenizer, sampling, seeds_N, eos_token_ids, len(prompts), device, self.on_group)
         with evaluating(model), uncompiled(), plain_outputs(model):
-            decoder_type = self._choose(model, prompts, sampling.max_new_tokens)
+            decoder_type = self._choose(model, prompts)
             passes = self._passes(prompts, num_completions, decoder_type.equal_lengths, together)
             with sampling_precision(model, sampling_dtype(self.dtype, model)):
                 for index_P in passes:

@@ -64,7 +64,7 @@ class SaveOnSignal(Callback):
         self.on_train_end(trainer, pl_module)
         if not isinstance(exception, Exception):
             return
-        folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks} - {None}
+        folders = {folder for keeper in trainer.checkpoint_callbacks if (folder := getattr(keeper, "dirpath", None))}
         steps = [step_of(path) for folder in folders for path in Path(folder).rglob("*.ckpt")]
         saved = max((step for step in steps if step is not None), default=None)
         lost_peer = isinstance(exception, RuntimeError) and trainer.world_size > 1

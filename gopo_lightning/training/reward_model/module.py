@@ -159,7 +159,7 @@ class RewardModelModule(OptimisedModule):
         self.max_length = max_length_of(classifier, self.tokenizer, max_length)
         self.model = _with_lora(classifier, lora).train()
         self.metrics = ComparisonMetrics(gap_bounds or ())
-        self.scorer = Scorer(self.tokenizer, prefix_sharing, self.max_length)
+        self.scorer = Scorer(self.tokenizer, prefix_sharing)
 
     def configure_callbacks(self) -> list[Callback]:
         """Names that lead out of the run's folder are refused here, before anything is written."""

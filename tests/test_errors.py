@@ -150,6 +150,11 @@ CASES = [
     ),
     Case("misspelt key of a data set", r"pth.*path.*config\.yaml.*line 25", edit=("train: {path:", "train: {pth:")),
     Case(
+        "part of several keys",
+        r"'column'; did you mean 'prompt_column' or 'messages_column' or 'system_column'\?.*line 25",
+        edit=("train: {path: prompts.jsonl}", "train: {path: prompts.jsonl, column: question}"),
+    ),
+    Case(
         "misspelt key of a reward",
         r"functoin.*function.*config\.yaml.*line 16",
         edit=("{function: mine.vowels}", "{functoin: mine.vowels}"),

@@ -150,11 +150,12 @@ def _unknown(path: Sequence[str], flag: str | None, written: Sequence[Field], ro
     if field is not None and flag is None:
         parent, place = field.shown.rpartition(".")[0], _at(field)
     said = f"{flag} is unknown" if flag else f"{parent or 'a config'} has no field {wrong!r}"
-    near = get_close_matches(wrong, [*known, "init_args"] if done else known, 1)
+    near = [name for name in known if wrong in name.split("_")]  # `column`, of prompt_column and others
+    near = near or get_close_matches(wrong, [*known, "init_args"] if done else known, 1)
     if not near or near[0] == wrong:
         near = [path for path in _all(root, written) if path.rpartition(".")[2] == keys[-1]][:1]
     if near:
-        return f"{said}; did you mean {near[0]!r}?{place}"
+        return f"{said}; did you mean {' or '.join(map(repr, near[:3]))}?{place}"
     return f"{said}; it has {', '.join(known) or 'none'}{place}" if done else f"{said}{place}"
 
 

@@ -48,6 +48,7 @@ DECODERS = {
     "opt": SharedDecoder,
     "mistral": SharedDecoder,
     "gemma3_text": SharedDecoder,
+    "gpt_oss": SharedDecoder,
     "roberta": UnpaddedDecoder,
     "rwkv": RecomputingDecoder,  # transformers runs it step by step with one row alone
     "recurrent_gemma": RecomputingDecoder,  # its state is in its modules
@@ -122,8 +123,14 @@ def test_the_fastest_decoder_that_serves_a_model(name: str) -> None:
 def test_shared_form_where_it_is_supported(name: str) -> None:
     model, prompts, completions = family(name), prompt_batch(), ragged_completions()
     assert supports_shared_prefix(model) == (True, "")
+    expected_NT = alone(model, prompts, completions)
+    weights_NT = torch.arange(expected_NT.numel()).view_as(expected_NT).cos()
+    (expected_NT * weights_NT).sum().backward()
+    expected = gradients(model)
     logprobs_NT = completion_logprobs(model, prompts, completions, shared_prefix=True).logprobs_NT
-    torch.testing.assert_close(logprobs_NT, alone(model, prompts, completions), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logprobs_NT, expected_NT, atol=1e-4, rtol=0)
+    (logprobs_NT * weights_NT).sum().backward()
+    assert relative_difference(gradients(model), expected) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["lfm2", "rwkv", "nemotron", "roberta"])

@@ -7,8 +7,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -20,6 +18,7 @@ from gopo_lightning.policy.logprobs import completion_logprobs
 from gopo_lightning.policy.prefix_sharing import decide_prefix_sharing
 from gopo_lightning.policy.shared_prefix import (
     IMPLEMENTATION,
+    AttentionRule,
     PackedGroups,
     shared_prefix_attention,
     supports_shared_prefix,
@@ -173,13 +172,19 @@ def dense_mask(packed: PackedGroups, window: int | None = None) -> torch.Tensor:
     return torch.tensor([[sees(a, b) for b in range(len(tokens))] for a in range(len(tokens))])
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 41, 100])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(
     ("max_scores", "kernel"), [(2**20, "pays"), (2**20, "forward"), (2**20, "none"), (130, "none"), (18, "none")]
 )
 def test_attention_in_float64_against_a_dense_mask(
-    max_scores: int, kernel: str, softcap: float | None, window: int | None, monkeypatch: pytest.MonkeyPatch
+    max_scores: int,
+    kernel: str,
+    softcap: float | None,
+    window: int | None,
+    sinks: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By torch's kernel and by products: all at once, some queries, query by query; output and gradients."""
     monkeypatch.setattr(parts, "_MAX_SCORES", max_scores)
@@ -191,19 +196,23 @@ def test_attention_in_float64_against_a_dense_mask(
     S, allowed_SS = packed.num_tokens, dense_mask(packed, window)
     heads = (torch.randn(1, heads, S, D, dtype=torch.float64).requires_grad_() for heads in (K * R, K, K))
     query, key, value = heads
+    sinks_H = torch.randn(K * R, dtype=torch.float64).requires_grad_() if sinks else None
+    inputs = (query, key, value) if sinks_H is None else (query, key, value, sinks_H)
 
     def dense() -> torch.Tensor:
         scores = query @ key.repeat_interleave(R, 1).mT * 0.3
         scores = scores if softcap is None else (scores / softcap).tanh() * softcap
-        return scores.masked_fill(~allowed_SS, -torch.inf).softmax(-1) @ value.repeat_interleave(R, 1)
+        scores = scores.masked_fill(~allowed_SS, -torch.inf)
+        if sinks_H is not None:
+            scores = torch.cat([scores, sinks_H[:, None, None].expand(1, K * R, S, 1)], -1)
+        return scores.softmax(-1)[..., :S] @ value.repeat_interleave(R, 1)
 
     weights = torch.randn(1, K * R, S, D, dtype=torch.float64)
-    expected, found = dense(), packed.attend(MODULE, query, key, value, 0.3, softcap, window)
+    expected, found = dense(), packed.attend(MODULE, query, key, value, AttentionRule(0.3, softcap, window, sinks_H))
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
-    found_gradients = torch.autograd.grad((found * weights).sum(), (query, key, value))
-    for gradient, right in zip(
-        found_gradients, torch.autograd.grad((expected * weights).sum(), (query, key, value)), strict=True
-    ):
+    found_gradients = torch.autograd.grad((found * weights).sum(), inputs)
+    right_gradients = torch.autograd.grad((expected * weights).sum(), inputs)
+    for gradient, right in zip(found_gradients, right_gradients, strict=True):
         torch.testing.assert_close(gradient, right, atol=1e-12, rtol=1e-9)
 
 
@@ -214,21 +223,23 @@ def test_padding_of_a_bucket_reaches_no_gradient_however_steep_the_scores() -> N
     rows = [torch.randn(1, 2, packed.num_tokens, 4, dtype=torch.float64) * 60 for _ in range(3)]
     for row in rows:
         row.requires_grad_()
-    packed.attend(MODULE, *rows, 1.0, None, None).square().sum().backward()
+    packed.attend(MODULE, *rows, AttentionRule(1.0)).square().sum().backward()
     assert all(row.grad is not None and row.grad.isfinite().all() for row in rows)
 
 
 @pytest.mark.parametrize("window", [None, 20, 140])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_fused_kernel_of_gpus_computes_the_same(softcap: float | None, window: int | None) -> None:
+@pytest.mark.parametrize("sinks", [False, True])
+def test_fused_kernel_of_gpus_computes_the_same(sinks: bool, softcap: float | None, window: int | None) -> None:
     """Its uncompiled form runs on a CPU too, forward only."""
     torch.manual_seed(0)
     lengths, K, R, D = ((150, 3), [[70, 5, 140], [1, 9]]), 2, 2, 16
     packed, fused_row = PackedGroups(*lengths), PackedGroups(*lengths, fused=True)
     query, key, value = (torch.randn(1, heads, packed.num_tokens, D) for heads in (K * R, K, K))
+    rule = AttentionRule(0.3, softcap, window, torch.randn(K * R) if sinks else None)
     fused_row.prepare({window})
-    fused = fused_row.attend(MODULE, query, key, value, 0.3, softcap, window)
-    plain = packed.attend(MODULE, query, key, value, 0.3, softcap, window)
+    fused = fused_row.attend(MODULE, query, key, value, rule)
+    plain = packed.attend(MODULE, query, key, value, rule)
     torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)
 
 
@@ -268,7 +279,7 @@ def test_prompt_is_not_expanded() -> None:
     packed, sizes = PackedGroups((L,), [[1] * G]), list[int]()
     query, key, value = (torch.randn(1, K, packed.num_tokens, D, requires_grad=True) for _ in range(3))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
-        packed.attend(MODULE, query, key, value, 1.0, None, None)
+        packed.attend(MODULE, query, key, value, AttentionRule(1.0))
     assert max(sizes) <= (L + G) * D < G * L * D
 
 
@@ -295,11 +306,9 @@ def test_model_is_left_as_it_was() -> None:
 
 def unsupported() -> dict[str, tuple[nn.Module, str]]:
     small = {**SIZES, "num_hidden_layers": 1}
-    sinks = GptOssConfig(**{**small, "sliding_window": 64}, num_local_experts=2, layer_types=["full_attention"])
     prompt_tuned = build("llama")
     return {
         "recurrent": (MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=8, num_hidden_layers=1)), "Mamba"),
-        "sinks": (GptOssForCausalLM(sinks), "attention sinks"),
         "dropout": (LlamaForCausalLM(LlamaConfig(**small, attention_dropout=0.1)), "attention_dropout is 0.1"),
         "softcap": (_sdpa(build("gemma2")), "soft cap"),
         "wrapper": (_wrapped(build("llama")), "checkpoint"),
@@ -326,7 +335,7 @@ def _prompt_tuned(model: nn.Module) -> nn.Module:
     return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
-@pytest.mark.parametrize("case", ["recurrent", "sinks", "dropout", "softcap", "wrapper", "virtual", "foreign"])
+@pytest.mark.parametrize("case", ["recurrent", "dropout", "softcap", "wrapper", "virtual", "foreign"])
 def test_unsupported_models_say_why(case: str) -> None:
     model, expected = unsupported()[case]
     supported, reason = supports_shared_prefix(model)

@@ -15,7 +15,7 @@ Legend, beyond that of ``types``:
     S  tokens of a packed row                 D  width of a head
 """
 
-from gopo_lightning.policy.shared_prefix.attention import attend_groups, attend_prompt
+from gopo_lightning.policy.shared_prefix.attention import AttentionRule
 from gopo_lightning.policy.shared_prefix.packing import PackedGroups
 from gopo_lightning.policy.shared_prefix.patching import (
     IMPLEMENTATION,
@@ -27,10 +27,9 @@ from gopo_lightning.policy.shared_prefix.prefix_cache import PrefixCache
 
 __all__ = [
     "IMPLEMENTATION",
+    "AttentionRule",
     "PackedGroups",
     "PrefixCache",
-    "attend_groups",
-    "attend_prompt",
     "require_called",
     "shared_prefix_attention",
     "supports_shared_prefix",

@@ -12,31 +12,43 @@ from torch import Tensor
 from gopo_lightning.policy.shared_prefix import partial_softmax as parts
 
 
+class AttentionRule(NamedTuple):
+    """How a layer weighs what a token may see."""
+
+    scale: float
+    softcap: float | None = None
+    """Scores are brought below it by tanh (Gemma 2)."""
+    window: int | None = None
+    """A token sees so many tokens, itself among them; None: all before it."""
+    sinks_H: Tensor | None = None
+    """Scores of something without a value that every token sees beside the keys (GPT-OSS)."""
+
+
 def attend_prompt(
-    query_PHLD: Tensor,
-    key_PKLD: Tensor,
-    value_PKLD: Tensor,
-    mask_P1LL: Tensor | None,
-    scale: float,
-    softcap: float | None,
+    query_PHLD: Tensor, key_PKLD: Tensor, value_PKLD: Tensor, mask_P1LL: Tensor | None, rule: AttentionRule
 ) -> Tensor:
     """Causal attention of the prompts among themselves, [P, H, L, D], under `attention_mask`'s ``mask_P1LL``."""
-    if softcap is not None:
-        return _attend_softcapped(query_PHLD, key_PKLD, value_PKLD, mask_P1LL, scale, softcap)
-    return F.scaled_dot_product_attention(
-        query_PHLD, key_PKLD, value_PKLD, mask_P1LL, is_causal=mask_P1LL is None, scale=scale, enable_gqa=True
+    is_causal = mask_P1LL is None
+    if rule.softcap is None and rule.sinks_H is None:
+        return F.scaled_dot_product_attention(
+            query_PHLD, key_PKLD, value_PKLD, mask_P1LL, is_causal=is_causal, scale=rule.scale, enable_gqa=True
+        )
+    bias = (
+        None
+        if mask_P1LL is None
+        else torch.zeros_like(mask_P1LL, dtype=torch.float32).masked_fill(~mask_P1LL, -torch.inf)
     )
+    whole = parts.attend(query_PHLD, key_PKLD, value_PKLD, bias, rule.scale, rule.softcap, causal=is_causal)
+    return beside_sinks(*whole, rule.sinks_H)[0].to(query_PHLD.dtype)
 
 
-def _attend_softcapped(
-    query_PHLD: Tensor, key_PKLD: Tensor, value_PKLD: Tensor, mask_P1LL: Tensor | None, scale: float, softcap: float
-) -> Tensor:
-    """Causal attention with soft-capped scores (Gemma 2), which SDPA has not."""
-    K, L, device = key_PKLD.shape[1], query_PHLD.shape[2], query_PHLD.device
-    allowed = parts.visible(L, device) if mask_P1LL is None else mask_P1LL[:, None]
-    scores = parts.widen(query_PHLD.unflatten(1, (K, -1)) @ key_PKLD[:, :, None].transpose(-1, -2)) * scale
-    scores = ((scores / softcap).tanh() * softcap).masked_fill(~allowed, -torch.inf)
-    return (scores.softmax(-1).to(value_PKLD.dtype) @ value_PKLD[:, :, None]).flatten(1, 2)
+def beside_sinks(output_BHMD: Tensor, normaliser_BHM: Tensor, sinks_H: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same under a softmax that holds the sinks too."""
+    if sinks_H is None:
+        return output_BHMD, normaliser_BHM
+    sinks_H1 = sinks_H.to(normaliser_BHM)[:, None]
+    share_BHM1 = (normaliser_BHM - sinks_H1).sigmoid()[..., None]
+    return output_BHMD * share_BHM1, torch.logaddexp(normaliser_BHM, sinks_H1)
 
 
 class Pieces(NamedTuple):
@@ -49,19 +61,17 @@ class Pieces(NamedTuple):
     groups: list[tuple[slice, slice | Tensor, Tensor | None]]
     """A prompt, and the texts that attend to it. With a window: what of both is near enough, and the bias of its pairs,
     float32 [1, 1, M, N]."""
-    window: int | None = None
-    """A token attends to so many, itself among them; None: to all before it."""
 
 
 def attend_groups(
-    query_1HSD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor, pieces: Pieces, scale: float, softcap: float | None = None
+    query_1HSD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor, pieces: Pieces, rule: AttentionRule
 ) -> Tensor:
     """Attention of texts to the prompt of their group and, causally, to themselves under one softmax, [1, H, S, D].
 
     A prompt's keys meet the queries of its whole group in one product, never expanded.
     """
     tokens_first = (x[0].transpose(0, 1) for x in (query_1HSD, key_1KSD, value_1KSD))
-    output_SHD: Tensor = _GroupAttention.apply(*tokens_first, pieces, scale, softcap)
+    output_SHD: Tensor = _GroupAttention.apply(*tokens_first, rule.sinks_H, pieces, rule)
     return output_SHD.transpose(0, 1)[None]
 
 
@@ -70,13 +80,20 @@ class _GroupAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scale: float, softcap: float | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks_H: Tensor | None,
+        pieces: Pieces,
+        rule: AttentionRule,
     ) -> Tensor:
+        scale, softcap = rule.scale, rule.softcap
         output = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
         normaliser = torch.empty(query.shape[:-1], dtype=parts.wide(query), device=query.device)
         for places_BM, real_BM in pieces.buckets:
             query_BHMD, key_BKMD, value_BKMD = (_heads(x[places_BM]) for x in (query, key, value))
-            bias = _window_bias(query_BHMD, pieces.window)
+            bias = _window_bias(query_BHMD, rule.window)
             own = parts.attend(query_BHMD, key_BKMD, value_BKMD, bias, scale, softcap, causal=bias is None)
             _put(output, places_BM, real_BM, own[0])
             _put(normaliser, places_BM, real_BM, own[1])
@@ -84,14 +101,18 @@ class _GroupAttention(torch.autograd.Function):
             to_prompt = parts.attend(_one(query[texts]), _one(key[prompt]), _one(value[prompt]), bias, scale, softcap)
             whole, normaliser_1HM = parts.merge(to_prompt, (_one(output[texts]), _one(normaliser[texts])))
             output[texts], normaliser[texts] = _heads(whole)[0].to(output.dtype), _heads(normaliser_1HM)[0]
-        ctx.save_for_backward(query, key, value, output, normaliser)
-        ctx.options = pieces, scale, softcap
+        if sinks_H is not None:
+            whole, normaliser_1HS = beside_sinks(_one(output), _one(normaliser), sinks_H)
+            output, normaliser = _heads(whole)[0].to(output.dtype), _heads(normaliser_1HS)[0]
+        ctx.save_for_backward(query, key, value, sinks_H, output, normaliser)
+        ctx.options = pieces, rule._replace(sinks_H=None)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        query, key, value, output, normaliser = ctx.saved_tensors
-        pieces, scale, softcap = ctx.options
+        query, key, value, sinks_H, output, normaliser = ctx.saved_tensors
+        pieces, rule = ctx.options
+        scale, softcap = rule.scale, rule.softcap
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
         for places_BM, real_BM in pieces.buckets:
             normaliser_BHM = _heads(normaliser[places_BM])
@@ -99,7 +120,7 @@ class _GroupAttention(torch.autograd.Function):
                 normaliser_BHM = normaliser_BHM.masked_fill(~real_BM[:, None], torch.inf)
             grad_BHMD, query_BHMD, output_BHMD = (_heads(x[places_BM]) for x in (grad, query, output))
             whole = parts.Whole(grad_BHMD, query_BHMD, output_BHMD, normaliser_BHM)
-            bias = _window_bias(query_BHMD, pieces.window)
+            bias = _window_bias(query_BHMD, rule.window)
             key_BKMD, value_BKMD = _heads(key[places_BM]), _heads(value[places_BM])
             own = parts.gradients(whole, key_BKMD, value_BKMD, bias, scale, softcap, causal=bias is None)
             for d_x, d_own in zip((d_query, d_key, d_value), own, strict=True):
@@ -109,7 +130,13 @@ class _GroupAttention(torch.autograd.Function):
             found = parts.gradients(whole, _one(key[prompt]), _one(value[prompt]), bias, scale, softcap)
             for d_x, where, d_part in zip((d_query, d_key, d_value), (texts, prompt, prompt), found, strict=True):
                 d_x[where] += _heads(d_part)[0]
-        return d_query, d_key, d_value, None, None, None
+        d_sinks_H = None
+        if sinks_H is not None:  # their values are 0
+            weight_SH = (sinks_H - normaliser).exp()
+            d_sinks_H = (
+                -(weight_SH * torch.linalg.vecdot(parts.widen(grad), parts.widen(output))).sum(0).to(sinks_H.dtype)
+            )
+        return d_query, d_key, d_value, d_sinks_H, None, None
 
 
 def _window_bias(query_BHMD: Tensor, window: int | None) -> Tensor | None:
@@ -141,8 +168,7 @@ def attend_token(
     prompt: tuple[Tensor, Tensor] | None,
     suffix: tuple[Tensor, Tensor],
     prompt_bias_P11L: Tensor | None,
-    scale: float,
-    softcap: float | None,
+    rule: AttentionRule,
 ) -> Tensor:
     """The same for one token of each row, without gradient: to its prompt, [P, K, L, D] each, and to its past.
 
@@ -151,14 +177,14 @@ def attend_token(
     A, H, _, D = query_AH1D.shape
     K = suffix[0].shape[1]
     query_AKRD = query_AH1D.reshape(A, K, H // K, D)
-    to_past_AKR = parts.attend(query_AKRD, *suffix, None, scale, softcap)
-    if prompt is None:
-        return to_past_AKR[0].to(query_AH1D.dtype).reshape(A, H, 1, D)
-    P = len(prompt[0])
-    query_PKMD = query_AKRD.unflatten(0, (P, -1)).transpose(1, 2).flatten(2, 3)
-    to_prompt = parts.attend(query_PKMD, *prompt, prompt_bias_P11L, scale, softcap)
-    to_prompt_AKR = [x.unflatten(2, (A // P, -1)).transpose(1, 2).flatten(0, 1) for x in to_prompt]
-    return parts.merge(to_prompt_AKR, to_past_AKR)[0].to(query_AH1D.dtype).view(A, H, 1, D)
+    whole_AKR = parts.attend(query_AKRD, *suffix, None, rule.scale, rule.softcap)
+    if prompt is not None:
+        query_PKMD = query_AKRD.unflatten(0, (len(prompt[0]), -1)).transpose(1, 2).flatten(2, 3)
+        to_prompt = parts.attend(query_PKMD, *prompt, prompt_bias_P11L, rule.scale, rule.softcap)
+        to_prompt_AKR = [x.unflatten(2, (A // len(x), -1)).transpose(1, 2).flatten(0, 1) for x in to_prompt]
+        whole_AKR = parts.merge(to_prompt_AKR, whole_AKR)
+    output, normaliser = (x.reshape(A, H, 1, *x.shape[3:]) for x in whole_AKR)
+    return beside_sinks(output, normaliser, rule.sinks_H)[0].to(query_AH1D.dtype)
 
 
 def attention_mask(mask_PL: Tensor, window: int | None = None) -> Tensor | None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from gopo_lightning.policy.shared_prefix.attention import Pieces, attend_groups
+from gopo_lightning.policy.shared_prefix.attention import AttentionRule, Pieces, attend_groups, beside_sinks
 
 
 class PackedGroups:
@@ -56,39 +56,31 @@ class PackedGroups:
         query_1HSD: Tensor,
         key_1KSD: Tensor,
         value_1KSD: Tensor,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
+        rule: AttentionRule,
     ) -> Tensor:
-        """The attention's output, [1, H, S, D], for any layer's ``module``.
-
-        With a ``window`` a token sees that many of its own sequence, itself among them.
-        """
+        """The attention's output, [1, H, S, D], for any layer's ``module``."""
         if self.fused:
-            return self._attend_fused(query_1HSD, key_1KSD, value_1KSD, scale, softcap, window)
-        if window not in self._pieces:
-            self._pieces[window] = self.pieces(window)
-        return attend_groups(query_1HSD, key_1KSD, value_1KSD, self._pieces[window], scale, softcap)
+            return self._attend_fused(query_1HSD, key_1KSD, value_1KSD, rule)
+        if rule.window not in self._pieces:
+            self._pieces[rule.window] = self.pieces(rule.window)
+        return attend_groups(query_1HSD, key_1KSD, value_1KSD, self._pieces[rule.window], rule)
 
-    def _attend_fused(
-        self,
-        query_1HSD: Tensor,
-        key_1KSD: Tensor,
-        value_1KSD: Tensor,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
-    ) -> Tensor:
+    def _attend_fused(self, query_1HSD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor, rule: AttentionRule) -> Tensor:
         """By FlexAttention: one kernel over the row that skips the blocks no query may see."""
-        return _flex_attention(query_1HSD)(
+        found = _flex_attention(query_1HSD)(
             query_1HSD,
             key_1KSD,
             value_1KSD,
-            score_mod=None if softcap is None else _capped(softcap),
-            block_mask=self._block_masks[window],
-            scale=scale,
+            score_mod=None if rule.softcap is None else _capped(rule.softcap),
+            block_mask=self._block_masks[rule.window],
+            scale=rule.scale,
             enable_gqa=True,
+            return_aux=None if rule.sinks_H is None else AuxRequest(lse=True),
         )
+        if rule.sinks_H is None:
+            return found
+        output, beside = found
+        return beside_sinks(output, beside.lse, rule.sinks_H)[0].to(output.dtype)
 
     def pieces(self, window: int | None = None) -> Pieces:
         """Which tokens attend to which."""
@@ -104,7 +96,7 @@ class PackedGroups:
             for length in (prompt, *texts):
                 starts.append((start, length))
                 start += length
-        return Pieces([self._places(bucket) for bucket in _buckets(starts)], groups, window)
+        return Pieces([self._places(bucket) for bucket in _buckets(starts)], groups)
 
     def _near(self, start: int, prompt: int, texts: Sequence[int], window: int) -> tuple[slice, Tensor, Tensor]:
         """The end of the prompt at ``start`` and the beginnings of its texts that see some of it, and what they see."""

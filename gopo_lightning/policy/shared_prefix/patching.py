@@ -21,6 +21,7 @@ from gopo_lightning._compat import (
     set_checkpoint_function,
 )
 from gopo_lightning.distributed.decoder_layers import base_of, configs_of
+from gopo_lightning.policy.shared_prefix.attention import AttentionRule
 from gopo_lightning.policy.shared_prefix.packing import PackedGroups
 from gopo_lightning.policy.shared_prefix.prefix_cache import PrefixCache
 
@@ -37,18 +38,19 @@ def _attention_function(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     shared_prefix: "PackedGroups | PrefixCache | None" = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer; returns [batch, tokens, H, D]."""
     if shared_prefix is None:
         raise RuntimeError(f"{type(module).__name__} does not hand its keyword arguments to the attention function")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = AttentionRule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window, s_aux)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings make them float32
     shared_prefix.called = True
     if not torch.compiler.is_compiling():
         shared_prefix.windows.add(sliding_window)
-    return shared_prefix.attend(module, query, key, value, scale, softcap, sliding_window).transpose(1, 2), None
+    return shared_prefix.attend(module, query, key, value, rule).transpose(1, 2), None
 
 
 # No mask function is registered under these names, so transformers builds no mask: the layout above is the mask.
@@ -153,11 +155,8 @@ def _obstacle(base: nn.Module, model: nn.Module) -> str | None:
     for name in ("attention_dropout", "attn_pdrop"):
         if getattr(text, name, 0.0) and _drops(base):
             return f"{name} is {getattr(text, name)}; set it to 0"
-    for name, module in base.named_modules():
-        if isinstance(getattr(module, "sinks", None), nn.Parameter):
-            return f"{name} has attention sinks"
-        if type(module).__name__ == "CheckpointWrapper":
-            return "activation checkpointing by torch's wrapper; use the model's own gradient checkpointing"
+    if any(type(module).__name__ == "CheckpointWrapper" for module in base.modules()):
+        return "activation checkpointing by torch's wrapper; use the model's own gradient checkpointing"
     return None
 
 

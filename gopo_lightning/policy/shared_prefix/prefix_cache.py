@@ -4,7 +4,13 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from gopo_lightning.policy.shared_prefix.attention import attend_prompt, attend_token, attention_mask, key_bias
+from gopo_lightning.policy.shared_prefix.attention import (
+    AttentionRule,
+    attend_prompt,
+    attend_token,
+    attention_mask,
+    key_bias,
+)
 
 
 class PrefixCache:
@@ -37,30 +43,21 @@ class PrefixCache:
         if self.num_tokens == 1 or any(window is not None for window in self._seen):
             self._seen.clear()
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
-    ) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
         """[P, H, L, D] for the prompts, then [A, H, 1, D] for a token of each row, in the layer of this ``module``."""
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        layer, window = int(module.layer_idx), rule.window  # type: ignore[arg-type]
         if window not in self._seen:
             self._seen[window] = self._prompt_seen(window)
         if self.num_tokens == 0:
             self.prompts[layer] = key.contiguous(), value.contiguous()
-            return attend_prompt(query, key, value, self._seen[window], scale, softcap)
+            return attend_prompt(query, key, value, self._seen[window], rule)
         suffix = self._append(layer, key, value)
         prompt: tuple[Tensor, Tensor] | None = self.prompts[layer]
         if window is not None:
             key_AKTD, value_AKTD = suffix
             suffix = key_AKTD[:, :, -window:], value_AKTD[:, :, -window:]
             prompt = prompt if self.num_tokens < window else None
-        return attend_token(query, prompt, suffix, self._seen[window], scale, softcap)
+        return attend_token(query, prompt, suffix, self._seen[window], rule)
 
     def _prompt_seen(self, window: int | None) -> Tensor | None:
         """What is seen of the prompts: `attention_mask` for themselves, `key_bias` for the present tokens."""

@@ -34,10 +34,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": _SIZES,
     "qwen3": _SIZES | {"tie_word_embeddings": True},
     "gemma2": _SIZES | {"query_pre_attn_scalar": 8, "attn_implementation": "eager", "sliding_window": 8},
+    "gemma3_text": _SIZES | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     "mistral": _SIZES | {"sliding_window": 8},
     "gpt2": {"n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
     "mixtral": _SIZES | _MOE | {"output_router_logits": True},
     "qwen3_moe": _SIZES | _MOE,
+    "gpt_oss": _SIZES | _MOE | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     "lfm2": _SIZES | {"layer_types": ["conv", "full_attention"]},
     "granitemoehybrid": _SIZES
     | _MOE

@@ -16,7 +16,7 @@ from tests.use.reading import Curves, at, checkpoint, curves, differences, json_
 STRATEGY_TOLERANCE = 1e-4
 CANNOT_SHARE = "prefix_sharing"
 """Word of the only refusal that a valid row may meet: `always`, of a policy that cannot."""
-MUST_SHARE = {"llama", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe", policies.REAL}
+MUST_SHARE = set(policies.CONFIGS) - policies.RECURRENT | {policies.REAL}
 
 
 @dataclass

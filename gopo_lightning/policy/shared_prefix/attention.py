@@ -33,11 +33,7 @@ def attend_prompt(
         return F.scaled_dot_product_attention(
             query_PHLD, key_PKLD, value_PKLD, mask_P1LL, is_causal=is_causal, scale=rule.scale, enable_gqa=True
         )
-    bias = (
-        None
-        if mask_P1LL is None
-        else torch.zeros_like(mask_P1LL, dtype=torch.float32).masked_fill(~mask_P1LL, -torch.inf)
-    )
+    bias = None if mask_P1LL is None else parts.bias_of(mask_P1LL)
     whole = parts.attend(query_PHLD, key_PKLD, value_PKLD, bias, rule.scale, rule.softcap, causal=is_causal)
     return beside_sinks(*whole, rule.sinks_H)[0].to(query_PHLD.dtype)
 
@@ -203,4 +199,4 @@ def key_bias(mask_PL: Tensor) -> Tensor | None:
     """float32 [P, 1, 1, L]: 0 where the mask is True, else -inf; None if it is True everywhere."""
     if bool(mask_PL.all()):
         return None
-    return torch.zeros(mask_PL.shape, device=mask_PL.device).masked_fill(~mask_PL, -torch.inf)[:, None, None]
+    return parts.bias_of(mask_PL)[:, None, None]

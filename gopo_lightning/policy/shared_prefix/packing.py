@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from gopo_lightning.policy.shared_prefix.attention import AttentionRule, Pieces, attend_groups, beside_sinks
+from gopo_lightning.policy.shared_prefix.partial_softmax import bias_of
 
 
 class PackedGroups:
@@ -107,8 +108,7 @@ class PackedGroups:
             [number_M.new_full((min(n, window - 1),), s) for s, n in zip(text_starts, texts, strict=True)]
         )
         distance_MN = prompt + number_M[:, None] - torch.arange(begin, prompt, device=self.device)
-        bias_MN = torch.zeros(distance_MN.shape, device=self.device).masked_fill(distance_MN >= window, -torch.inf)
-        return slice(start + begin, start + prompt), starts_M + number_M, bias_MN[None, None]
+        return slice(start + begin, start + prompt), starts_M + number_M, bias_of(distance_MN < window)[None, None]
 
     def _places(self, bucket: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         """int64 [B, M] of runs (start, length) of tokens, and where they are real, as ``Pieces`` has them."""

@@ -131,8 +131,12 @@ def _bias_by_key_heads(bias: Tensor | None, query_BHMD: Tensor, key_BKND: Tensor
 
 def causal_bias(query_BHMD: Tensor, window: int | None = None) -> Tensor:
     """-inf where the key comes after the query, or ``window`` places or more before it, else 0; [1, 1, M, M]."""
-    hidden_MM = ~visible(query_BHMD.shape[2], query_BHMD.device, window)
-    return torch.zeros(hidden_MM.shape, device=query_BHMD.device).masked_fill(hidden_MM, -torch.inf)[None, None]
+    return bias_of(visible(query_BHMD.shape[2], query_BHMD.device, window))[None, None]
+
+
+def bias_of(seen: Tensor) -> Tensor:
+    """float32, 0 where ``seen`` is True, else -inf."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def visible(size: int, device: torch.device, window: int | None = None) -> Tensor:

@@ -60,22 +60,26 @@ class SaveOnSignal(Callback):
         self._previous = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give them back, and say how to go on: each rank does where another may have died, else rank 0."""
+        """Give them back; where another rank may have died each rank says what to do, else rank 0 how to go on."""
         self.on_train_end(trainer, pl_module)
-        if not isinstance(exception, Exception):
-            return
-        folders = {folder for keeper in trainer.checkpoint_callbacks if (folder := getattr(keeper, "dirpath", None))}
-        steps = [step_of(path) for folder in folders for path in Path(folder).rglob("*.ckpt")]
-        saved = max((step for step in steps if step is not None), default=None)
-        lost_peer = isinstance(exception, RuntimeError) and trainer.world_size > 1
-        if saved is not None and (trainer.is_global_zero or lost_peer):
-            several = trainer.world_size > 1
-            rank, everywhere = (f"rank {trainer.global_rank}: ", " on all machines") if several else ("", "")
+        if isinstance(exception, RuntimeError) and trainer.world_size > 1:
             print(
-                f"{rank}the run ended after step {trainer.global_step}, and its newest checkpoint is of step {saved}. "
-                f"To go on from there, run the same command{everywhere} with --ckpt_path last.",
+                f"rank {trainer.global_rank}: the run has ended. If another rank died, run the same command on all "
+                "machines with --ckpt_path last; it resumes from the newest complete checkpoint.",
                 file=sys.stderr,
             )
+        elif isinstance(exception, Exception) and trainer.is_global_zero:
+            folders = {
+                folder for keeper in trainer.checkpoint_callbacks if (folder := getattr(keeper, "dirpath", None))
+            }
+            steps = [step_of(path) for folder in folders for path in Path(folder).rglob("*.ckpt")]
+            saved = max((step for step in steps if step is not None), default=None)
+            if saved is not None:
+                print(
+                    f"the run ended after step {trainer.global_step}, and its newest checkpoint is of step {saved}. To "
+                    "go on from there, run the same command with --ckpt_path last.",
+                    file=sys.stderr,
+                )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

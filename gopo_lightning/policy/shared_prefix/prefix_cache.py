@@ -25,6 +25,8 @@ class PrefixCache:
 
     def __init__(self, prompt_mask_PL: Tensor, max_new_tokens: int) -> None:
         self.max_new_tokens, self.prompt_mask_PL = max_new_tokens, prompt_mask_PL
+        self.longest = prompt_mask_PL.shape[1] + max_new_tokens
+        """L + T: a window of as many tokens hides nothing."""
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
         self.suffixes: dict[int, tuple[Tensor, Tensor]] = {}
         self.num_tokens = 0
@@ -45,7 +47,8 @@ class PrefixCache:
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
         """[P, H, L, D] for the prompts, then [A, H, 1, D] for a token of each row, in the layer of this ``module``."""
-        layer, window = int(module.layer_idx), rule.window  # type: ignore[arg-type]
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        window = None if rule.window is None or rule.window >= self.longest else rule.window
         if window not in self._seen:
             self._seen[window] = self._prompt_seen(window)
         if self.num_tokens == 0:

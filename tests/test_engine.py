@@ -541,12 +541,12 @@ def test_a_resumed_run_samples_by_the_trial_of_the_first(monkeypatch: pytest.Mon
     """On trained weights a trial might end otherwise, and another decoder rounds otherwise."""
     model, prompts = build("llama"), prompt_batch()
     first = DecoderChoice("auto")
-    assert first(model, prompts, 4) is SharedDecoder
+    assert first(model, prompts) is SharedDecoder
     tried: list[Any] = []
     monkeypatch.setattr(decoder_choice, "obstacle", lambda kind, *args: tried.append(kind) or "now it differs")
     again = DecoderChoice("auto")
     again.load_state_dict(first.state_dict())
-    assert again(build("llama"), prompts, 4) is SharedDecoder and not tried
+    assert again(build("llama"), prompts) is SharedDecoder and not tried
     assert again.state_dict() == first.state_dict() == {"SharedDecoder": ""}
     with pytest.raises(ValueError, match="now it differs"):
-        DecoderChoice("auto")(build("llama"), prompts, 4)
+        DecoderChoice("auto")(build("llama"), prompts)

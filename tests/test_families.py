@@ -144,12 +144,12 @@ def test_auto_says_once_what_it_does_and_why_and_always_refuses(name: str) -> No
     }[name]
     choose = DecoderChoice("auto")
     with pytest.warns(UserWarning, match=f"{cost}.*: .*{why}"):
-        choose(model, prompts, 12)
+        choose(model, prompts)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choose(model, prompts, 12)
+        choose(model, prompts)
     with pytest.raises(ValueError, match="prefix_sharing is always, but .* cannot: .* Use auto or never"):
-        DecoderChoice("always")(model, prompts, 12)
+        DecoderChoice("always")(model, prompts)
 
 
 def test_outputs_that_nobody_asked_for_are_not_computed() -> None:

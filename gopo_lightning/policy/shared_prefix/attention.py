@@ -101,14 +101,13 @@ class _GroupAttention(torch.autograd.Function):
             whole, normaliser_1HS = beside_sinks(_one(output), _one(normaliser), sinks_H)
             output, normaliser = _heads(whole)[0].to(output.dtype), _heads(normaliser_1HS)[0]
         ctx.save_for_backward(query, key, value, sinks_H, output, normaliser)
-        ctx.options = pieces, rule._replace(sinks_H=None)
+        ctx.options = pieces, scale, softcap, rule.window  # the sinks are saved above
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         query, key, value, sinks_H, output, normaliser = ctx.saved_tensors
-        pieces, rule = ctx.options
-        scale, softcap = rule.scale, rule.softcap
+        pieces, scale, softcap, window = ctx.options
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
         for places_BM, real_BM in pieces.buckets:
             normaliser_BHM = _heads(normaliser[places_BM])
@@ -116,7 +115,7 @@ class _GroupAttention(torch.autograd.Function):
                 normaliser_BHM = normaliser_BHM.masked_fill(~real_BM[:, None], torch.inf)
             grad_BHMD, query_BHMD, output_BHMD = (_heads(x[places_BM]) for x in (grad, query, output))
             whole = parts.Whole(grad_BHMD, query_BHMD, output_BHMD, normaliser_BHM)
-            bias = _window_bias(query_BHMD, rule.window)
+            bias = _window_bias(query_BHMD, window)
             key_BKMD, value_BKMD = _heads(key[places_BM]), _heads(value[places_BM])
             own = parts.gradients(whole, key_BKMD, value_BKMD, bias, scale, softcap, causal=bias is None)
             for d_x, d_own in zip((d_query, d_key, d_value), own, strict=True):

@@ -30,7 +30,7 @@ def some_invalid(prompts: list[str], completions: list[str]) -> list[float | Non
 
 
 GROUPS = {
-    "rollout": ("sampling", "num_completions", "eval_num_completions", "engine", "refill"),
+    "rollout": ("sampling", "num_completions", "eval_num_completions", "engine", "refill", "lag"),
     "rewards": ("sources", "combine", "transforms", "timeout_seconds", "max_invalid_steps"),
     "objective": ("advantage", "credit", "loss", "iterate_every", "log_entropy", "log_reference_kl", "also"),
     "update": (

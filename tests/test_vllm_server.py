@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ from peft import LoraConfig, get_peft_model
 from gopo_lightning.commands.lightning_cli import run
 from gopo_lightning.distributed.collectives import PeerError
 from gopo_lightning.distributed.gathering import gathered
+from gopo_lightning.objectives.clipped import ClippedSurrogate
 from gopo_lightning.policy.model import PolicyConfig, load_policy
 from gopo_lightning.rollout import SamplingConfig, TransformersEngine, VLLMServerEngine
 from gopo_lightning.rollout.engines.vllm_client import Server
-from gopo_lightning.rollout.engines.vllm_server import _Rollout
+from gopo_lightning.rollout.engines.vllm_requests import ServerRollout
 from tests.architectures import prompt_batch
 from tests.ports import free_port
 from tests.ranks import Case, launch, sharded_policy
 from tests.runs import make_data, make_module, make_trainer
+from tests.test_ahead import OfOldWeights
 from tests.test_module import fit
 from tests.test_vllm_engine import assert_same, generate, pytestmark, saved  # noqa: F401 - the mark is read
 
@@ -218,9 +221,9 @@ def test_half_completions_are_refused(
     """A server that stops, or is told to abort, gives what there is with status 200."""
     model, prompts = load_policy(PolicyConfig(str(policy))), prompt_batch((20, 33, 5, 8))
     expected = generate(engine_of(servers), model, prompts, max_new_tokens=90, eos=())
-    sample = _Rollout.sample
+    sample = ServerRollout.sample
 
-    async def aborted(rollout: _Rollout, *arguments: Any) -> Any:
+    async def aborted(rollout: ServerRollout, *arguments: Any) -> Any:
         sampling = asyncio.ensure_future(sample(rollout, *arguments))
         await asyncio.sleep(0.02)
         assert not sampling.done()
@@ -229,7 +232,7 @@ def test_half_completions_are_refused(
                 await asyncio.to_thread(Server(server.url).post, "abort_requests", {})
         return await sampling
 
-    monkeypatch.setattr(_Rollout, "sample", aborted)
+    monkeypatch.setattr(ServerRollout, "sample", aborted)
     if number == 1:
         assert generate(engine_of(servers), model, prompts, max_new_tokens=90, eos=()).texts == expected.texts
     else:
@@ -364,7 +367,7 @@ class Trouble(Callback):
             self.server.start()
             self.server.wait()
 
-    async def sample(self, sample: Any, rollout: _Rollout, *arguments: Any) -> Any:
+    async def sample(self, sample: Any, rollout: ServerRollout, *arguments: Any) -> Any:
         sampling = asyncio.ensure_future(sample(rollout, *arguments))
         if self.armed:
             self.armed = False
@@ -380,8 +383,8 @@ def test_a_server_that_is_killed_in_a_rollout_and_comes_back(
     policy: Path, servers: list[Serving], prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its completions come from the other one, and no rollout is short of any."""
-    trouble, sample = Trouble(servers[0]), _Rollout.sample
-    monkeypatch.setattr(_Rollout, "sample", lambda rollout, *rest: trouble.sample(sample, rollout, *rest))
+    trouble, sample = Trouble(servers[0]), ServerRollout.sample
+    monkeypatch.setattr(ServerRollout, "sample", lambda rollout, *rest: trouble.sample(sample, rollout, *rest))
     module = make_module(policy, engine=engine_of(servers), sampling=SamplingConfig(max_new_tokens=60))
     with pytest.warns(UserWarning, match="vLLM servers that answer: 1 of 2"):
         keep = fit(
@@ -399,6 +402,65 @@ def test_a_server_that_is_killed_in_a_rollout_and_comes_back(
     versions = [curve["rollout/weights_version"] for curve in trouble.curves]
     assert versions == sorted(set(versions)) and len(versions) == 6
     assert all(curve["train/sampler_logprob_diff"] < 1e-3 for curve in trouble.curves)
+
+
+class Steps(Callback):
+    """Keeps what was sampled, and says when a step has been trained."""
+
+    def __init__(self) -> None:
+        self.trained, self.texts, self.curves = 0, list[tuple[str, ...]](), list[dict[str, float]]()
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, number: int) -> None:
+        self.trained = trainer.global_step
+        self.texts.append(batch["experience"].completions.texts)
+        self.curves.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+
+
+class InTimeOrAhead(VLLMServerEngine):
+    """Knows whether somebody waits."""
+
+    in_time = False
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        self.in_time = True
+        try:
+            return super().generate(*arguments, **options)
+        finally:
+            self.in_time = False
+
+
+def test_a_step_is_trained_while_the_next_is_sampled(
+    policy: Path, servers: list[Serving], prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rollout but the first ends only after the step that it was begun in, and is of the weights before that."""
+    options = {
+        "loss": ClippedSurrogate(sampler_correction_cap=2.0),
+        "sampling": SamplingConfig(max_new_tokens=30),
+        "optimizer": partial(torch.optim.SGD, lr=0.3),
+        "max_grad_norm": 1.0,
+    }
+    by_hand, ahead, sample = Steps(), Steps(), ServerRollout.sample
+    trainer = make_trainer(tmp_path / "by_hand", max_steps=5, val_check_interval=2, callbacks=[by_hand])
+    trainer.fit(make_module(policy, engine=OfOldWeights(engine_of(servers)), **options), make_data(prompts_file))
+
+    engine = InTimeOrAhead([server.url for server in servers], transfer=TRANSFER)
+
+    async def held(rollout: ServerRollout, *arguments: Any) -> Any:
+        in_time, begun_in, deadline = engine.in_time, ahead.trained, time.monotonic() + 60
+        sampled = await sample(rollout, *arguments)
+        while not in_time and ahead.trained == begun_in:
+            assert time.monotonic() < deadline, "nothing was trained meanwhile"
+            await asyncio.sleep(0.01)
+        return sampled
+
+    module = make_module(policy, engine=engine, lag=1, **options)
+    monkeypatch.setattr(ServerRollout, "sample", held)
+    trainer = make_trainer(tmp_path / "ahead", max_steps=5, val_check_interval=2, callbacks=[ahead])
+    trainer.fit(module, make_data(prompts_file))
+    assert ahead.texts == by_hand.texts
+    assert [curve["rollout/ahead"] for curve in ahead.curves] == [0, 1, 1, 1, 1]
+    differences = [curve["train/sampler_logprob_diff"] for curve in ahead.curves]
+    assert differences[0] < 1e-3 and min(differences[1:]) > 1e-3
 
 
 def test_the_overlay_and_what_the_servers_must_be_started_with(

@@ -184,6 +184,11 @@ class PromptDataModule(FingerprintedDataModule):
         assert isinstance(self._order, PromptSampler)
         return self._order.further(count)
 
+    def upcoming_prompts(self) -> PromptBatch:
+        """This rank's training prompts of the step after the present one."""
+        assert isinstance(self._order, PromptSampler)
+        return self.training_prompts(self._order.step(self._order.position() + 1))
+
     def training_prompts(self, rows: Sequence[int]) -> PromptBatch:
         """The training prompts of ``rows``, as a step gets them."""
         return self._datasets["train"].batch(rows)

@@ -2,13 +2,15 @@
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from threading import Event, Thread
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -16,27 +18,69 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def wait_for(work: Callable[[], Awaitable[T]]) -> T:
-    """What ``work`` returns, in an event loop on a thread of its own: the caller may be within one (a notebook).
+class Background(Generic[T]):
+    """``work`` in an event loop on a thread of its own, which is closed at the end with all that was started in it."""
 
-    The loop is closed at the end, with all that was started in it. What interrupts the caller cancels the work.
-    """
-    running: list[Callable[[], Any]] = []
+    def __init__(self, work: Callable[[], Awaitable[T]]) -> None:
+        self._result: Future[T] = Future()
+        self._begun = Event()
+        self._cancel: Callable[[], Any] = lambda: None
+        self._thread = Thread(target=self._run, args=[work], daemon=True)
+        self._thread.start()
+        self._begun.wait()
 
-    async def main() -> T:
-        task = asyncio.current_task()
-        assert task is not None
-        running.append(partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel))
-        return await work()
+    def result(self) -> T:
+        """What ``work`` returns, or raises."""
+        return self._result.result()
 
-    with ThreadPoolExecutor(1) as pool:
+    def result_or(self, early: Future[U]) -> U:
+        """What ``early`` is given while it goes on; what it raises, if it fails before."""
+        either: list[Future[Any]] = [early, self._result]
+        wait(either, return_when=FIRST_COMPLETED)
+        if not early.done():
+            self.result()
+        return early.result(timeout=0)
+
+    def join(self) -> None:
+        """Wait for its end, good or bad."""
+        self._thread.join()
+
+    @contextmanager
+    def cancelled_by_error(self) -> Iterator[None]:
+        """What ends the caller within, an interrupt too, ends it."""
         try:
-            return pool.submit(lambda: asyncio.run(main())).result()
+            yield
         except BaseException:
-            for cancel in running:
-                with suppress(RuntimeError):  # it has ended by itself
-                    cancel()
+            self.cancel()
             raise
+
+    def cancel(self) -> None:
+        """End it, if it has not ended by itself."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._cancel()
+        self._thread.join()
+
+    def _run(self, work: Callable[[], Awaitable[T]]) -> None:
+        async def main() -> T:
+            task = asyncio.current_task()
+            assert task is not None
+            self._cancel = partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
+            self._begun.set()
+            return await work()
+
+        try:
+            self._result.set_result(asyncio.run(main()))
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            self._result.set_exception(error)
+        finally:
+            self._begun.set()
+
+
+def wait_for(work: Callable[[], Awaitable[T]]) -> T:
+    """What ``work`` returns; what interrupts the caller, who may be within an event loop (a notebook), cancels it."""
+    running = Background(work)
+    with running.cancelled_by_error():
+        return running.result()
 
 
 async def all_of(calls: Sequence[Callable[[], Awaitable[T]]], max_concurrent: int) -> list[T]:

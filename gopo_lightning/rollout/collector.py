@@ -118,7 +118,7 @@ class Collector:
         if prompts.prompts[0].messages is not None and not self._turns_are_checked:
             warn_of_endless_turns(actor.tokenizer, actor.eos_token_ids)
             self._turns_are_checked = True
-        seeds_N = stream_seeds(self.seed, step, [prompt.index for prompt in prompts.prompts], num_completions)
+        seeds_N = self.seeds_N(prompts, num_completions, step)
         with (
             self.phases("rollout", actor.device),
             evaluating(actor.model),
@@ -144,6 +144,10 @@ class Collector:
                 f"{num_completions}; a group needs all of its completions. Repair the engine."
             )
         return completions
+
+    def seeds_N(self, prompts: PromptBatch, num_completions: int, step: int) -> list[int]:
+        """Of the random streams of a step's completions."""
+        return stream_seeds(self.seed, step, [prompt.index for prompt in prompts.prompts], num_completions)
 
     def score(
         self,

@@ -7,7 +7,8 @@ from typing import Any
 
 from gopo_lightning.objectives.base import Needed, Objective
 from gopo_lightning.rewards import RecordedReward, RewardSource, Source
-from gopo_lightning.rollout import PrefixScores, Transform
+from gopo_lightning.rollout import PrefixScores, Transform, TransformersEngine
+from gopo_lightning.rollout.engines.base import SamplesAhead
 from gopo_lightning.training.config import (
     ObjectiveConfig,
     RecordedTerm,
@@ -25,6 +26,7 @@ def check_arguments(
     check_groups(rollout, rewards, update)
     check_loss(objective, rewards.sources)
     check_rule(update, objective, rewards)
+    check_lag(rollout, objective)
 
 
 def check_positive(**values: int) -> None:
@@ -140,6 +142,30 @@ def check_rule(update: UpdateConfig, objective: ObjectiveConfig, rewards: Reward
                 )
     if late := [type(each).__name__ for each in rewards.transforms if each.position == "advantages"]:
         raise ValueError(f"rewards.transforms has {late}, which change advantages: update.rule {name} reads none.")
+
+
+def check_lag(rollout: RolloutConfig, objective: ObjectiveConfig) -> None:
+    """ValueError where nothing can be sampled ahead, or nothing would correct for older weights."""
+    if rollout.lag not in (0, 1):
+        raise ValueError(f"rollout.lag={rollout.lag} must be 0, which samples in time, or 1, one step ahead.")
+    if not rollout.lag:
+        return
+    engine: object = rollout.engine or TransformersEngine()
+    if not isinstance(engine, SamplesAhead):
+        raise ValueError(
+            f"rollout.lag=1 samples while the policy is trained, and {type(engine).__name__} samples where it is "
+            "trained. Set lag to 0, or use VLLMServerEngine."
+        )
+    if rollout.refill is not None:
+        raise ValueError(
+            f"rollout.lag=1 samples the next step's prompts before it is known which rollout.refill={rollout.refill} "
+            "takes. Leave either out."
+        )
+    if not objective.loss.reads_sampler:
+        raise ValueError(
+            f"rollout.lag=1 trains on completions of older weights, for which {type(objective.loss).__name__} as it is "
+            "set does not correct. Use ClippedSurrogate with sampler_correction_cap: 2.0, or set lag to 0."
+        )
 
 
 def check_streams(terms: Sequence[RecordedTerm], num_minibatches: int) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,6 +10,7 @@ from gopo_lightning.objectives import credit
 from gopo_lightning.rewards import combine
 from gopo_lightning.rollout import TransformersEngine
 from gopo_lightning.rollout.collector import Collector
+from gopo_lightning.rollout.engines.ahead import AheadEngine, EngineElsewhere, Upcoming
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.refill import Refill
 from gopo_lightning.rollout.shaping import Shaping
@@ -26,11 +27,21 @@ from gopo_lightning.training.config import (
 )
 
 
-def build_collector(rollout: RolloutConfig, rewards: RewardConfig, seed: int, phases: Phases) -> Collector:
-    """Samples and scores."""
+def build_collector(
+    rollout: RolloutConfig,
+    rewards: RewardConfig,
+    seed: int,
+    phases: Phases,
+    upcoming: Callable[[], Upcoming] | None = None,
+) -> Collector:
+    """Samples and scores; a lag needs ``upcoming``, what the next step asks for."""
     name, options = name_and_options(rewards.combine, "rewards.combine")
+    engine = rollout.engine or TransformersEngine()
+    if rollout.lag:
+        assert upcoming is not None
+        engine = AheadEngine(cast(EngineElsewhere, engine), upcoming)
     return Collector(
-        rollout.engine or TransformersEngine(),
+        engine,
         rewards.sources,
         combine.get_combination(name, num_sources=len(rewards.sources), **options),
         rollout.sampling,
@@ -86,6 +97,7 @@ def describe_settings(
             "num_completions": rollout.num_completions,
             "sampling": asdict(rollout.sampling),
             **({} if rollout.refill is None else {"refill": rollout.refill}),
+            **({"lag": rollout.lag} if rollout.lag else {}),
         },
         "rewards": {
             "sources": [source.name for source in rewards.sources],

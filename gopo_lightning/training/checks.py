@@ -2,6 +2,7 @@
 
 import re
 from pathlib import PurePath
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -14,6 +15,8 @@ from gopo_lightning.distributed.run_folder import run_folder
 from gopo_lightning.rollout.engines.base import SamplingConfig
 from gopo_lightning.rollout.engines.precision import cpu_computes_bfloat16
 from gopo_lightning.rollout.refill import HasFurtherPrompts
+from gopo_lightning.training.config import RolloutConfig
+from gopo_lightning.training.next_step import LooksAhead
 from gopo_lightning.training.trainer_defaults import trainer_defaults
 from gopo_lightning.types import TensorStruct
 
@@ -89,20 +92,27 @@ def check_minibatches(trainer: Trainer, num_minibatches: int) -> None:
         )
 
 
-def check_refill(trainer: Trainer, refill: int | None) -> None:
-    """Further prompts come from the data module."""
-    if refill is None:
-        return
-    source = getattr(trainer, "datamodule", None)
-    if isinstance(source, HasFurtherPrompts) and not source.can_read_further:
+def check_order(trainer: Trainer, rollout: RolloutConfig) -> None:
+    """Prompts beside those of the batch come from the data module."""
+    source: Any = getattr(trainer, "datamodule", None)
+    if rollout.refill is not None:
+        option = f"rollout.refill={rollout.refill} reads further prompts", "set refill to null"
+        _check_order(source, isinstance(source, HasFurtherPrompts), *option)
+    if rollout.lag:
+        option = f"rollout.lag={rollout.lag} reads the next step's prompts", "set lag to 0"
+        _check_order(source, isinstance(source, LooksAhead), *option)
+
+
+def _check_order(source: Any, has_one: bool, option: str, remedy: str) -> None:
+    if not has_one:
         raise ValueError(
-            f"rollout.refill={refill} reads further prompts, and of a stream the next step's are read ahead. Set "
-            "data.train.stream_buffer or refill to null."
+            f"{option} in the order of a PromptDataModule, and these prompts come from a loader of their own. Give the "
+            f"Trainer a PromptDataModule, or {remedy}."
         )
-    if not isinstance(source, HasFurtherPrompts):
+    if not source.can_read_further:
         raise ValueError(
-            f"rollout.refill={refill} reads further prompts in the order of a PromptDataModule, and these prompts come "
-            "from a loader of their own. Give the Trainer a PromptDataModule, or set refill to null."
+            f"{option}, and of a stream the next step's are read ahead. Set data.train.stream_buffer to null, or "
+            f"{remedy}."
         )
 
 

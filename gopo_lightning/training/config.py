@@ -48,6 +48,9 @@ class RolloutConfig:
     refill: int | None = None
     """Most rounds in which further prompts take the place of those whose completions all tie, or have no valid score
     (DAPO's dynamic sampling); null for none."""
+    lag: int = 0
+    """1: the completions of the next step are sampled elsewhere while this step's are trained on, so from weights that
+    are one step older; the loss has to correct for that. 0 samples in time."""
 
 
 @dataclass(frozen=True)

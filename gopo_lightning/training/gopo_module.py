@@ -52,6 +52,7 @@ from gopo_lightning.training.curves import rollout_metrics
 from gopo_lightning.training.forward import PolicyForward
 from gopo_lightning.training.loggers import log_histogram
 from gopo_lightning.training.micro_batches import minibatches
+from gopo_lightning.training.next_step import next_step
 from gopo_lightning.training.optimisation import OptimisedModule
 from gopo_lightning.training.placement import PlacementConfig, Reference, load_placed_policy, set_up_source
 from gopo_lightning.training.recorded_stream import build_streams
@@ -127,7 +128,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.phases, self.policy_is_initial = Phases(), False
         self.reward_names = [source.name for source in self.reward_config.sources]
         self.invalid = InvalidSteps(self.reward_names, self.reward_config.max_invalid_steps)
-        self.collector = build_collector(self.rollout_config, self.reward_config, self.seed, self.phases)
+        self.collector = build_collector(*groups[:2], self.seed, self.phases, partial(next_step, self))
         self.forward_pass = PolicyForward(
             self.sampling.temperature, self.update_config.micro_batch_tokens, self.update_config.prefix_sharing
         )
@@ -230,7 +231,7 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.validation.stored.begin(self._made_by())
         if stage == "fit":
             checks.check_minibatches(self.trainer, self.update_config.num_minibatches)
-            checks.check_refill(self.trainer, self.rollout_config.refill)
+            checks.check_order(self.trainer, self.rollout_config)
             self.advantage.set_up()
             for stream in self.streams:
                 self._settings.setdefault("also", {})[stream.term.name] = stream.set_up(self.trainer)

@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,37 @@ class TellsOfGroups(Protocol):
 
     on_group: OnGroup | None
     """Called in the thread that samples; None for nobody."""
+
+
+class Begun(NamedTuple):
+    """A rollout that is being sampled elsewhere."""
+
+    completions: Callable[[], Completions]
+    """Waits for them. A collective, the first time."""
+    cancel: Callable[[], None]
+    """Ends it, of this rank."""
+
+
+@runtime_checkable
+class SamplesAhead(Protocol):
+    """An engine that samples elsewhere, while the policy is trained here."""
+
+    def begin(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: PromptBatch,
+        num_completions: int,
+        sampling: SamplingConfig,
+        *,
+        seeds_N: list[int],
+        eos_token_ids: Sequence[int],
+    ) -> Begun:
+        """What ``generate`` would return now, later: meanwhile ``model`` may change, and others may be asked for.
+
+        A collective.
+        """
+        ...
 
 
 @runtime_checkable

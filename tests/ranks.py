@@ -1,5 +1,6 @@
-"""Runs training cases on several gloo processes: one launch, one process group, many cases (imports are the price)."""
+"""Runs training cases on several gloo processes: one launch, one process group, many cases."""
 
+import multiprocessing
 import os
 import signal
 import traceback
@@ -164,8 +165,20 @@ Check = Callable[[int, Path], dict[str, Any]]
 
 def launch(cases: Sequence[Case | Check], tiny_policy: Path, prompts_file: Path, folder: Path, world: int) -> None:
     """Run ``cases`` one after the other on ``world`` processes; what a check returns goes to ``<name>.<rank>.pt``."""
-    port = free_port()
-    mp.spawn(_rank, (cases, tiny_policy, prompts_file, folder, world, port), nprocs=world)
+    start_processes(_rank, (cases, tiny_policy, prompts_file, folder, world, free_port()), world)
+
+
+def start_processes(function: Callable[..., object], arguments: tuple[Any, ...], world: int) -> None:
+    """Call ``function`` with rank and ``arguments`` on ``world`` processes, forked from one that has imported all."""
+    multiprocessing.set_forkserver_preload(["tests.ranks"])
+    arguments = function, dict(os.environ), arguments  # that process has the variables of when it was started
+    mp.start_processes(_forked, arguments, nprocs=world, start_method="forkserver")
+
+
+def _forked(rank: int, function: Callable[..., object], variables: dict[str, str], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    function(rank, *arguments)
 
 
 def _rank(

@@ -38,6 +38,7 @@ from gopo_lightning.training.callbacks.samples import escape, group_table, ranks
 from gopo_lightning.training.callbacks.schedule import Every
 from gopo_lightning.training.callbacks.standard import ValidationLine
 from gopo_lightning.types import Completions, Experience, Prompt, PromptBatch
+from tests.ranks import start_processes
 
 NAN, INF = float("nan"), float("inf")
 
@@ -337,7 +338,7 @@ def test_shards_are_exported_whole(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_export_shards, (str(tmp_path), port), nprocs=2)
+    start_processes(_export_shards, (str(tmp_path), port), 2)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").state_dict()
     expected = tiny_model().state_dict()
     assert loaded.keys() == expected.keys()

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from transformers import AutoTokenizer
 from trl import GRPOTrainer
 
@@ -15,7 +14,7 @@ from gopo_lightning import _compat
 from gopo_lightning.objectives.advantages import ordinal, ordinal_from_wins
 from gopo_lightning.rewards import FunctionComparator, FunctionReward, RankingOracle
 from tests.ports import free_port
-from tests.ranks import mixed
+from tests.ranks import mixed, start_processes
 from tests.trl_runs import PROMPTS, groups, make, on_a_rank, reward
 
 
@@ -74,7 +73,7 @@ def test_evaluation_has_a_number_of_its_own(tiny_policy: Path, tmp_path: Path) -
 
 def test_groups_that_two_processes_share(tiny_policy: Path, tmp_path: Path) -> None:
     port = free_port()
-    mp.spawn(on_a_rank, (tiny_policy, tmp_path, port), nprocs=2)
+    start_processes(on_a_rank, (tiny_policy, tmp_path, port), 2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert [len(part) for part in parts] == [6, 6] and len(groups(parts[0] + parts[1])) == 3
     assert_ours(parts[0] + parts[1], 4, tiny_policy)

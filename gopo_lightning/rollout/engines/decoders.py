@@ -1,6 +1,6 @@
 """How the rollout runs a model: where what it remembers of a sequence lives, and how a step is made.
 
-Three kinds, from the fastest to one that any causal LM takes; ``decoder_choice.py`` finds the first that serves a model.
+Three kinds, from the fastest to one that any causal LM takes; `DecoderChoice` finds the first that serves a model.
 """
 
 from contextlib import AbstractContextManager, nullcontext

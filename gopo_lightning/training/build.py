@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,7 +10,8 @@ from gopo_lightning.objectives import credit
 from gopo_lightning.rewards import combine
 from gopo_lightning.rollout import TransformersEngine
 from gopo_lightning.rollout.collector import Collector
-from gopo_lightning.rollout.engines.ahead import AheadEngine, EngineElsewhere, Upcoming
+from gopo_lightning.rollout.engines.ahead import AheadEngine, Upcoming
+from gopo_lightning.rollout.engines.base import SamplesAhead
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.refill import Refill
 from gopo_lightning.rollout.shaping import Shaping
@@ -38,8 +39,8 @@ def build_collector(
     name, options = name_and_options(rewards.combine, "rewards.combine")
     engine = rollout.engine or TransformersEngine()
     if rollout.lag:
-        assert upcoming is not None
-        engine = AheadEngine(cast(EngineElsewhere, engine), upcoming)
+        assert isinstance(engine, SamplesAhead) and upcoming is not None
+        engine = AheadEngine(engine, upcoming)
     return Collector(
         engine,
         rewards.sources,

@@ -6,9 +6,8 @@ trainer   scores t, trains: θ_t → θ_t+1      scores t + 1, trains: θ_t+1 �
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -19,10 +18,6 @@ from gopo_lightning.distributed.collectives import all_or_none, gather_objects
 from gopo_lightning.rollout.engines.base import HasMetrics, RolloutEngine, SamplesAhead, SamplingConfig, WithSampler
 from gopo_lightning.rollout.joining import joined_completions
 from gopo_lightning.types import Completions, PromptBatch
-
-
-class EngineElsewhere(RolloutEngine, SamplesAhead, Protocol):
-    """What samples at once, or in the background."""
 
 
 class Upcoming(NamedTuple):
@@ -54,7 +49,7 @@ class AheadEngine(WithSampler):
         upcoming: what the next step asks for.
     """
 
-    def __init__(self, engine: EngineElsewhere, upcoming: Callable[[], Upcoming]) -> None:
+    def __init__(self, engine: SamplesAhead, upcoming: Callable[[], Upcoming]) -> None:
         self.engine, self.upcoming = engine, upcoming
         self._next: _Ahead | None = None
         self._metrics: dict[str, float] = {}
@@ -99,9 +94,13 @@ class AheadEngine(WithSampler):
         A checkpoint does not fail because they do: what is not in it is sampled again.
         """
         state = super().state_dict()
-        with suppress(Exception):
-            if self._next is not None:
-                state["ahead"] = _gathered(self._next)
+        if self._next is not None:
+            try:
+                completions = self._next.completions()
+            except Exception as error:  # noqa: BLE001 - the next step raises it
+                rank_zero_warn(f"the checkpoint is without what was sampled ahead: {type(error).__name__}: {error}")
+            else:
+                state["ahead"] = _gathered(self._next, completions)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -136,9 +135,9 @@ class AheadEngine(WithSampler):
         return dict(self.engine.metrics()) if isinstance(self.engine, HasMetrics) else {}
 
 
-def _gathered(ahead: _Ahead) -> dict[str, Any]:
+def _gathered(ahead: _Ahead, completions: Completions) -> dict[str, Any]:
     """Of all ranks, in plain values. A collective."""
-    parts = gather_objects((ahead.tokens_P, ahead.seeds_N, ahead.completions().to("cpu")))
+    parts = gather_objects((ahead.tokens_P, ahead.seeds_N, completions.to("cpu")))
     return {
         "made_by": ahead.made_by,
         "tokens_P": [tokens for part in parts for tokens in part[0]],

@@ -123,10 +123,25 @@ class Begun(NamedTuple):
     """Ends it, of this rank."""
 
 
-@runtime_checkable
-class SamplesAhead(Protocol):
-    """An engine that samples elsewhere, while the policy is trained here."""
+class SamplesAhead(RolloutEngine):
+    """An engine that samples elsewhere, while the policy may be trained here: a subclass says how that begins."""
 
+    def generate(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: PromptBatch,
+        num_completions: int,
+        sampling: SamplingConfig,
+        *,
+        seeds_N: list[int],
+        eos_token_ids: Sequence[int],
+    ) -> Completions:
+        """See :class:`RolloutEngine`."""
+        given = model, tokenizer, prompts, num_completions, sampling
+        return self.begin(*given, seeds_N=seeds_N, eos_token_ids=eos_token_ids).completions()
+
+    @abstractmethod
     def begin(
         self,
         model: nn.Module,
@@ -142,7 +157,6 @@ class SamplesAhead(Protocol):
 
         A collective.
         """
-        ...
 
 
 @runtime_checkable

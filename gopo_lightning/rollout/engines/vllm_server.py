@@ -15,7 +15,7 @@ from gopo_lightning.rewards.waiting import Background
 from gopo_lightning.rollout.engines.base import (
     Begun,
     OnGroup,
-    RolloutEngine,
+    SamplesAhead,
     SamplingConfig,
     SamplingDtype,
     check_dtype,
@@ -34,7 +34,7 @@ _SAMPLING = "sampling on the vLLM servers"
 _NCCL = "vllm.distributed.weight_transfer.nccl_engine.NCCLTrainerInitInfo"
 
 
-class VLLMServerEngine(RolloutEngine):
+class VLLMServerEngine(SamplesAhead):
     """Samples on vLLM servers, which get the policy's weights at each rollout, under any strategy.
 
     Each server runs the policy's model, with any tensor or data parallelism of its own, and has been started with
@@ -106,27 +106,6 @@ class VLLMServerEngine(RolloutEngine):
         check_supported(sampling, logprobs=logprobs, mode=self.sync.settings().logprobs_mode)
 
     @torch.no_grad()
-    def generate(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: PromptBatch,
-        num_completions: int,
-        sampling: SamplingConfig,
-        *,
-        seeds_N: list[int],
-        eos_token_ids: Sequence[int],
-    ) -> Completions:
-        """See :class:`RolloutEngine`.
-
-        Raises:
-            ValueError: no server answers, or one refuses a request; or log-probs are not those of ``model``.
-            RuntimeError: all servers have failed in the middle of this rollout.
-        """
-        given = model, tokenizer, prompts, num_completions, sampling
-        return self.begin(*given, seeds_N=seeds_N, eos_token_ids=eos_token_ids).completions()
-
-    @torch.no_grad()
     def begin(
         self,
         model: nn.Module,
@@ -138,7 +117,13 @@ class VLLMServerEngine(RolloutEngine):
         seeds_N: list[int],
         eos_token_ids: Sequence[int],
     ) -> Begun:
-        """See :class:`SamplesAhead`. What was begun before ends first, for it is of other weights."""
+        """See :class:`SamplesAhead`. What was begun before ends first, for it is of other weights.
+
+        Raises:
+            ValueError: no server answers; or log-probs are not those of ``model``. Here, or where one waits for the
+                completions: a server refuses a request.
+            RuntimeError: likewise: all servers have failed in the middle of this rollout.
+        """
         device, dtype = compute_device(model), sampling_dtype(self.dtype, model)
         if self._running is not None:
             with all_or_none("the rollout before"):

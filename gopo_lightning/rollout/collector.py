@@ -1,8 +1,9 @@
 """Prompts → `Rollout`: samples completions from a policy and scores them. Knows no module and no Trainer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,18 @@ from gopo_lightning.distributed.collectives import all_or_none
 from gopo_lightning.distributed.gathering import Gather, gathered
 from gopo_lightning.distributed.offloading import on_device
 from gopo_lightning.policy.model import evaluating, float32_default, warn_of_endless_turns
-from gopo_lightning.rewards import EarlyQuestions, GroupScores, HoldsModels, RewardSource, Source, score_groups
+from gopo_lightning.rewards import (
+    EarlyQuestions,
+    GroupScores,
+    HoldsModels,
+    RewardSource,
+    Source,
+    learning,
+    score_groups,
+)
 from gopo_lightning.rewards.learning import LearnsFromRollouts
 from gopo_lightning.rewards.pairwise import Groups
-from gopo_lightning.rollout.engines.base import HasSampler, RolloutEngine, SamplingConfig, TellsOfGroups
+from gopo_lightning.rollout.engines.base import HasSampler, HasState, RolloutEngine, SamplingConfig, TellsOfGroups
 from gopo_lightning.rollout.engines.streams import stream_seeds
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.types import Completions, Prompt, PromptBatch, Rollout
@@ -99,6 +108,25 @@ class Collector:
             self.sampling.max_new_tokens,
             wins_PGGK=None if scores.wins_PGGK is None else scores.wins_PGGK.to(device),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next rollouts depend on: of the sources that learn, and of the engine. A collective."""
+        state: dict[str, Any] = {"sources": learning.state_of(self.sources)}
+        if isinstance(self.engine, HasState):
+            state |= {"engine": self.engine.state_dict(), "engine_class": self._engine_class}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What ``state_dict`` gave; that of an engine of another class says nothing to this one."""
+        learning.load_state(self.sources, state.get("sources", {}))
+        is_own = state.get("engine_class", self._engine_class) == self._engine_class  # older checkpoints do not say
+        if isinstance(self.engine, HasState) and "engine" in state and is_own:
+            self.engine.load_state_dict(state["engine"])
+
+    @property
+    def _engine_class(self) -> str:
+        """Of what samples, in whatever it is wrapped."""
+        return type(self.engine_at(EVALUATION_STEP)).__name__
 
     def engine_at(self, step: int) -> RolloutEngine:
         """What gives the completions of a training step, or of an evaluation: those are always the policy's own."""

@@ -25,7 +25,7 @@ from gopo_lightning.rewards import learning
 from gopo_lightning.rewards.validity import InvalidSteps
 from gopo_lightning.rollout import RolloutCallback, SamplingConfig
 from gopo_lightning.rollout.collector import EVALUATION_STEP, Actor
-from gopo_lightning.rollout.engines.base import ChecksSampling, HasState
+from gopo_lightning.rollout.engines.base import ChecksSampling
 from gopo_lightning.rollout.phases import Phases
 from gopo_lightning.rollout.transforms import Context
 from gopo_lightning.training import argument_checks, checks
@@ -297,12 +297,10 @@ class GOPOModule(TrainableState, OptimisedModule):
             "reference": self.validation.stored.state_dict(),
             "invalid": self.invalid.state_dict(),
             "transforms": self.shaping.state_dict(),
-            "sources": learning.state_of(self.collector.sources),
             "shares_prefix": self.forward_pass.shares_prefix,
             "streams": {stream.term.name: stream.state_dict() for stream in self.streams},
+            **self.collector.state_dict(),
         }
-        if isinstance(self.collector.engine, HasState):
-            state["engine"] = self.collector.engine.state_dict()
         if self.iterate is not None:
             state["iterate"] = self.iterate.state_dict(keep=self.trainer.is_global_zero)
         return state
@@ -312,12 +310,10 @@ class GOPOModule(TrainableState, OptimisedModule):
         self.validation.stored.load_state_dict(state["reference"])
         self.invalid.load_state_dict(state.get("invalid", {}))
         self.shaping.load_state_dict(state.get("transforms", {}))
-        learning.load_state(self.collector.sources, state.get("sources", {}))
+        self.collector.load_state_dict(state)
         self.forward_pass.restore(state.get("shares_prefix"))
         for stream in self.streams:
             stream.load_state_dict(state.get("streams", {}).get(stream.term.name, {}))
-        if isinstance(self.collector.engine, HasState) and "engine" in state:
-            self.collector.engine.load_state_dict(state["engine"])
         if self.iterate is not None and "iterate" in state:
             self.iterate.load_state_dict(state["iterate"])
 

@@ -71,8 +71,8 @@ class TransformersEngine(RolloutEngine):
         return {"decoders": self._choose.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What ``state_dict`` gave, or that of another engine, which says nothing of it."""
-        self._choose.load_state_dict(state.get("decoders", {}))
+        """What ``state_dict`` gave."""
+        self._choose.load_state_dict(state["decoders"])
 
     @torch.no_grad()
     def generate(

@@ -33,7 +33,15 @@ class Policy:
 
 POLICIES = {
     "small": Policy((4e-4, 1.2e-3, 3.6e-3), tuple(range(1, 11)), 50, 64),
-    "smollm2": Policy((5e-6, 1.5e-5, 4.5e-5), (1, 2, 3), 20, 32, ("base", "smollm2/base"), "smollm2_tuning"),
+    "smollm2": Policy(
+        (5e-6, 1.5e-5, 4.5e-5),
+        (1, 2, 3),
+        20,
+        32,
+        ("base", "smollm2/base"),
+        "smollm2_tuning",
+        tuning_seeds=(101,),
+    ),
     "adder": Policy(
         (3e-5, 1e-4, 3e-4),
         (1, 2, 3),

@@ -91,6 +91,10 @@ class Serving:
                 return self
         raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-3000:]}")
 
+    def hold(self) -> None:
+        """It answers nothing more, and keeps what it was asked."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -368,11 +372,13 @@ class Trouble(Callback):
             self.server.wait()
 
     async def sample(self, sample: Any, rollout: ServerRollout, *arguments: Any) -> Any:
+        if self.armed:
+            self.server.hold()  # else it may be done before it is killed
         sampling = asyncio.ensure_future(sample(rollout, *arguments))
         if self.armed:
             self.armed = False
-            await asyncio.sleep(0.05)
-            assert not sampling.done()
+            await asyncio.sleep(0.3)
+            assert not sampling.done() and rollout.asking[self.server.url] and not rollout.failed
             self.server.kill()
         sampled = await sampling
         self.killed += bool(rollout.failed)

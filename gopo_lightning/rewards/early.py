@@ -5,12 +5,12 @@ are the same, however much was asked before.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from threading import Event, Thread
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Iterable, Sequence
+from threading import Event
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from gopo_lightning.rewards.pairwise import Groups
+from gopo_lightning.rewards.waiting import Background
 from gopo_lightning.types import Prompt
 
 Group: TypeAlias = tuple[Prompt, Sequence[str]]
@@ -55,53 +55,42 @@ class EarlyQuestions:
 
     def __enter__(self) -> "EarlyQuestions":
         if self.sources:
-            self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-            self._loop, self._end = self._runner.get_loop(), asyncio.Event()
+            self._end = asyncio.Event()
             self._queues: list[asyncio.Queue[Group]] = [asyncio.Queue() for _ in self.sources]
             self._waiting = set[asyncio.Future[None]]()  # a loop keeps none of its tasks
-            self._thread = Thread(target=self._run, name="early questions", daemon=True)
-            self._thread.start()
+            self._asking = Background(self._ask_all)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.sources:
-            self._call(self._end.set)
-            self._thread.join(_END_SECONDS)
+            self._asking.call(self._end.set)
+            self._asking.join(_END_SECONDS)
 
     def add(self, p: int, group: Sequence[str]) -> None:
         """The completions of prompt ``p``, which have ended; once more does nothing."""
         if self.sources and p not in self._added:
             self._added.add(p)
             for queue in self._queues:
-                self._call(queue.put_nowait, (self.prompts[p], group))
+                self._asking.call(queue.put_nowait, (self.prompts[p], group))
 
     def wait_for(self, source: object) -> None:
         """Until ``source`` has been asked about all that was added."""
         for each, queue in zip(self.sources, self._queues, strict=True) if self.sources else ():
             if each is source:
                 done = Event()
-                self._call(lambda queue=queue, done=done: self._tell(queue, done))
-                while not done.wait(_LOOK_SECONDS) and self._thread.is_alive():
+                self._asking.call(self._tell, queue, done)
+                while not done.wait(_LOOK_SECONDS) and self._asking.goes_on:  # `SystemExit` of a source ends it
                     pass
-
-    def _call(self, function: Callable[..., object], *arguments: Any) -> None:
-        """In the thread; nothing where a source has ended it (`SystemExit`), which its batch's call will tell."""
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(function, *arguments)
 
     def _tell(self, queue: "asyncio.Queue[Group]", done: Event) -> None:
         task = asyncio.ensure_future(queue.join())
         task.add_done_callback(lambda _: done.set())
         self._waiting.add(task)
 
-    def _run(self) -> None:
-        with suppress(SystemExit), self._runner:  # cancels at its end what is still going on
-            self._runner.run(self._serve())
-
-    async def _serve(self) -> None:
+    async def _ask_all(self) -> None:
         asking = [asyncio.create_task(_ask(*each)) for each in zip(self.sources, self._queues, strict=True)]
         await self._end.wait()
-        del asking
+        del asking  # what is still going on is cancelled with the loop
 
 
 async def _ask(source: AsksEarly, queue: "asyncio.Queue[Group]") -> None:

@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
-from functools import partial
 from threading import Event, Thread
 from typing import Any, Generic, TypeVar
 
@@ -24,10 +23,15 @@ class Background(Generic[T]):
     def __init__(self, work: Callable[[], Awaitable[T]]) -> None:
         self._result: Future[T] = Future()
         self._begun = Event()
-        self._cancel: Callable[[], Any] = lambda: None
+        self._task: asyncio.Task[Any] | None = None
         self._thread = Thread(target=self._run, args=[work], daemon=True)
         self._thread.start()
         self._begun.wait()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._thread.is_alive()
 
     def result(self) -> T:
         """What ``work`` returns, or raises."""
@@ -41,9 +45,15 @@ class Background(Generic[T]):
             self.result()
         return early.result(timeout=0)
 
-    def join(self) -> None:
-        """Wait for its end, good or bad."""
-        self._thread.join()
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for its end, good or bad, but not longer than ``seconds``."""
+        self._thread.join(seconds)
+
+    def call(self, function: Callable[..., object], *arguments: Any) -> None:
+        """In its loop, soon; nothing where it has ended."""
+        if self._task is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                self._task.get_loop().call_soon_threadsafe(function, *arguments)
 
     @contextmanager
     def cancelled_by_error(self) -> Iterator[None]:
@@ -56,15 +66,13 @@ class Background(Generic[T]):
 
     def cancel(self) -> None:
         """End it, if it has not ended by itself."""
-        with suppress(RuntimeError):  # the loop is closed
-            self._cancel()
+        if self._task is not None:
+            self.call(self._task.cancel)
         self._thread.join()
 
     def _run(self, work: Callable[[], Awaitable[T]]) -> None:
         async def main() -> T:
-            task = asyncio.current_task()
-            assert task is not None
-            self._cancel = partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
+            self._task = asyncio.current_task()
             self._begun.set()
             return await work()
 

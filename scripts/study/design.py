@@ -37,7 +37,7 @@ POLICIES = {
         (5e-6, 1.5e-5, 4.5e-5),
         (1, 2, 3),
         20,
-        32,
+        16,
         ("base", "smollm2/base"),
         "smollm2_tuning",
         tuning_seeds=(101,),
@@ -125,7 +125,8 @@ TABLES = (
     Table("3", "Calibrated ranks and Dr. GRPO", ("clean", "heavy_tailed"), ("calibrated", "dr_grpo")),
     Table("4", "Group size, equally many completions", ("clean",), ("gopo", "grpo"), (2, 4, 16)),
     Table("5", "Other flaws", ("of_prompt", "one_rater", "few_labels"), ("gopo", "grpo", "rloo")),
-    Table("6", "SmolLM2-135M-Instruct", ("clean", "heavy_tailed"), ("gopo", "grpo", "rloo"), policy="smollm2"),
+    Table("6a", "SmolLM2-135M-Instruct", ("clean", "heavy_tailed"), ("gopo", "grpo"), policy="smollm2"),
+    Table("6b", "SmolLM2-135M-Instruct, RLOO", ("clean", "heavy_tailed"), ("gopo", "rloo"), policy="smollm2"),
     Table("7", "Methods on sums, four updates of a rollout", ("clean",), METHODS + OF_ANSWERS, policy="adder"),
     Table("8", "Methods on sentences, four updates of a rollout", ("clean",), METHODS, policy="small4"),
 )

@@ -52,7 +52,7 @@ def main() -> None:
         "--quick", action="store_true", help="a small version of the first table, into runs/study/quick.jsonl"
     )
     parser.add_argument("--tables", nargs="+", metavar="NAME", help="only these, in this order [all]")
-    parser.add_argument("--figure", type=Path, help="draw the curves of the first table into this file")
+    parser.add_argument("--figure", type=Path, help="draw the curves of the first of these tables into this file")
     parser.add_argument("--results", type=Path, default=Path("docs/study/runs.jsonl"))
     options = parser.parse_args()
     results = Path("runs/study/quick.jsonl") if options.quick else options.results
@@ -71,7 +71,7 @@ def main() -> None:
     if options.command == "tables" or options.quick:
         print(tables.tables_of(chosen, done, quick=options.quick))
     if options.figure is not None:
-        figure.draw(done, options.figure)
+        figure.draw(done, options.figure, chosen[0])
     print(tables.forecast(done, runs.assets_here, options.workers, quick=options.quick))
 
 

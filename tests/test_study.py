@@ -165,6 +165,14 @@ def test_cells_that_were_not_reached_are_missing() -> None:
     assert "0 of 60 runs, 0 of 18" in tables.forecast({}, lambda policy: "here", 2)
 
 
+def test_a_run_that_two_tables_want_is_forecast_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2's: 3 seeds of 2 rewards × 3 methods, and 3 learning rates for each method; GOPO is in both tables."""
+    monkeypatch.setattr(tables, "TABLES", [table for table in design.TABLES if table.policy == "smollm2"])
+    forecast = tables.forecast({}, lambda policy: "here", 2)
+    assert "table 6a: 0 of 12 runs, 0 of 6" in forecast and "table 6b: 0 of 12 runs, 0 of 3" in forecast
+    assert "27 runs are missing: about 27 minutes" in forecast
+
+
 def test_gopo_under_a_warp_is_gopo_without_it() -> None:
     done = all_done(0.5)
     for seed in SMALL.seeds:

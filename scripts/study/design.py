@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from statistics import fmean
 from typing import Any
 
@@ -110,6 +111,12 @@ class Table:
         """Of every cell."""
         return POLICIES[self.policy].seeds
 
+    @property
+    def cells(self) -> list[tuple[int, str, str]]:
+        """Every group size, reward and method."""
+        found = list(product(self.group_sizes, self.rewards, self.methods))
+        return [*found, (8, "clean", "gopo")] if self.warps else found
+
 
 METHODS = ("gopo", "rloo", "dpo", "rebel", "inpo", "p3o", "lipo", "gepo", "pf_ppo", "refill")
 OF_ANSWERS = ("seed_grpo", "hapo")
@@ -122,7 +129,7 @@ TABLES = (
     Table("1", "The score as it is, and with heavy-tailed noise", ("clean", "heavy_tailed"), ("gopo", "grpo", "rloo")),
     Table("2a", "The same order, other magnitudes", ("exp", "sigmoid", "cubed"), ("grpo", "rloo"), warps=True),
     Table("2b", "Ties", ("stars", "binary"), ("gopo", *OF_GOPO, "grpo", "rloo")),
-    Table("3", "Calibrated ranks and Dr. GRPO", ("clean", "heavy_tailed"), ("calibrated", "dr_grpo")),
+    Table("3", "Calibrated ranks and Dr. GRPO", ("clean", "heavy_tailed"), ("gopo", "calibrated", "dr_grpo")),
     Table("4", "Group size, equally many completions", ("clean",), ("gopo", "grpo"), (2, 4, 16)),
     Table("5", "Other flaws", ("of_prompt", "one_rater", "few_labels"), ("gopo", "grpo", "rloo")),
     Table("6a", "SmolLM2-135M-Instruct", ("clean", "heavy_tailed"), ("gopo", "grpo"), policy="smollm2"),
@@ -181,17 +188,14 @@ def outcome(result: Mapping[str, Any]) -> float:
 def runs_of(table: Table, done: Done, *, quick: bool = False) -> list[list[Run]]:
     """The runs of a table whose learning rates are chosen, a list for each seed."""
     of = POLICIES[table.policy]
-    cells = [(reward, method) for reward in table.rewards for method in table.methods]
-    cells += [("clean", "gopo")] if table.warps else []
     found = []
     for seed in of.seeds[:3] if quick else of.seeds:
         runs = []
-        for size in table.group_sizes:
-            for reward, method in cells:
-                lr = of.learning_rates[1] if quick else chosen_lr(done, method, size, table.policy)
-                if lr is not None:
-                    steps = QUICK_STEPS if quick else of.steps
-                    runs.append(Run(table.name, reward, method, seed, lr, size, steps, table.policy))
+        for size, reward, method in table.cells:
+            lr = of.learning_rates[1] if quick else chosen_lr(done, method, size, table.policy)
+            if lr is not None:
+                steps = QUICK_STEPS if quick else of.steps
+                runs.append(Run(table.name, reward, method, seed, lr, size, steps, table.policy))
         found.append(runs)
     return found
 

@@ -156,23 +156,33 @@ def forecast(done: Done, assets: Callable[[str], str], workers: int, *, quick: b
         quick: of the small version.
     """
     lines, total, minutes = [], 0, 0.0
-    counted: set[str] = set()
+    tuned: set[str] = set()
+    asked: set[tuple[Any, ...]] = set()  # what two tables want is made once
     for table in TABLES[:1] if quick else TABLES:
         of_policy = [
             row for row in done.get(assets(table.policy), {}).values() if row.get("policy", "small") == table.policy
         ]
         seconds = median([row["seconds"] for row in of_policy] or [120.0])
-        groups = [] if quick else [runs for runs in tuning(table) if runs[0].key not in counted]
-        counted |= {runs[0].key for runs in groups}
-        cells = len(table.rewards) * len(table.methods) * len(table.group_sizes) + table.warps
-        wanted = cells * (3 if quick else len(table.seeds))
-        finished = sum(len(of_same_assets(runs, done)) for runs in runs_of(table, done, quick=quick))
+        groups = [] if quick else [runs for runs in tuning(table) if runs[0].key not in tuned]
+        tuned |= {runs[0].key for runs in groups}
         choosing = sum(map(len, groups))
         gaps = len(missing(groups, done, assets(table.policy)))
-        total += wanted - finished + gaps
-        minutes += (wanted - finished + gaps) * seconds / workers / 60
+        wanted = {
+            (table.policy, seed, *cell) for seed in (table.seeds[:3] if quick else table.seeds) for cell in table.cells
+        }
+        finished = {
+            (run.policy, run.seed, run.group_size, run.reward, run.method)
+            for runs in runs_of(table, done, quick=quick)
+            for results in [of_same_assets(runs, done)]
+            for run in runs
+            if run.key in results
+        }
+        to_make = len(wanted - finished - asked) + gaps
+        asked |= wanted - finished
+        total += to_make
+        minutes += to_make * seconds / workers / 60
         lines.append(
-            f"table {table.name}: {finished} of {wanted} runs, {choosing - gaps} of {choosing} to choose learning "
-            f"rates; {seconds:.0f} s a run"
+            f"table {table.name}: {len(finished)} of {len(wanted)} runs, {choosing - gaps} of {choosing} to choose "
+            f"learning rates; {seconds:.0f} s a run"
         )
     return "\n".join([*lines, f"{total} runs are missing: about {minutes:.0f} minutes"])

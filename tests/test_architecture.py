@@ -123,7 +123,7 @@ def private_names(tree: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize("file", [f for f in FILES if part_of(f) != "_compat"], ids=name_of)
 def test_private_names_of_libraries_are_those_of_compat(file: Path) -> None:
     names = set(private_names(ast.parse(file.read_text())))
-    assert not names, f"{name_of(file)} uses {names}: take public ones, or add to _compat.py with a probe"
+    assert not names, f"{name_of(file)} uses {names}: take public ones, or add to _compat with a probe"
 
 
 @pytest.mark.parametrize(

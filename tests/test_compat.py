@@ -1,11 +1,15 @@
-"""Each name in `_compat.py` does what is relied on: a library that has changed it fails here first, by its name."""
+"""Each name in `_compat` does what is relied on: a library that has changed it fails here first, by its name."""
 
+import json
 import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -20,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, MambaConfig, MambaForCausalLM
 
 from gopo_lightning import _compat
+from gopo_lightning._compat import names
 from gopo_lightning.rollout.engines.precision import cpu_computes_bfloat16
 from tests.architectures import build
 
@@ -28,9 +33,9 @@ def test_what_is_gone_is_named_with_the_library_and_its_version() -> None:
     with pytest.raises(
         RuntimeError, match=rf"torch {torch.__version__.split('+')[0]}.* has no Linear\._gone\.x, .*lock"
     ):
-        _compat._get("torch", nn.Linear(1, 1), "_gone.x")
+        names.get("torch", nn.Linear(1, 1), "_gone.x")
     with pytest.raises(RuntimeError, match="has no Linear._gone"):
-        _compat._get("torch", nn.Linear, "_gone")
+        names.get("torch", nn.Linear, "_gone")
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
@@ -301,3 +306,30 @@ def test_command_line(kind: type[LightningCLI], size: int, tmp_path: Path) -> No
     torch.save({"hyper_parameters": {"size": 7}}, tmp_path / "a.ckpt")
     with pytest.raises(Seen, match=f"^{size}$"):
         Probe(Sized, BoringDataModule, args=["fit", f"--ckpt_path={tmp_path / 'a.ckpt'}"])
+
+
+# --- jsonargparse -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("context", "milestones"), [(nullcontext, [7]), (_compat.lists_are_replaced, [1])])
+def test_lists_are_replaced(context: Callable[[], Any], milestones: list[int]) -> None:
+    """An equally long list with the same class leaves an option out; jsonargparse alone takes the earlier one's."""
+    parser = ArgumentParser()
+    parser.add_argument("--schedulers", type=list[Steps])
+    named = {"class_path": f"{__name__}.Steps"}
+    earlier, later = (
+        [{**named, "init_args": options}] for options in ({"milestones": [7], "gamma": 2.0}, {"gamma": 3.0})
+    )
+    with context():
+        found = parser.parse_args([f"--schedulers={json.dumps(earlier)}", f"--schedulers={json.dumps(later)}"])
+        added = parser.parse_args([f"--schedulers={json.dumps(earlier)}", f"--schedulers+={json.dumps(named)}"])
+        changed = parser.parse_args([f"--schedulers={json.dumps(earlier)}", "--schedulers.gamma=4"])
+    assert [vars(entry.init_args) for entry in found.schedulers] == [{"milestones": milestones, "gamma": 3.0}]
+    assert [entry.init_args.milestones for entry in added.schedulers] == [[7], [1]]
+    assert [vars(entry.init_args) for entry in changed.schedulers] == [{"milestones": [7], "gamma": 4.0}]
+
+
+class Steps:
+    """With options that have defaults."""
+
+    def __init__(self, milestones: Sequence[int] = (1,), gamma: float = 1.0) -> None: ...

@@ -98,6 +98,20 @@ def test_an_overlay_changes_its_own_part_alone() -> None:
             assert yaml.safe_load(path.read_text()).keys() == allowed, path
 
 
+def test_a_list_is_replaced_as_a_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it is as long as the earlier one, with the same classes: a reward by another model sees the prompt."""
+    sources = init_args(CONFIGS / "quickstart" / "gopo.yaml")["rewards"]["sources"]
+    assert sources[1]["init_args"]["include_prompt"] is False
+    del sources[1]["init_args"]["include_prompt"]
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"model": {"init_args": {"rewards": {"sources": sources}}}}))
+    with pytest.raises(SystemExit):
+        run(["fit", f"--config={CONFIGS / 'quickstart' / 'gopo.yaml'}", f"--config={overlay}", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    found = printed["model"]["init_args"]["rewards"]["sources"]
+    assert found[1]["init_args"]["include_prompt"] is True and found[1]["init_args"]["name"] == "sentiment"
+
+
 def test_gopo_and_grpo_of_the_quickstart_differ_in_the_advantage() -> None:
     """And in how several rewards become one: ranks have no magnitude for GRPO to read."""
     gopo, grpo = (yaml.safe_load((CONFIGS / "quickstart" / name).read_text()) for name in ("gopo.yaml", "grpo.yaml"))

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from gopo_lightning._compat import CommandLine
+from gopo_lightning._compat import CommandLine, lists_are_replaced
 from gopo_lightning.commands.class_files import from_here, in_arguments
 from gopo_lightning.commands.errors import UsageError
 from gopo_lightning.commands.evaluated_run import in_run_of
@@ -61,11 +61,11 @@ class _Parser(LightningArgumentParser):
     def parse_args(  # type: ignore[override]  # of two overloads
         self, args: Sequence[str] | None = None, *more: Any, **options: Any
     ) -> Any:
-        """Names of packaged configs are files, and null is null at any depth: jsonargparse hands it from a class to its
-        fields as the text None.
+        """Names of packaged configs are files, lists are replaced as a whole, and null is null at any depth:
+        jsonargparse hands it from a class to its fields as the text None.
         """
         given = in_arguments(resolve(sys.argv[1:] if args is None else args))
-        with from_here():
+        with from_here(), lists_are_replaced():
             return super().parse_args(
                 [re.sub(r"\A(--[\w.]+)=None\Z", r"\1=null", arg) for arg in given], *more, **options
             )

@@ -27,7 +27,7 @@ writes before and after. It runs the same commands that you would type, and show
   gopo-lightning predict --config quickstart/gopo
   gopo-lightning predict --config quickstart/gopo --model.init_args.policy.name EXPORTED
 
-With --config quickstart/gopo quickstart/borda (or quickstart/pairwise), it has other rewards. 8 to 12 minutes on two
+With --config quickstart/gopo quickstart/borda (or quickstart/pairwise), it has other rewards. 8 to 13 minutes on two
 cores. Models and ratings come from the package index and are kept in $GOPO_CACHE, by default ~/.cache/gopo_lightning.
 """
 CONFIG_ROOT = "runs/quickstart"

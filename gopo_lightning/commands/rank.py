@@ -23,7 +23,7 @@ What follows these options goes to that configuration, as in fit: --config FILE 
 """
 EXAMPLES = """\
 examples:
-  python -m gopo_lightning rank --config configs/quickstart/gopo.yaml --num_prompts 100 --rater ann
+  python -m gopo_lightning rank --config quickstart/gopo --num_prompts 100 --rater ann
   python -m gopo_lightning rank --rater bob                                # the same completions
   python -m gopo_lightning rank --completions runs/a/predictions.jsonl --output runs/rank-a
   python -m gopo_lightning rank --agreement runs/rank/verdicts

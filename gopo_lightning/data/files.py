@@ -2,7 +2,7 @@
 
 The suffix tells the kind: `.jsonl`, `.ndjson` (an object a line), `.json` (a list of objects, an object of columns, or
 an object a line), `.csv`, `.tsv` (every cell is the text that stands there), `.txt` (a prompt a line) and `.parquet`;
-all but the last may be compressed (`.gz`, `.bz2`, `.xz`, and `.zst` with the extra zstd).
+all but the last may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`).
 """
 
 import bz2

@@ -32,6 +32,13 @@ WRITERS = {
 """Page → what writes it."""
 
 
+def on_page_markdown(markdown: str, **options: Any) -> str:
+    """Links to files of the top level, which work in a checkout, lead to their pages."""
+    return re.sub(
+        r"\]\(\.\./((?:\.\./)*)(CONTRIBUTING|CHANGELOG)\.md", lambda m: f"]({m[1]}{m[2].lower()}.md", markdown
+    )
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages."""
     for path in GENERATED:

@@ -1,9 +1,11 @@
 """The command compare: its numbers by hand from event files, and when it trains."""
 
 import io
+import json
 import re
 import subprocess
 from contextlib import redirect_stdout, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def layered(config: str, flags: tuple[str, ...]) -> dict[str, Any]:
 def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The command, in a folder where the runs are done already."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "resolved", layered)
+    monkeypatch.setattr(command, "resolved", cache(layered))
     for name, seeds in VALUES.items():
         Path(f"{name}.yaml").write_text(f"model: {{advantage: {name}}}")
         for seed, points in enumerate(seeds, 1):
@@ -73,12 +75,11 @@ def commands(compare: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_missing_runs_are_trained_with_their_seed(compare: Any, commands: list[list[str]]) -> None:
     run = compare.train("ordinal.yaml", 4, ["--trainer.max_steps=5"])
+    place = {"save_dir": "runs", "name": "compare", "version": run.name}
     assert commands[0][2:] == [
         *("gopo_lightning", "fit", "--config", "ordinal.yaml"),
         "--seed_everything=4",
-        "--trainer.logger.init_args.save_dir=runs",
-        "--trainer.logger.init_args.name=compare",
-        f"--trainer.logger.init_args.version={run.name}",
+        f"--trainer.logger={json.dumps({'class_path': 'TensorBoardLogger', 'init_args': place})}",
         "--ckpt_path=last",
         "--trainer.max_steps=5",
     ]
@@ -96,6 +97,16 @@ def test_a_finished_run_is_read_and_said_to_be(
     assert len(commands) == 1
 
 
+def test_a_config_that_is_edited_meanwhile_is_not_trained_as_the_old_one(
+    compare: Any, commands: list[list[str]]
+) -> None:
+    compare.train("ordinal.yaml", 4, [])
+    Path("ordinal.yaml").write_text("model: {advantage: another}")
+    with pytest.raises(ValueError, match="ordinal.yaml has changed since this comparison began"):
+        compare.train("ordinal.yaml", 5, [])
+    assert len(commands) == 1
+
+
 def test_an_interrupted_run_goes_on(compare: Any, commands: list[list[str]]) -> None:
     run = compare.folder_of("ordinal.yaml", 1, [])
     (run / "compare.json").unlink()
@@ -109,6 +120,7 @@ def test_nothing_stale_is_read(
 ) -> None:
     config, flags = "ordinal.yaml", ["--trainer.max_epochs=5"]
     compare.train(config, 1, flags)
+    compare.resolved.cache_clear()  # as in the next process
     if changed == "config":
         Path(config).write_text("model: {advantage: ordinal, seed: 1}")
     elif changed == "flags":
@@ -145,6 +157,7 @@ def test_layers_are_given_one_after_the_other(compare: Any, commands: list[list[
     assert commands[0][3:9] == ["fit", "--config", "ordinal.yaml", "--config", "overlay.yaml", "--seed_everything=1"]
     assert re.fullmatch(r"ordinal\+overlay-[0-9a-f]{8}-seed1", run.name)
     Path("overlay.yaml").write_text("trainer: {max_steps: 6}")
+    compare.resolved.cache_clear()
     assert compare.folder_of("ordinal.yaml+overlay.yaml", 1, []) != run
 
 

@@ -28,10 +28,21 @@ def test_p_values_are_those_of_scipy() -> None:
 
 
 def test_differences_without_spread_or_of_one_seed() -> None:
-    assert paired_p([0.0, 0.0]) == 1 and paired_p([0.5, 0.5]) == 0 and math.isnan(paired_p([1.0]))
-    assert welch([1.0, 1.0], [1.0, 1.0])[1] == 1 and welch([2.0, 2.0], [1.0, 1.0])[1] == 0
+    assert paired_p([0.0, 0.0]) == 1 and math.isnan(paired_p([1.0]))
+    assert welch([1.0, 1.0], [1.0, 1.0])[1] == 1
+    for p in (paired_p([0.5, 0.5]), paired_p([0.3 - 0.2, 0.8 - 0.7]), welch([2.0, 2.0], [1.0, 1.0])[1]):
+        assert math.isnan(p)  # not 0: two equal differences are no certainty
     interval, p = welch([1.0, 2.0], [1.0])
     assert interval.mean == 0.5 and math.isnan(interval.low) and math.isnan(p)
+
+
+@pytest.mark.parametrize("seeds", [(1, 2), (3, 4)])
+def test_equal_differences_are_no_certainty(seeds: tuple[int, int]) -> None:
+    """Scores of few prompts are coarse, so that two seeds may well differ by the same."""
+    second = group("b", {seed: {5: 0.875} for seed in seeds})
+    found = contrast(group("a", {1: {5: 1.0}, 2: {5: 1.0}}), second, "val/reward")
+    assert found is not None and found.difference.mean == 0.125 and math.isnan(found.difference.low)
+    assert not found.is_clear and "+0.125 on val/reward at step 5 in each of 2 seeds" in sentence(found, 1)
 
 
 def test_holm() -> None:
@@ -100,5 +111,6 @@ def test_only_what_is_better_when_higher_can_be_ahead() -> None:
         Group(name, {}, {str(s): Run(Path(name), {}, {"train/loss": {0: 0.0, 9: mean + s / 10}}, {}) for s in range(3)})
         for name, mean in (("a", 2.0), ("b", 1.0))
     )
+    first.runs["0"].scalars["train/loss"][9] += 0.01  # without any spread nothing could be told
     (found,) = contrasts([first, second], second, ["train/loss"])
     assert sentence(found, 1).startswith("a is higher than b on train/loss at step 9") and found.steps_ratio is None

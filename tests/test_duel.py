@@ -20,8 +20,8 @@ from gopo_lightning.commands.duel import main
 from gopo_lightning.data.json_lines import read_jsonl, write_jsonl
 from gopo_lightning.evaluation.duel import DuelResult, duels
 from gopo_lightning.evaluation.duels.asking import Asker, Orders
-from gopo_lightning.evaluation.duels.digests import judge_identity
-from gopo_lightning.evaluation.duels.policies import by_step, find_policy
+from gopo_lightning.evaluation.duels.digests import config_identity, judge_identity
+from gopo_lightning.evaluation.duels.policies import Sampling, by_step, find_policy
 from gopo_lightning.evaluation.duels.predictions import common, read_predictions
 from gopo_lightning.evaluation.duels.written import shown
 from gopo_lightning.rewards import (
@@ -254,6 +254,17 @@ def test_an_interrupted_duel_asks_only_for_the_rest(tmp_path: Path) -> None:
     assert not again.asked and turned.win_rate.mean == 1 - found.win_rate.mean
 
 
+def test_one_order_is_one_order_whatever_is_known(tmp_path: Path) -> None:
+    """Answers that another duel has left in the cache count only in the order that is drawn for this one."""
+    a, b = ([[f"{side}{n}{'x' * (n % 3 + k)}" for k in range(2)] for n in range(10)] for side in "ab")
+    judge = FunctionComparator(first_of_equals, name="c")
+    alone = duel(a, b, judge, orders="one")
+    for orders, seed in (("both", 0), ("one", 1)):
+        duel(a, b, judge, orders=orders, seed=seed, cache=VerdictCache(tmp_path))
+    found = duel(a, b, judge, orders="one", cache=VerdictCache(tmp_path))
+    assert found == alone and found != duel(a, b, judge)
+
+
 def test_what_had_no_answer_is_asked_again(tmp_path: Path) -> None:
     answers: list[float | None] = [None, None, 1.0, 1.0]
     judge = FunctionComparator(lambda first: [answers.pop(0) for _ in first], name="late")
@@ -293,6 +304,33 @@ def test_a_judge_is_its_config_its_files_and_its_function(tmp_path: Path) -> Non
     assert identity() != before
 
 
+def test_samples_are_of_models_and_data_by_content(tmp_path: Path) -> None:
+    """Of folders, patterns, and what stands behind `--` too."""
+    model, data = tmp_path / "model", tmp_path / "data"
+    write(data / "a.jsonl", {"prompt": "a"})
+    write(model / "config.json", {})
+    overlay = tmp_path / "overlay.yaml"
+
+    def identity(predict: str, *overrides: str) -> str:
+        config = {"policy": {"name": str(model)}, "data": {"predict": {"path": predict}}}
+        return str(config_identity([config, *Sampling((), overrides, 0, tmp_path).values]))
+
+    overlay.write_text(yaml.safe_dump({"data": {"path": str(data)}}))
+    cases = [
+        (str(data),),
+        (str(data / "*.jsonl"),),
+        ("hub/name", "--data.init_args.predict.path", str(data / "a.jsonl")),
+        ("hub/name", f"--data.init_args.predict={{path: {data}}}"),
+        ("hub/name", f"--config={overlay}"),
+    ]
+    before = [identity(*case) for case in cases]
+    write(data / "a.jsonl", {"prompt": "b"})
+    changed = [identity(*case) for case in cases]
+    (model / "weights").write_text("2")
+    assert all(x != y != z for x, y, z in zip(before, changed, [identity(*case) for case in cases], strict=True))
+    assert identity("hub/name", "--trainer.logger.init_args.name=x") == identity("hub/name")
+
+
 # --- predictions -----------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +352,7 @@ def write(path: Path, *rows: Any) -> Path:
         ([row(0, "a") | {"index": True}], "`index` must be a whole number"),
         ([row(0, "a") | {"messages": "hi"}], "`messages` must be a list of messages"),
         ([[1]], "a line is list, not an object"),
+        ([row(0, "a", rewards=[1.0])], "`rewards` must be an object, for each source a list"),
         ([row(0, "a", rewards={"r": [1.0, 2.0]})], "1 completions have another number of rewards of r"),
         ([row(0, "a", num_tokens=[1, 2], finish_reasons=["stop"])], "1 completions, but 2 num_tokens and 1 finish"),
         ([], "holds no predictions"),
@@ -503,6 +542,23 @@ def test_columns_come_from_the_config(files: tuple[str, str], tmp_path: Path) ->
     other = write(tmp_path / "other.jsonl", *({"prompt": "another", "letter": "x"} for _ in range(24)))
     with pytest.raises(ValueError, match="is 'another', but the predictions' prompt of this index is 'prompt 0'"):
         main([*files, *judge, f"--config={config}", "--", f"--data.init_args.predict.path={other}"])
+    for spelling in ([f"--data.init_args.predict.path={data}"], ["--data.init_args.predict.path", str(data)]):
+        config.write_text(yaml.safe_dump({"data": {"init_args": {"predict": {"path": str(other), "limit": 3}}}}))
+        main([*files, *judge, f"--config={config}", "--output=again", "--", *spelling])
+        assert result_in("again")["duels"][0]["shares"] == result_in("out")["duels"][0]["shares"]
+
+
+def test_every_duel_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though runs call their exports alike."""
+    monkeypatch.chdir(tmp_path)
+    for n, name in enumerate(("gopo", "grpo", "rloo")):
+        write(
+            tmp_path / name / "version_0" / "policy" / "predictions.jsonl", *(row(i, "x" * (n + i)) for i in range(3))
+        )
+    for name in ("grpo", "rloo", "grpo"):
+        main(["gopo/version_0/policy", f"{name}/version_0/policy", *LONGER])
+    found = [json.loads(path.read_text())["policies"][1]["name"] for path in tmp_path.glob("runs/duel/*/duel.json")]
+    assert sorted(found) == ["grpo/version_0/policy", "rloo/version_0/policy"]
 
 
 def test_a_ladder_and_a_curve(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -78,6 +78,16 @@ def test_a_resume_in_a_folder_of_its_own_is_the_same_run(tmp_path: Path) -> None
     assert "version_1 goes on with" in run.notes[-1]
 
 
+@pytest.mark.parametrize(("start", "runs"), [(24, 1), (28, 2)])
+def test_a_resume_is_known_where_not_every_step_is_logged(start: int, runs: int, tmp_path: Path) -> None:
+    """Four updates a rollout; a resume begins at most one rollout after the last step."""
+    for name, first, last in (("version_0", 4, 20), ("version_1", start, 40)):
+        write_run(tmp_path / name, "grpo", 1, {step: float(step) for step in range(first, last + 1, 4)})
+    groups, notes = group_runs(read_runs([tmp_path])[0])
+    (run,) = groups[0].runs.values()
+    assert (4 in run.scalars["val/reward"] and 40 in run.scalars["val/reward"]) == (runs == 1) == (not notes)
+
+
 def test_a_seed_that_was_run_twice_counts_once(tmp_path: Path) -> None:
     write_run(tmp_path / "a", "grpo", 1, {0: 0.0, 1: 1.0, 2: 2.0})
     write_run(tmp_path / "b", "grpo", 1, {0: 0.0, 1: 1.0})
@@ -130,7 +140,7 @@ def test_folders_of_runs_are_opened_and_others_refused(tmp_path: Path) -> None:
 def test_curves_of_the_csv_logger(tmp_path: Path) -> None:
     write_config(tmp_path, 3)
     (tmp_path / "metrics-1.csv").write_text("epoch,step,train/loss,val/reward\n0,0,,0.5\n0,1,1.0,\n0,2,2.0,\n")
-    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,2,20.0\n0,3,nan\n")
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,2,20.0\n0,3,nan\n0,4")  # killed in a row
     run = read_run(tmp_path)
     assert run.scalars == {"train/loss": {1: 1.0, 2: 20.0}, "val/reward": {0: 0.5}}
     assert run.config["seed_everything"] == 3 and not run.seconds and not sampled_tokens(run)

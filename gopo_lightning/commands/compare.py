@@ -31,7 +31,8 @@ those before it. What follows -- goes to fit.
 
 A run that is finished is read, not trained again, if nothing that makes it has changed: the whole config with its
 defaults, the seed, this package's code and the versions of the libraries. It is in
-runs/compare/<config>-<hash of these>-seed<n>. An interrupted run goes on from its last checkpoint.
+runs/compare/<config>-<hash of these>-seed<n>, in TensorBoard's files whatever logger the config names. An interrupted
+run goes on from its last checkpoint.
 Data, models and reward functions outside of the package are not looked at: delete the folders if these have changed.
 """
 EXAMPLES = """\
@@ -106,9 +107,15 @@ def train(config: str, seed: int, flags: Sequence[str]) -> Path:
         finished = datetime.fromtimestamp((run / FINISHED).stat().st_mtime)
         print(f"read, not trained: {run}, finished {finished:%Y-%m-%d %H:%M}", flush=True)
         return run
-    logger = [f"--trainer.logger.init_args.{key}" for key in ("save_dir", "name", "version")]
-    names = [f"{key}={value}" for key, value in zip(logger, (ROOT.parent, ROOT.name, run.name), strict=True)]
-    command = [*fit_arguments(config), f"--seed_everything={seed}", *names, "--ckpt_path=last", *flags]
+    if resolved.__wrapped__(config, tuple(flags)) != resolved(config, tuple(flags)):
+        raise ValueError(
+            f"{config} has changed since this comparison began, so {run} would not be what its name says. The same "
+            "command compares the config as it is now."
+        )
+    place = {"save_dir": str(ROOT.parent), "name": ROOT.name, "version": run.name}
+    logger = json.dumps({"class_path": "TensorBoardLogger", "init_args": place})
+    command = [*fit_arguments(config), f"--seed_everything={seed}", f"--trainer.logger={logger}"]
+    command += ["--ckpt_path=last", *flags]
     try:
         subprocess.run([sys.executable, "-m", "gopo_lightning", *command], check=True)
     except subprocess.CalledProcessError as error:  # it has said why

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from rich.console import Console
 
 from gopo_lightning.commands.duel import RECORDED, make_parser
@@ -36,8 +35,6 @@ from gopo_lightning.evaluation.duels.predictions import RecordedScores, common, 
 from gopo_lightning.rewards import HoldsModels, SourceConfigError
 from gopo_lightning.rewards.verdict_cache import VerdictCache
 from gopo_lightning.types import Prompt
-
-_PREDICT = re.compile(r"--data\.init_args\.predict\.(\w+)=(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -106,9 +103,7 @@ class Job:
         settings = prompt_source(self.sampling.values)
         if settings is None:
             return prompts
-        found = (_PREDICT.fullmatch(option) for option in self.sampling.overrides)
-        settings = {**settings, **{match[1]: yaml.safe_load(match[2]) for match in found if match}, "limit": None}
-        source = PromptSource(**settings)
+        source = PromptSource(**{**settings, "limit": None})
         rows = load_rows(source)
         if prompts[-1].index >= len(rows):
             raise ValueError(
@@ -161,7 +156,7 @@ def run(arguments: Sequence[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     job = Job(options, sampling, judge, config, identity, VerdictCache(cache / "verdicts"), console)
     name = str(recorded if recorded is not None else judge.name)
-    folder = Path(options.output or Path("runs/duel") / _folder_name(options, name))
+    folder = Path(options.output or Path("runs/duel") / _folder_name(options, name, identity))
     label = f"{RECORDED}{name}" if recorded is not None else f"{name} ({_described(config)})"
     {"curve": _curve, "ladder": _ladder, "duel": _duel}[_kind(options)](job, options.policies, folder, label)
 
@@ -248,8 +243,9 @@ def _labels(names: Sequence[str]) -> list[str]:
     return [name if count == 1 else f"{name} ({count})" for name, count in zip(names, counts, strict=True)]
 
 
-def _folder_name(options: Any, judge: str) -> str:
-    """Of the policies' last two parts and the judge."""
+def _folder_name(options: Any, judge: str, identity: str) -> str:
+    """Of the policies' last two parts and the judge, and a digest of all that tells this duel from others."""
     parts = ["-".join(part for part in Path(name).parts[-2:] if part != "/") for name in options.policies]
     text = f"{'' if _kind(options) == 'duel' else _kind(options) + '-'}{'-vs-'.join(parts[:4])}-by-{judge}"
-    return re.sub(r"[^\w.-]+", "_", text)[:120]
+    compared = digest([_kind(options), list(options.policies), judge, identity])
+    return re.sub(r"[^\w.-]+", "_", text)[:110] + f"-{compared[:8]}"

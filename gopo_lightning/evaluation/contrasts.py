@@ -45,7 +45,8 @@ class Contrast:
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> tuple[Interval, float]:
-    """Difference of two means of independent values with its 95 % interval and p, by Welch's t; NaN for n < 2.
+    """Difference of two means of independent values with its 95 % interval and p, by Welch's t; NaN for n < 2, and
+    where the values of each side are equal, from which chance cannot be told.
 
     Raises:
         ValueError: a side has no values.
@@ -55,8 +56,8 @@ def welch(first: Sequence[float], second: Sequence[float]) -> tuple[Interval, fl
     if n < 2:
         return Interval(difference, math.nan, math.nan, n), math.nan
     parts = [statistics.variance(values) / len(values) for values in (first, second)]
-    if sum(parts) == 0:
-        return Interval(difference, difference, difference, n), float(difference == 0)
+    if _is_rounding(math.sqrt(sum(parts)), difference):
+        return _without_spread(difference, n)
     degrees = sum(parts) ** 2 / sum(v**2 / (len(values) - 1) for v, values in zip(parts, (first, second), strict=True))
     error = math.sqrt(sum(parts))
     half = float(t.ppf(0.975, degrees)) * error
@@ -65,14 +66,29 @@ def welch(first: Sequence[float], second: Sequence[float]) -> tuple[Interval, fl
 
 
 def paired_p(differences: Sequence[float]) -> float:
-    """Two-sided p of a mean of 0, by Student's t; NaN for one value."""
-    n = len(differences)
+    """Two-sided p of a mean of 0, by Student's t; NaN for one value, and for equal ones other than 0."""
+    return paired_difference(differences)[1]
+
+
+def paired_difference(differences: Sequence[float]) -> tuple[Interval, float]:
+    """Their mean with its 95 % interval and p, by Student's t; NaN for one value, and for equal ones other than 0, from
+    which chance cannot be told.
+    """
+    interval, n = student(differences), len(differences)
     if n < 2:
-        return math.nan
-    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(n)
-    if error == 0:
-        return float(mean == 0)
-    return 2 * float(t.sf(abs(mean) / error, n - 1))
+        return interval, math.nan
+    error = statistics.stdev(differences) / math.sqrt(n)
+    if _is_rounding(error, interval.mean):
+        return _without_spread(interval.mean, n)
+    return interval, 2 * float(t.sf(abs(interval.mean) / error, n - 1))
+
+
+def _is_rounding(error: float, mean: float) -> bool:
+    return error <= 1e-12 * abs(mean)
+
+
+def _without_spread(mean: float, n: int) -> tuple[Interval, float]:
+    return (Interval(0.0, 0.0, 0.0, n), 1.0) if mean == 0 else (Interval(mean, math.nan, math.nan, n), math.nan)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -110,9 +126,10 @@ def contrast(group: Group, baseline: Group, tag: str) -> Contrast | None:
     values = {step: ([c[step] for c in first], [c[step] for c in second]) for step in steps}
     if shared:
         differences = {step: [x - y for x, y in zip(a, b, strict=True)] for step, (a, b) in values.items()}
-        by_step, p = {step: student(d) for step, d in differences.items()}, paired_p(differences[steps[-1]])
+        told = {step: paired_difference(d) for step, d in differences.items()}
     else:
-        by_step, p = {step: welch(a, b)[0] for step, (a, b) in values.items()}, welch(*values[steps[-1]])[1]
+        told = {step: welch(a, b) for step, (a, b) in values.items()}
+    by_step, p = {step: interval for step, (interval, _) in told.items()}, told[steps[-1]][1]
     ratio = steps_ratio(first, second) if shared and HIGH_IS_GOOD.fullmatch(tag) else None
     last = steps[-1]
     return Contrast(tag, group.label, baseline.label, last, by_step[last], bool(shared), p, p, ratio, by_step)
@@ -138,6 +155,11 @@ def sentence(c: Contrast, num_comparisons: int) -> str:
     """``c`` in words."""
     at = f"on {c.tag} at step {c.step}"
     size, n = number(c.difference.mean), c.difference.n
+    if math.isnan(c.p) and n > 1:
+        return (
+            f"{c.group} − {c.baseline} is {size} {at} in each of {n} seeds: without any spread there is no interval, "
+            "and no difference can be told from chance."
+        )
     if math.isnan(c.p):
         return (
             f"{c.group} − {c.baseline} is {size} {at}, of one seed{'' if c.is_paired else ' each at least'}: "

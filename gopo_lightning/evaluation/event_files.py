@@ -5,6 +5,7 @@ is enough to see where a file was cut off, and takes a hundredth of it.
 """
 
 import csv
+import itertools
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,9 +60,11 @@ class Run:
 
 def goes_on(later: Run, earlier: Run) -> bool:
     """A resume from a checkpoint of ``earlier`` in a folder of its own, which is what Lightning makes by default."""
-    first = _part_of(earlier).first_trained_step()
-    start = _part_of(later).first_trained_step()
-    return first is not None and start is not None and 0 not in later.seconds and first < start <= earlier.last_step + 1
+    before, after = _part_of(earlier).trained_steps(), _part_of(later).trained_steps()
+    if not before or not after or 0 in later.seconds:
+        return False
+    gap = max((b - a for steps in (before, after) for a, b in itertools.pairwise(steps)), default=1)  # of the log
+    return before[0] < after[0] <= earlier.last_step + gap
 
 
 def joined(earlier: Run, later: Run) -> Run:
@@ -93,10 +96,9 @@ class _Part:
     texts: dict[str, dict[int, str]] = field(default_factory=dict)
     is_torn: bool = False
 
-    def first_trained_step(self) -> int | None:
-        """None if nothing was trained: a validation, say."""
-        steps = [min(curve) for tag, curve in self.scalars.items() if tag.startswith(TRAINED)]
-        return min(steps, default=None)
+    def trained_steps(self) -> list[int]:
+        """With values of training, in order; none after a validation, say."""
+        return sorted({step for tag, curve in self.scalars.items() if tag.startswith(TRAINED) for step in curve})
 
 
 def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -178,7 +180,7 @@ def _joined(parts: Sequence[_Part]) -> _Part:
     """One run; see `read_run`."""
     whole = _Part()
     for part in parts:
-        start = part.first_trained_step()
+        start = next(iter(part.trained_steps()), None)
         if start is not None and 0 in part.seconds:
             whole = _Part()  # not a resume: begun again
         elif start is not None:
@@ -242,6 +244,9 @@ def _read_csv(file: Path) -> _Part:
     part = _Part()
     with file.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
+            if None in row.values():  # the last, of a run that was killed in the middle of it
+                part.is_torn = True
+                break
             for tag, value in row.items():
                 if tag and tag not in ("step", *_NO_METRIC) and value:
                     part.scalars.setdefault(tag, {})[int(row["step"])] = float(value)

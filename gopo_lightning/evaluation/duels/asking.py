@@ -94,8 +94,7 @@ class Asker:
         ]
         self._fill(prompts, texts, scopes, wanted)
         return [
-            {pair: Answer(self._known(scope, *pair), self._known(scope, *pair[::-1])) for pair in pairs}
-            for scope, pairs in zip(scopes, wanted, strict=True)
+            {pair: self._answer(scope, pair) for pair in pairs} for scope, pairs in zip(scopes, wanted, strict=True)
         ]
 
     def _fill(
@@ -177,14 +176,18 @@ class Asker:
 
     def _questions(self, scope: str, pair: Pair) -> list[Pair]:
         """The orders in which the pair has still to be asked."""
-        orders = [pair]
-        if isinstance(self.source, PairComparator) and self.source.tolerance is None:
-            drawn = hashlib.sha256(json.dumps([self.seed, scope, *pair]).encode()).digest()[0] % 2
-            orders = [pair, pair[::-1]] if self.orders == "both" else [pair[::-1] if drawn else pair]
-        elif not isinstance(self.source, RewardSource | PairComparator):
+        orders = self._orders(scope, pair)
+        if not isinstance(self.source, RewardSource | PairComparator):
             known = any(self._key(scope, *order) in self.cache for order in (pair, pair[::-1]))
             return [] if known else orders
         return [order for order in orders if self._key(scope, *order) not in self.cache]
+
+    def _orders(self, scope: str, pair: Pair) -> list[Pair]:
+        """Those that it is asked in: one where the other has the opposite answer, or under `orders: one`."""
+        if not isinstance(self.source, PairComparator) or self.source.tolerance is not None:
+            return [pair]
+        drawn = hashlib.sha256(json.dumps([self.seed, scope, *pair]).encode()).digest()[0] % 2
+        return [pair, pair[::-1]] if self.orders == "both" else [pair[::-1] if drawn else pair]
 
     def _scope(self, prompt: Prompt, groups: Sequence[Sequence[str]]) -> str:
         """What an answer depends on beside the pair: the prompt, and of a source that orders groups all its texts."""
@@ -196,9 +199,13 @@ class Asker:
     def _key(self, scope: str, first: str, second: str) -> str:
         return hashlib.sha256(json.dumps([scope, first, second]).encode()).hexdigest()
 
-    def _known(self, scope: str, first: str, second: str) -> float:
-        verdict = self.cache.get(self._key(scope, first, second))
-        return math.nan if verdict is None else verdict
+    def _answer(self, scope: str, pair: Pair) -> Answer:
+        """What is known in each order; under `orders: one` a cached answer in the other order does not count."""
+        counted = self._orders(scope, pair) if self.orders == "one" else [pair, pair[::-1]]
+        first, second = (
+            self.cache.get(self._key(scope, *order)) if order in counted else None for order in (pair, pair[::-1])
+        )
+        return Answer(math.nan if first is None else first, math.nan if second is None else second)
 
 
 def _pairs(groups: Sequence[Sequence[str]], name_of: Callable[[str], str]) -> list[Pair]:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,24 @@ def judge_identity(config: Any) -> str:
 
 
 def config_identity(config: Any) -> list[list[str]]:
-    """Names and contents of the files that ``config`` names, such as prompts; folders do not count."""
-    return [[text, content_of(Path(text))] for _, text in _texts(config) if _is_file(text)]
+    """Names and contents of the files that ``config`` names, of its models, and of its data, a folder or a pattern too.
+
+    Folders that it writes to do not count.
+    """
+    found: list[list[str]] = []
+    for key, text in _texts(config):
+        if key == "path" and any(sign in text for sign in "*?["):
+            found += [[file, content_of(Path(file))] for file in sorted(glob(text, recursive=True))]
+        elif _is_file(text) or _is_folder_of(key, text):
+            found.append([text, content_of(Path(text))])
+    return found
+
+
+def _is_folder_of(key: str, text: str) -> bool:
+    """A folder of data or of a model; `name` may be that of a run too."""
+    if key == "name":
+        return any(_is_file(f"{text}/{name}") for name in ("config.json", "adapter_config.json"))
+    return key in ("path", "model", "tokenizer") and Path(text).is_dir()
 
 
 def _named(config: Any) -> Iterator[list[str]]:
@@ -54,7 +71,7 @@ def _named(config: Any) -> Iterator[list[str]]:
         ours = key == "class_path" and text.startswith("gopo_lightning.")
         if key in ("function", "class_path") and "." in text and not ours:
             yield [text, _source_file(load_callable(text))]
-        elif _is_file(text) or (key in ("model", "tokenizer") and Path(text).is_dir()):
+        elif _is_file(text) or _is_folder_of(key, text):
             yield [text, content_of(Path(text))]
 
 

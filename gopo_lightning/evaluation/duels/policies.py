@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,8 +63,27 @@ class Sampling:
 
     @property
     def values(self) -> list[Any]:
-        """The configs as read."""
-        return [read_yaml(path) for path in self.configs]
+        """The configs as read, and each of the overrides as one: a later one overrides."""
+        return [*(read_yaml(path) for path in self.configs), *_as_configs(self.overrides)]
+
+
+def _as_configs(overrides: Sequence[str]) -> Iterator[Any]:
+    """`--a.b=1`, or `--a.b 1`, is {a: {b: 1}}; `--config FILE` is what the file says."""
+    for argument, following in zip(overrides, [*overrides[1:], ""], strict=False):
+        option, equals, text = argument.partition("=")
+        if not option.startswith("--"):  # the value of the one before
+            continue
+        text = text if equals else following
+        if option == "--config":
+            yield read_yaml(Path(text))
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        for key in reversed(option.removeprefix("--").split(".")):
+            value = {key: value}
+        yield value
 
 
 def read_yaml(path: Path) -> Any:

@@ -145,7 +145,10 @@ def _answered(line: Any, path: Path) -> Answered:
     if messages is not None and not (isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
         raise ValueError("`messages` must be a list of messages, or null")
     prompt = Prompt(index, (), text, None if messages is None else tuple(messages), path=str(path))
-    rewards = {name: tuple(map(number, values)) for name, values in (line.get("rewards") or {}).items()}
+    given = line.get("rewards") or {}
+    if not isinstance(given, dict) or not all(isinstance(values, list) for values in given.values()):
+        raise ValueError("`rewards` must be an object, for each source a list of numbers, one a completion")
+    rewards = {name: tuple(map(number, values)) for name, values in given.items()}
     if wrong := [name for name, values in rewards.items() if len(values) != len(texts)]:
         raise ValueError(f"{len(texts)} completions have another number of rewards of {wrong[0]}")
     return Answered(prompt, _with_endings(texts, line.get("num_tokens"), line.get("finish_reasons")), rewards)

@@ -16,6 +16,7 @@ from gopo_lightning.evaluation.bootstrap import (
     on_grid,
     score_bound,
 )
+from gopo_lightning.evaluation.duels.written import verdict
 
 REPETITIONS = 1000
 
@@ -76,6 +77,7 @@ def test_ten_wins_of_ten_are_no_certainty() -> None:
 def test_equal_shares_within_the_bounds_are_a_point() -> None:
     found = cluster_bootstrap([0.5] * 10)
     assert (found.low, found.mean, found.high) == (0.5, 0.5, 0.5)
+    assert verdict(cluster_bootstrap([0.75] * 10)).startswith("open: it is the same on all prompts")
 
 
 def test_one_prompt_has_no_interval_and_none_no_mean() -> None:

@@ -21,7 +21,7 @@ from gopo_lightning.data.json_lines import read_jsonl, write_jsonl
 from gopo_lightning.evaluation.duel import DuelResult, duels
 from gopo_lightning.evaluation.duels.asking import Asker, Orders
 from gopo_lightning.evaluation.duels.digests import config_identity, judge_identity
-from gopo_lightning.evaluation.duels.policies import Sampling, by_step, find_policy
+from gopo_lightning.evaluation.duels.policies import Sampling, _contents, by_step, find_policy
 from gopo_lightning.evaluation.duels.predictions import common, read_predictions
 from gopo_lightning.evaluation.duels.written import shown
 from gopo_lightning.rewards import (
@@ -329,6 +329,18 @@ def test_samples_are_of_models_and_data_by_content(tmp_path: Path) -> None:
     (model / "weights").write_text("2")
     assert all(x != y != z for x, y, z in zip(before, changed, [identity(*case) for case in cases], strict=True))
     assert identity("hub/name", "--trainer.logger.init_args.name=x") == identity("hub/name")
+
+
+def test_an_exported_adapter_is_sampled_with_its_base(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write(base / "config.json", {"layers": 1})
+    write(adapter / "adapter_config.json", {"base_model_name_or_path": str(base)})
+    before = _contents(find_policy(str(adapter)))
+    write(base / "config.json", {"layers": 2})
+    after = _contents(find_policy(str(adapter)))
+    assert before[0] == after[0] and before[1] != after[1]
+    write(adapter / "adapter_config.json", {"base_model_name_or_path": "hub/name"})
+    assert len(_contents(find_policy(str(adapter)))) == 1
 
 
 # --- predictions -----------------------------------------------------------------------------------------------------

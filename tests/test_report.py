@@ -1,6 +1,7 @@
 """The command report: what its page says, that untrusted text stays text, and a real browser."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -54,6 +55,12 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
+def test_a_reward_that_was_never_finite_is_no_missing_tag(tmp_path: Path) -> None:
+    write_run(tmp_path, "grpo", 1, {0: math.nan, 5: math.nan})
+    with pytest.raises(ValueError, match=r"'val/reward' is not finite in any run\. Name others with --tags"):
+        summarise(read_runs([tmp_path])[0])
+
+
 def page_of(*runs: Path, **options: str) -> Document:
     found, passed_over = read_runs(runs)
     return Document(render(summarise(found, notes=passed_over, **options), "command"))
@@ -104,7 +111,7 @@ def test_an_earlier_report_is_replaced_and_nothing_else(runs: Path, tmp_path: Pa
 
 
 def test_what_cannot_be_reported_is_refused(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no run has 'val/x'. They have: reward/mean, val/reward"):
+    with pytest.raises(ValueError, match=r"no run has 'val/x'. .* they have: reward/mean, val/reward"):
         main([str(runs), "--tags", "val/x", "--output", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="which 0 of the groups are called"):
         main([str(runs), "--baseline", "x", "--output", str(tmp_path / "out")])

@@ -30,6 +30,14 @@ def test_a_config_is_flattened() -> None:
     }
 
 
+def test_two_callbacks_of_one_class_are_two() -> None:
+    callbacks = [{"class_path": "mine.Freeze", "init_args": {"layers": n}} for n in (1, 2)]
+    callbacks.append({"class_path": "lightning.ModelCheckpoint", "init_args": {"dirpath": "x"}})
+    found = settings({"trainer": {"callbacks": [*callbacks, callbacks[-1]]}})
+    assert [found[f"trainer.callbacks.Freeze{name}.init_args.layers"] for name in ("", ".2")] == ["1", "2"]
+    assert not any("ModelCheckpoint" in key for key in found)
+
+
 def test_what_does_not_matter_is_no_setting() -> None:
     base = {"model": {"init_args": {"x": 1}}, "trainer": {"max_steps": 5}}
     other = {

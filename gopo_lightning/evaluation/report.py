@@ -113,7 +113,10 @@ def summarise(
     for tag in tags:
         if not any(run.scalars.get(tag) for run in runs):
             known = sorted({tag for run in runs for tag in run.scalars if tag.startswith(("val/", "reward/"))})
-            raise ValueError(f"no run has {tag!r}. They have: {', '.join(known)}")
+            known = [tag for tag in known if any(run.scalars.get(tag) for run in runs)]
+            is_there = any(tag in run.scalars for run in runs)
+            what = f"{tag!r} is not finite in any run" if is_there else f"no run has {tag!r}"
+            raise ValueError(f"{what}. Name others with --tags; they have: {', '.join(known) or 'none'}")
     groups, left_out = group_runs(runs)
     base = groups[baseline_of(groups, baseline)]
     found = contrasts(groups, base, tags)

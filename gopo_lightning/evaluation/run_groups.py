@@ -44,21 +44,29 @@ class Group:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """``{"a": {"b": [1, None]}}`` → ``{"a.b.0": "1", "a.b.1": "null"}``; callbacks are named by their class."""
+    """``{"a": {"b": [1, None]}}`` → ``{"a.b.0": "1", "a.b.1": "null"}``; callbacks are named by their class, a second
+    one of it by its number too.
+    """
     if isinstance(value, Mapping) and value:
         items = [(str(key), part) for key, part in value.items()]
     elif isinstance(value, Sequence) and not isinstance(value, str) and value:
-        items = [(_name(part, i, prefix), part) for i, part in enumerate(value)]
+        items = list(zip(_names(value, prefix), value, strict=True))
     else:
         return {prefix: "null" if value is None else str(value)}
     return {k: v for key, part in items for k, v in flatten(part, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def _name(part: Any, index: int, prefix: str) -> str:
-    """Of an item of a list."""
-    if prefix == "trainer.callbacks" and isinstance(part, Mapping) and "class_path" in part:
-        return str(part["class_path"]).rpartition(".")[2]
-    return str(index)
+def _names(parts: Sequence[Any], prefix: str) -> list[str]:
+    """Of the items of a list."""
+    names: list[str] = []
+    counts: Counter[str] = Counter()
+    for index, part in enumerate(parts):
+        name = str(index)
+        if prefix == "trainer.callbacks" and isinstance(part, Mapping) and "class_path" in part:
+            name = str(part["class_path"]).rpartition(".")[2]
+        counts[name] += 1
+        names.append(name if counts[name] == 1 else f"{name}.{counts[name]}")
+    return names
 
 
 def settings(config: Mapping[str, Any]) -> Flat:

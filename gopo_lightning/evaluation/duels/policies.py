@@ -170,11 +170,21 @@ def predictions_of(
                 f"{policy.name} has no completions yet. Give --config, the training config, whose data.predict prompts "
                 "it is to answer; or name a predictions.jsonl."
             )
-        what = "" if policy.path is None else content_of(policy.path)
-        identity = digest([policy.kind, "" if policy.path else policy.name, what])
+        identity = digest([policy.kind, "" if policy.path else policy.name, *_contents(policy)])
         seen[identity] = seen.get(identity, -1) + 1
         files.append(_sampled(policy, identity, seen[identity], sampling, say))
     return files
+
+
+def _contents(policy: PolicyFiles) -> list[str]:
+    """Of its files; of an exported adapter, those of the local model that it belongs to as well."""
+    if policy.path is None:
+        return [""]
+    contents = [content_of(policy.path)]
+    if policy.kind == "export" and (adapter := policy.path / "adapter_config.json").is_file():
+        base = read_yaml(adapter).get("base_model_name_or_path")
+        contents += [content_of(Path(base))] if base and Path(base).is_dir() else []
+    return contents
 
 
 def _sampled(policy: PolicyFiles, identity: str, repeat: int, sampling: Sampling, say: Callable[[str], None]) -> Path:

@@ -31,6 +31,8 @@ def verdict(interval: Interval, first: str = "A", second: str = "B") -> str:
     """
     if math.isnan(interval.low):
         return "open: one prompt has no interval"
+    if interval.low == interval.high:
+        return "open: it is the same on all prompts, so nothing says how others would differ"
     return (
         f"{first} wins"
         if interval.low > 0.5

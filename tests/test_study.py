@@ -174,6 +174,18 @@ def test_a_run_that_two_tables_want_is_forecast_once(monkeypatch: pytest.MonkeyP
     assert "27 runs are missing: about 27 minutes" in forecast
 
 
+def test_a_table_may_have_one_learning_rate_for_all() -> None:
+    """Table 3b takes GOPO's for the other two, so nothing is tuned for them; GOPO's runs are those of table 3."""
+    third, at_one_lr = (next(table for table in design.TABLES if table.name == name) for name in ("3", "3b"))
+    done = all_done(0.5)
+    assert [run.method for run in every(design.tuning(at_one_lr))] == ["gopo"] * 6
+    runs_3b = every(design.runs_of(at_one_lr, done))
+    assert len(runs_3b) == 60 and {run.lr for run in runs_3b} == {SMALL.learning_rates[1]}
+    assert {run.method for run in every(design.runs_of(third, done))} == {"gopo"}, "its others are not chosen yet"
+    forecast = tables.forecast(done, lambda policy: "here", 2)
+    assert "table 3: 20 of 60 runs, 0 of 12" in forecast and "table 3b: 20 of 60 runs, 0 of 0" in forecast
+
+
 def test_gopo_under_a_warp_is_gopo_without_it() -> None:
     done = all_done(0.5)
     for seed in SMALL.seeds:

@@ -105,6 +105,8 @@ class Table:
     policy: str = "small"
     warps: bool = False
     """The rewards are warps of the clean one, on which GOPO is therefore run."""
+    lr_of: str | None = None
+    """The method whose learning rate all take; else each has its own."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -130,6 +132,13 @@ TABLES = (
     Table("2a", "The same order, other magnitudes", ("exp", "sigmoid", "cubed"), ("grpo", "rloo"), warps=True),
     Table("2b", "Ties", ("stars", "binary"), ("gopo", *OF_GOPO, "grpo", "rloo")),
     Table("3", "Calibrated ranks and Dr. GRPO", ("clean", "heavy_tailed"), ("gopo", "calibrated", "dr_grpo")),
+    Table(
+        "3b",
+        "Calibrated ranks and Dr. GRPO at GOPO's learning rate",
+        ("clean", "heavy_tailed"),
+        ("gopo", "calibrated", "dr_grpo"),
+        lr_of="gopo",
+    ),
     Table("4", "Group size, equally many completions", ("clean",), ("gopo", "grpo"), (2, 4, 16)),
     Table("5", "Other flaws", ("of_prompt", "one_rater", "few_labels"), ("gopo", "grpo", "rloo")),
     Table("6a", "SmolLM2-135M-Instruct", ("clean", "heavy_tailed"), ("gopo", "grpo"), policy="smollm2"),
@@ -148,7 +157,7 @@ def tuning(table: Table) -> list[list[Run]]:
     return [
         _tuning(method, size, table.policy)
         for size in table.group_sizes
-        for method in table.methods
+        for method in ((table.lr_of,) if table.lr_of else table.methods)
         if method not in OF_GOPO
     ]
 
@@ -180,6 +189,11 @@ def chosen_lr(done: Done, method: str, group_size: int, policy: str = "small") -
     return max(outcomes, key=lambda lr: outcomes[lr], default=POLICIES[policy].learning_rates[0])
 
 
+def lr_in(table: Table, done: Done, method: str, group_size: int) -> float | None:
+    """That of ``method`` in ``table``; None until it is chosen."""
+    return chosen_lr(done, table.lr_of or method, group_size, table.policy)
+
+
 def outcome(result: Mapping[str, Any]) -> float:
     """The judge's mean score of the last five evaluations after step 0: what is compared, fixed in advance."""
     return fmean(result["curves"]["val/judge/reward"][1:][-5:])
@@ -192,7 +206,7 @@ def runs_of(table: Table, done: Done, *, quick: bool = False) -> list[list[Run]]
     for seed in of.seeds[:3] if quick else of.seeds:
         runs = []
         for size, reward, method in table.cells:
-            lr = of.learning_rates[1] if quick else chosen_lr(done, method, size, table.policy)
+            lr = of.learning_rates[1] if quick else lr_in(table, done, method, size)
             if lr is not None:
                 steps = QUICK_STEPS if quick else of.steps
                 runs.append(Run(table.name, reward, method, seed, lr, size, steps, table.policy))

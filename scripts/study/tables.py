@@ -8,7 +8,7 @@ from typing import Any
 from gopo_lightning.evaluation.contrasts import holm, paired_p
 from gopo_lightning.evaluation.intervals import paired, student
 from gopo_lightning.evaluation.seed_curves import StepsRatio, interpolate, steps_ratio
-from scripts.study.design import TABLES, Done, Table, chosen_lr, missing, of_same_assets, outcome, runs_of, tuning
+from scripts.study.design import TABLES, Done, Table, lr_in, missing, of_same_assets, outcome, runs_of, tuning
 
 
 def tables_of(chosen: Iterable[Table], done: Done, *, quick: bool = False) -> str:
@@ -35,9 +35,9 @@ def table_of(table: Table, done: Done, *, quick: bool = False) -> str:
         for size in table.group_sizes:
             for method in table.methods:
                 cell = cell_of.get((reward, size, method), {})
-                lines.append(_row(reward, size, method, cell, chosen_lr(done, method, size, table.policy)))
+                lines.append(_row(reward, size, method, cell, lr_in(table, done, method, size)))
     if table.warps:
-        lines.append(_row("clean", 8, "gopo", cell_of.get(("clean", 8, "gopo"), {}), chosen_lr(done, "gopo", 8)))
+        lines.append(_row("clean", 8, "gopo", cell_of.get(("clean", 8, "gopo"), {}), lr_in(table, done, "gopo", 8)))
     contrasts = [
         (
             reward,
@@ -168,10 +168,12 @@ def forecast(done: Done, assets: Callable[[str], str], workers: int, *, quick: b
         choosing = sum(map(len, groups))
         gaps = len(missing(groups, done, assets(table.policy)))
         wanted = {
-            (table.policy, seed, *cell) for seed in (table.seeds[:3] if quick else table.seeds) for cell in table.cells
+            (table.policy, seed, size, reward, method, table.lr_of or method)
+            for seed in (table.seeds[:3] if quick else table.seeds)
+            for size, reward, method in table.cells
         }
         finished = {
-            (run.policy, run.seed, run.group_size, run.reward, run.method)
+            (run.policy, run.seed, run.group_size, run.reward, run.method, table.lr_of or run.method)
             for runs in runs_of(table, done, quick=quick)
             for results in [of_same_assets(runs, done)]
             for run in runs

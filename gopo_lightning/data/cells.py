@@ -69,7 +69,10 @@ def text_of(value: Any, what: str) -> str:
 def as_value(value: Any, what: str) -> Value:
     """A text, or the messages of a list, of a single one, or of JSON text."""
     if isinstance(value, str):
-        messages = parsed_messages(value)
+        try:
+            messages = parsed_messages(value)
+        except ValueError as error:
+            raise ValueError(f"{what} {error}") from error
         if messages is None:
             return value
         value = messages

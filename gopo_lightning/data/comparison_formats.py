@@ -167,16 +167,16 @@ def _ranked(row: Row, prompt_column: str | None) -> Answers:
 
 
 def _ultrafeedback(row: Row, prompt_column: str | None) -> Answers:
-    """Rated by the mean over aspects (`fine-grained_score`), or else by `overall_score`."""
+    """Rated by the mean over aspects (`fine-grained_score`), or else, if not all have it, by `overall_score`."""
     completions = listed(row, "completions")
     texts = tuple(text_of(c.get("response"), f"response of completion {n}") for n, c in enumerate(completions))
-    ratings = []
-    for n, completion in enumerate(completions):
-        column = "fine-grained_score" if completion.get("fine-grained_score") is not None else "overall_score"
-        rating = as_number(completion.get(column), f"{column} of completion {n}")
-        if rating is None:
-            raise ValueError(f"completion {n} has neither a fine-grained_score nor an overall_score")
-        ratings.append(rating)
+    found = [
+        [as_number(completion.get(column), f"{column} of completion {n}") for n, completion in enumerate(completions)]
+        for column in ("fine-grained_score", "overall_score")
+    ]
+    ratings = next(([r for r in of_column if r is not None] for of_column in found if None not in of_column), None)
+    if ratings is None:  # two scales cannot be compared
+        raise ValueError("neither fine-grained_score nor overall_score is there for all completions")
     return Answers(
         text_of(row["instruction"], "column 'instruction'"), texts, order(ratings), tuple(ratings), is_turn=True
     )

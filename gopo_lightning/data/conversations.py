@@ -1,6 +1,8 @@
 """Conversations as data sets write them -> messages with role and content; a prompt and its answer as one text."""
 
+import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -16,6 +18,7 @@ _SPEAKERS = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
 """ShareGPT's `from` -> role."""
+_PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'\s*:")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
@@ -36,13 +39,27 @@ def messages_of(value: Any) -> Conversation:
 
 
 def parsed_messages(text: str) -> Sequence[Message] | None:
-    """The list that ``text`` holds as JSON, where it is one of messages; None for any other text."""
+    """The list that ``text`` holds, where it is one of messages; None for any other text.
+
+    As JSON, or as Python writes it, which pandas puts into CSV files.
+
+    >>> parsed_messages("[{'role': 'user', 'content': 'hi'}]")
+    [{'role': 'user', 'content': 'hi'}]
+
+    Raises:
+        ValueError: it looks like messages, but cannot be read; the error is the second half of a sentence.
+    """
     if not text.lstrip().startswith("["):
         return None
     try:
         value = json.loads(text)
     except ValueError:
-        return None
+        if not _PYTHON_MESSAGES.match(text):
+            return None
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise ValueError(f"looks like messages, but is no JSON: {text!r:.80}. Write them as JSON") from None
     of_messages = (
         isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in value)
     )
@@ -151,6 +168,12 @@ def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **opti
             f"the chat template refuses the conversation with the roles {roles}: {error}. Leave out what it refuses, "
             "or use a chat template that takes it."
         ) from error
+
+
+def without_end(tokenizer: Any, token_ids: list[int], text: str) -> list[int]:
+    """``token_ids`` of ``text`` without the EOS that a tokenizer puts at the end: the text goes on."""
+    closed = len(token_ids) > 1 and token_ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+    return token_ids[:-1] if closed else token_ids
 
 
 def check_unicode(text: str) -> None:

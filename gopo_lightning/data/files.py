@@ -158,7 +158,7 @@ def _read(file: Path) -> Rows | datasets.Dataset:
 
 def _read_parquet(file: Path) -> datasets.Dataset:
     try:
-        return datasets.load_dataset("parquet", data_files=str(file), split="train")
+        return datasets.load_dataset("parquet", data_files=glob.escape(str(file)), split="train")
     except (datasets.exceptions.DatasetGenerationError, ArrowInvalid) as error:
         raise ValueError(f"{file} is no Parquet file ({error.__cause__ or error}). Write it again.") from error
 

@@ -7,16 +7,28 @@ end). ``apply_chat_template`` says when a plain string becomes a user message.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from gopo_lightning.data.conversations import Conversation, apply_template, check_unicode, messages_of, parsed_messages
+from gopo_lightning.data.cells import is_blank
+from gopo_lightning.data.conversations import (
+    Conversation,
+    apply_template,
+    check_unicode,
+    messages_of,
+    parsed_messages,
+    without_end,
+)
 from gopo_lightning.data.fingerprint import Digest
 from gopo_lightning.data.sources import PromptSource
 from gopo_lightning.types import Prompt
 
 Template = Literal["auto", "always", "never"]
+
+_FOR_TEMPLATES = ("tools", "documents")
+"""Columns of other libraries' data sets that a chat template reads beside the messages."""
 
 
 class _Written(NamedTuple):
@@ -55,7 +67,7 @@ class PromptRenderer:
         self.system_prompt = system_prompt
         self.apply_chat_template = apply_chat_template
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self._template_is_checked = False
+        self._template_is_checked = self._answer_is_told = False
 
     def __call__(self, index: int, row: Mapping[str, Any]) -> Prompt:
         """The prompt of row ``index``; raises ValueError, with row and file, on one that is malformed."""
@@ -88,7 +100,7 @@ class PromptRenderer:
         text, messages = self._conversation(index, row[self.source.column], self._system(index, row))
         read = text
         if messages is not None:
-            self._check_template()
+            self._check_template(row)
         with self._place(index):
             if messages is not None:
                 read = apply_template(self.tokenizer, messages, add_generation_prompt=True, **self.chat_template_kwargs)
@@ -103,14 +115,9 @@ class PromptRenderer:
             if those:
                 texts = [written[number].read for number in those]
                 token_ids = self.tokenizer(texts, add_special_tokens=plain)["input_ids"]
-                found |= zip(those, map(self._open, token_ids, texts) if plain else token_ids, strict=True)
+                opened = map(partial(without_end, self.tokenizer), token_ids, texts) if plain else token_ids
+                found |= zip(those, opened, strict=True)
         return [found[number] for number in range(len(written))]
-
-    def _open(self, token_ids: list[int], text: str) -> list[int]:
-        """Without the EOS that a tokenizer puts at the end: a prompt goes on."""
-        end, end_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
-        closed = len(token_ids) > 1 and token_ids[-1] == end_id and not text.endswith(end)
-        return token_ids[:-1] if closed else token_ids
 
     def _system(self, index: int, row: Mapping[str, Any]) -> str | None:
         """The system message that is put first, if there is one; the option's replaces the row's."""
@@ -123,9 +130,13 @@ class PromptRenderer:
 
     def _conversation(self, index: int, value: Any, system: str | None) -> tuple[str, Conversation | None]:
         """The plain text, and the messages that the template renders, or None."""
-        if isinstance(value, str) and (parsed := parsed_messages(value)) is not None:
+        try:
+            parsed = parsed_messages(value) if isinstance(value, str) else None
+        except ValueError as error:
+            self._require(False, index, str(error))
+        if parsed is not None:
             is_named = self.source.messages_column is not None
-            remedy = f"as JSON text, but is read as a prompt. Set messages_column: {self.source.column}"
+            remedy = f"as text, but is read as a prompt. Set messages_column: {self.source.column}"
             self._require(is_named, index, f"holds messages {remedy}")
             value = parsed
         if isinstance(value, list | tuple):
@@ -146,8 +157,15 @@ class PromptRenderer:
             kept = list(messages_of(messages))
         except ValueError as error:
             self._require(False, index, str(error))
+        given = len(kept)
         while kept and kept[-1]["role"] == "assistant":
             kept.pop()
+        if len(kept) < given and self.source.messages_column is None and not self._answer_is_told:
+            self._answer_is_told = True
+            rank_zero_warn(
+                f"prompts of {self.source.path} end with an assistant's message, as row {index} does: it is left out, "
+                "and the policy writes an answer of its own."
+            )
         from_user = [m["content"] for m in kept if m["role"] == "user"]
         self._require(bool(from_user), index, "has no user message before the answer")
         self._require(bool(from_user[-1].strip()), index, "ends in an empty user message")
@@ -158,7 +176,7 @@ class PromptRenderer:
             )
         return from_user[-1], _with_system(tuple(kept), system)
 
-    def _check_template(self) -> None:
+    def _check_template(self, row: Mapping[str, Any]) -> None:
         if self._template_is_checked:
             return
         if not self.tokenizer.chat_template:
@@ -174,6 +192,12 @@ class PromptRenderer:
                 "the tokenizer's chat template writes today's date into the prompts. Resumed on another day, a run "
                 "reads other prompts and is refused unless data.init_args.on_data_change is warn. If the template "
                 "takes a date, give it in data.init_args.chat_template_kwargs."
+            )
+        unread = [name for name in _FOR_TEMPLATES if name in template and not is_blank(row.get(name))]
+        if unread:
+            rank_zero_warn(
+                f"{self.source.path} has columns {unread}, which the chat template would write into the prompt, but it "
+                "gets messages alone. Write such prompts into a column of texts yourself (apply_chat_template: never)."
             )
         self._template_is_checked = True
 

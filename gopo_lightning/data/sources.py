@@ -101,21 +101,24 @@ def load_rows(source: PromptSource) -> Sequence[Mapping[str, Any]]:
 
 
 def stream_rows(source: PromptSource) -> Iterator[Mapping[str, Any]]:
-    """The rows of ``source`` one after the other, with the columns of the first (null where one has not).
+    """The rows of ``source`` one after the other, with the columns of the first ones (null where one has not).
+
+    The first ones are as many as are read ahead for the shuffle.
 
     Raises:
         ValueError: as `load_rows`, a malformed row when its turn comes.
     """
     rows = islice(_stream(source), source.limit)
-    first = next(rows, None)
-    if first is None:
+    first = list(islice(rows, source.stream_buffer or 1))
+    if not first:
         raise ValueError(f"{source.path} has no rows; at least one is needed. Check path and split.")
-    wanted = [source.column] + ([source.system_column] if source.system_column else [])
-    for number, row in enumerate(chain([first], rows)):
-        for column in wanted if number == 0 else wanted[:1]:
-            if column not in row:
-                raise _lacks(source, column, number, row)
-        yield {**dict.fromkeys(first), **row}
+    columns = columns_of(first)
+    if source.system_column and source.system_column not in columns:
+        raise _lacks(source, source.system_column, 0, columns)
+    for number, row in enumerate(chain(first, rows)):
+        if source.column not in row:
+            raise _lacks(source, source.column, number, row)
+        yield {**dict.fromkeys(columns), **row}
 
 
 def columns_of(rows: Any) -> list[str]:

@@ -3,8 +3,12 @@
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from gopo_lightning.distributed.decoder_layers import base_of
+
+_UNLIMITED = 1_000_000
+"""Tokenizers without a limit give a model_max_length far above this."""
 
 
 def check_length(model: nn.Module, prompt_tokens: int, max_new_tokens: int, where: str) -> None:
@@ -32,6 +36,39 @@ def check_length(model: nn.Module, prompt_tokens: int, max_new_tokens: int, wher
     raise ValueError(
         f"{where} has {prompt_tokens} tokens, with max_new_tokens={max_new_tokens} {total}, but {reason}. {remedy}."
     )
+
+
+def max_length_of(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: int | None = None, *, alone: bool = False
+) -> int | None:
+    """The most tokens of a text: ``wanted``, or what both model and tokenizer take; None where neither has a limit.
+
+    Args:
+        model: that reads the texts.
+        tokenizer: its own.
+        wanted: as configured.
+        alone: each text has a forward of its own, so none depends on another's length.
+
+    Raises:
+        ValueError: ``wanted`` is more than the model has positions for, or than it reads the same beside others.
+    """
+    steady = None if alone else steady_length(model)
+    if wanted is not None and steady is not None and wanted > steady[0]:
+        raise ValueError(
+            f"max_length={wanted}, but beyond {steady[0]} tokens the rotary frequencies of {type(model).__name__} "
+            f"(rope_type: {steady[1]}) are those of the longest text in a forward, so a score would depend on the "
+            f"other texts. Lower max_length to {steady[0]}, or set micro_batch_size: 1."
+        )
+    positions = position_limit(model)
+    if wanted is not None and positions is not None and wanted > positions:
+        raise ValueError(
+            f"max_length={wanted}, but {type(model).__name__} has positions for {positions} tokens. Lower it, or leave "
+            "it out."
+        )
+    usual = usual_length(model) if positions is None else positions
+    given = tokenizer.model_max_length, usual, steady and steady[0]
+    limits = [n for n in given if n is not None and 0 < n < _UNLIMITED]
+    return wanted or min(limits, default=None)
 
 
 def position_limit(model: nn.Module) -> int | None:

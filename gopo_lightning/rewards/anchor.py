@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from gopo_lightning.data.cells import is_blank
 from gopo_lightning.objectives.named import check_choice
 from gopo_lightning.rewards.base import HoldsModels, RewardSource, SourceConfigError
 from gopo_lightning.rewards.learning import refuse_learner
@@ -33,7 +34,8 @@ class AnchorReward(RewardSource):
 
     Args:
         comparator: what compares, such as an LLMJudge, a LocalJudge or a RewardModelComparator.
-        anchor: the column with the anchor's text; a row with null, or without the column, has none.
+        anchor: the column with the anchor's text; a row where it is null or blank, or without
+            the column, has none.
         scale: `probability` in [0, 1], or `logit`, ln(p / (1 − p)) within ±6. Under `advantage: ordinal` both are the
             same.
         name: in logs and error messages; the comparator's own when null.
@@ -101,6 +103,7 @@ class AnchorReward(RewardSource):
                 f"only {sorted(prompts[0].columns)}. Set `anchor` to the column that holds the answer to compare with."
             )
         anchors = [prompt.columns.get(self.anchor) for prompt in prompts]
+        anchors = [None if is_blank(anchor) else anchor for anchor in anchors]  # CSV has no null
         for prompt, anchor in zip(prompts, anchors, strict=True):
             if anchor is not None and not isinstance(anchor, str):
                 raise SourceConfigError(

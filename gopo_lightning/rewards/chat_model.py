@@ -56,17 +56,19 @@ class ChatModel:
     """Budget of requests of this process, retries included; beyond it the run stops. Null has none."""
     cache_dir: str | None = "runs/judge_cache"
     """Folder of the answers; null keeps them in memory only."""
-    temperature: float = 0.0
-    """Of the judge."""
-    max_tokens: int = 512
-    """Longest reply; one that is cut off abstains."""
+    temperature: float | None = 0.0
+    """Of the judge; null leaves it to the server, as some models want."""
+    max_tokens: int | None = 512
+    """Longest reply; one that is cut off abstains. Null leaves it to the server."""
     extra_body: dict[str, Any] | None = None
-    """More fields of the request, such as `chat_template_kwargs`."""
+    """More fields of the request, such as `chat_template_kwargs`; `max_completion_tokens` takes the place of
+    max_tokens."""
     max_unread: int | None = 8
     """So many replies in a row that cannot be read, and none at all in a step, stop the run; null goes on."""
 
     def __post_init__(self) -> None:
-        numbers = self.max_concurrency, self.max_retries, self.timeout_seconds, self.backoff_seconds, self.max_tokens
+        longest = 1 if self.max_tokens is None else self.max_tokens
+        numbers = self.max_concurrency, self.max_retries, self.timeout_seconds, self.backoff_seconds, longest
         if numbers[0] < 1 or numbers[1] < 0 or numbers[2] <= 0 or numbers[3] < 0 or numbers[4] < 1:
             raise ValueError(
                 f"max_concurrency={numbers[0]}, max_retries={numbers[1]}, timeout_seconds={numbers[2]}, "
@@ -91,7 +93,9 @@ class ChatModel:
     @property
     def request(self) -> dict[str, Any]:
         """What every request has beside its messages."""
-        return {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
+        replaced = "max_completion_tokens" in (self.extra_body or {})
+        limits = {"temperature": self.temperature, "max_tokens": None if replaced else self.max_tokens}
+        return {"model": self.model} | {name: limit for name, limit in limits.items() if limit is not None}
 
     def request_of(self, text: str) -> dict[str, Any]:
         """A whole request: one message of the user's."""

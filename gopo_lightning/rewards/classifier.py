@@ -1,15 +1,18 @@
 """A reward model: any Hugging Face sequence classifier, with its own tokenizer and chat template."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from gopo_lightning.distributed.decoder_layers import plain_outputs
+from gopo_lightning.distributed.fsdp import is_sharded
 from gopo_lightning.distributed.gathering import compute_device, in_step
+from gopo_lightning.policy.positions import max_length_of
 from gopo_lightning.policy.prefix_sharing import PrefixSharing
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError
 from gopo_lightning.rewards.calibration import read_tau
@@ -19,17 +22,17 @@ from gopo_lightning.rewards.loading import (
     encode,
     load_classifier,
     load_tokenizer,
-    max_length_of,
     pad,
     place,
     select,
     set_pad_token,
 )
+from gopo_lightning.rewards.padding import float32_head, may_pad
+from gopo_lightning.rewards.scored_texts import ScoredTemplate, scored_texts
 from gopo_lightning.rewards.shared_scoring import Scorer, shared_scores
 from gopo_lightning.types import Prompt
 
 OutputField: TypeAlias = Literal["logits", "score"]
-Template: TypeAlias = Literal["auto", "chat", "plain"]
 ScoreGroups: TypeAlias = Callable[[BatchEncoding, Sequence[int]], Tensor]
 """The tokens of some texts and the sizes of their groups → float32 scores."""
 
@@ -58,8 +61,9 @@ class SequenceClassifierReward(RewardSource):
         output_field: `logits` (a model with one label), or `score` for models whose output carries a field of
             that name.
         template: `chat` renders prompt and completion with the chat template, `plain` joins their texts (a
-            plain prompt directly, the messages of a conversation by newlines), `auto` is `chat` where the
-            tokenizer has a template.
+            plain prompt directly, the messages of a conversation by newlines), `pair` gives the tokenizer prompt
+            and completion as two texts, for encoders trained on such, and `auto` is `chat` where the tokenizer has a
+            template, else `plain`.
         include_prompt: false scores the completion's text alone, without a template.
         prefix_sharing: forward what the texts of a prompt begin with once: `auto` where a check on the first texts
             finds the same scores, `always` or an error, `never`. Sharded models never do.
@@ -77,7 +81,7 @@ class SequenceClassifierReward(RewardSource):
         max_length: int | None = None,
         truncation: Truncation = "error",
         output_field: OutputField = "logits",
-        template: Template = "auto",
+        template: ScoredTemplate = "auto",
         include_prompt: bool = True,
         prefix_sharing: PrefixSharing = "auto",
         trust_remote_code: bool = False,
@@ -86,7 +90,7 @@ class SequenceClassifierReward(RewardSource):
         _check_choice("dtype", dtype, get_args(Dtype))
         _check_choice("truncation", truncation, get_args(Truncation))
         _check_choice("output_field", output_field, get_args(OutputField))
-        _check_choice("template", template, get_args(Template))
+        _check_choice("template", template, get_args(ScoredTemplate))
         _check_choice("prefix_sharing", prefix_sharing, get_args(PrefixSharing))
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={micro_batch_size}: at least one completion goes in a pass. Use 32.")
@@ -112,6 +116,8 @@ class SequenceClassifierReward(RewardSource):
         self.model: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.scorer: Scorer | None = None
+        self._may_pad: bool | None = None  # not known yet
+        self._told = set[str]()
 
     def setup(self, device: torch.device) -> None:
         """Load model and tokenizer on the first call, and place the model on ``device``.
@@ -125,8 +131,8 @@ class SequenceClassifierReward(RewardSource):
             model = load_classifier(self.model_name, self.revision, self.dtype, self.trust_remote_code)
             self._check(model, tokenizer)
             set_pad_token(model, tokenizer)
-            _float32_head(model)
-            self.max_length = max_length_of(model, tokenizer, self.max_length)
+            float32_head(model)
+            self.max_length = max_length_of(model, tokenizer, self.max_length, alone=self.micro_batch_size == 1)
             self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
             self.scorer = Scorer(tokenizer, self.prefix_sharing, trains=False)
         place(self.model, device)
@@ -135,9 +141,10 @@ class SequenceClassifierReward(RewardSource):
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         """float32 scores [N], on the model's device; NaN where the text has no tokens.
 
-        A text that comes more than once is scored once: beside other rows its score would differ in the last digits,
-        and completions that tie would be ranked. No tokens has an empty completion under `include_prompt: false`, where
-        the tokenizer adds no special tokens.
+        Texts of the same tokens are scored once: beside other rows their scores would differ in the last digits, and
+        completions that tie would be ranked. Other texts can have the same tokens where the tokenizer ignores case or
+        truncation cuts off what differs. No tokens has an empty completion under `include_prompt: false`, where the
+        tokenizer adds no special tokens.
 
         Raises:
             ValueError: a text longer than max_length under `truncation: error`.
@@ -145,28 +152,52 @@ class SequenceClassifierReward(RewardSource):
         if self.model is None or self.tokenizer is None:
             raise RuntimeError(f"reward source '{self.name}' is not loaded; call setup(device) first")
         texts_N, special_tokens = self.render(prompts, completions)
-        number = {text: n for n, text in enumerate(dict.fromkeys(texts_N))}
-        texts = list(number)
+        prompt_of = dict(zip(reversed(texts_N), (prompt.index for prompt in reversed(prompts)), strict=True))
+        texts: list[str | tuple[str, str]] = list(dict.fromkeys(texts_N))
         tokenize = partial(encode, self.tokenizer, max_length=self.max_length, truncation=self.truncation)
         encoded = tokenize(texts, add_special_tokens=special_tokens, may_be_empty=True)
-        if empty := [n for n, ids in enumerate(encoded["input_ids"]) if not ids]:
-            texts = [text if ids else _STAND_IN for text, ids in zip(texts, encoded["input_ids"], strict=True)]
-            encoded = tokenize(texts, add_special_tokens=special_tokens)
-        prompt_of = dict(zip(reversed(texts_N), (prompt.index for prompt in reversed(prompts)), strict=True))
-        scores = torch.empty(len(texts), dtype=torch.float32, device=compute_device(self.model))
-        batches, score = self._plan(encoded, [prompt_of[text] for text in number])
+        empty = {text for text, ids in zip(texts, encoded["input_ids"], strict=True) if not ids}
+        if empty:
+            stand_in = _STAND_IN if isinstance(texts[0], str) else (_STAND_IN, _STAND_IN)
+            encoded = tokenize([stand_in if t in empty else t for t in texts], add_special_tokens=special_tokens)
+        rows_of: dict[Any, list[int]] = {}  # by their tokens
+        for row, tokens in enumerate(zip(*(map(tuple, column) for column in encoded.values()), strict=True)):
+            rows_of.setdefault(tokens, []).append(row)
+        self._tell_of_cuts(encoded, rows_of.values())
+        encoded = select(encoded, [row for row, *_ in rows_of.values()])
+        scores = torch.empty(len(rows_of), dtype=torch.float32, device=compute_device(self.model))
+        batches, score = self._plan(encoded, [prompt_of[texts[row]] for row, *_ in rows_of.values()])
         for groups in in_step(batches, self.model, spare=[[0]]):
             rows = [n for group in groups for n in group]
             scores[rows] = score(select(encoded, rows), [len(group) for group in groups]).to(scores)
-        scores[empty] = torch.nan
-        return scores[[number[text] for text in texts_N]]
+        number = {texts[row]: n for n, rows in enumerate(rows_of.values()) for row in rows}
+        scores_N = scores[[number[text] for text in texts_N]]
+        return scores_N.masked_fill(torch.tensor([t in empty for t in texts_N], device=scores_N.device), torch.nan)
+
+    def _tell_of_cuts(self, encoded: BatchEncoding, same: Iterable[Sequence[int]]) -> None:
+        """Warn once of texts that truncation makes equal."""
+        if self.truncation == "error":
+            return
+        cut = sum(len(rows) for rows in same if len(rows) > 1 and len(encoded["input_ids"][rows[0]]) == self.max_length)
+        if cut:
+            self._tell_once(
+                f"of {len(encoded['input_ids'])} different texts {cut} are the same as "
+                f"another when they are cut to max_length={self.max_length} (truncation: {self.truncation}), and tie. "
+                "Raise max_length, or choose the other side.",
+                "cuts",
+            )
+
+    def _tell_once(self, text: str, about: str) -> None:
+        if about not in self._told:
+            self._told.add(about)
+            rank_zero_warn(f"reward source '{self.name}': {text}")
 
     def _plan(self, encoded: BatchEncoding, prompt_of: Sequence[int]) -> tuple[list[list[list[int]]], ScoreGroups]:
         """Micro-batches of groups of row numbers, and what gives the scores of one.
 
         Texts of one prompt go together where they are forwarded as one, else those of about the same length.
         """
-        assert self.model is not None and self.scorer is not None
+        assert self.model is not None and self.tokenizer is not None and self.scorer is not None
         size, rows_of = self.micro_batch_size, dict[int, list[int]]()
         for row, prompt in enumerate(prompt_of):
             rows_of.setdefault(prompt, []).append(row)
@@ -177,6 +208,9 @@ class SequenceClassifierReward(RewardSource):
             return _filled(groups, size), self._shared
         lengths = [len(ids) for ids in encoded["input_ids"]]
         order = sorted(range(len(lengths)), key=lambda n: lengths[n])
+        if self._may_pad is None and size > 1 and len({*lengths}) > 1 and not is_sharded(self.model):
+            self._may_pad = may_pad(self.model, self.tokenizer, encoded, lambda few: self._apart(few, []))
+        size = 1 if self._may_pad is False else size
         return [[order[start : start + size]] for start in range(0, len(order), size)], self._apart
 
     def fitted_tau(self) -> float | None:
@@ -187,15 +221,14 @@ class SequenceClassifierReward(RewardSource):
         """The classifier."""
         return [] if self.model is None else [self.model]
 
-    def render(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> tuple[list[str], bool]:
-        """The texts that the model reads, and whether the tokenizer still has to add special tokens."""
+    def render(
+        self, prompts: Sequence[Prompt], completions: Sequence[str]
+    ) -> tuple[Sequence[str | tuple[str, str]], bool]:
+        """What the model reads, and whether the tokenizer still has to add special tokens."""
         if not self.include_prompt:
             return list(completions), True
-        pairs = zip(prompts, completions, strict=True)
         assert self.tokenizer is not None
-        if self.template == "chat" or (self.template == "auto" and self.tokenizer.chat_template):
-            return [_chat(self.tokenizer, prompt, completion) for prompt, completion in pairs], False
-        return [_plain(prompt, completion) for prompt, completion in pairs], True
+        return scored_texts(self.tokenizer, self.template, prompts, completions)
 
     def _shared(self, encoded: BatchEncoding, group_sizes: Sequence[int]) -> Tensor:
         """float32 scores of one micro-batch, what the texts of a group begin with once."""
@@ -218,6 +251,12 @@ class SequenceClassifierReward(RewardSource):
                 f"reward source '{self.name}': output field '{self.output_field}' of {self.model_name} "
                 f"should have one number for each of {num_texts} texts, got {got}. Set "
                 "output_field to the one that has the score."
+            )
+        if scores.dtype != torch.float32:
+            self._tell_once(
+                f"{self.model_name} gives its scores in {str(scores.dtype).removeprefix('torch.')}, in which many tie "
+                "that differ. Set dtype: float32.",
+                "dtype",
             )
         return scores.reshape(-1).float()
 
@@ -260,27 +299,3 @@ def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
     """ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{option}={value!r} is unknown. Use one of {list(choices)}.")
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> str:
-    """The conversation with the completion as its last turn; a plain prompt is a user's turn."""
-    messages: list[dict[str, Any]] = list(map(dict, prompt.messages or [{"role": "user", "content": prompt.text}]))
-    rendered = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": completion}], tokenize=False)
-    assert isinstance(rendered, str)
-    return rendered
-
-
-def _plain(prompt: Prompt, completion: str) -> str:
-    """A plain prompt continued by the completion; the contents of a conversation joined by newlines."""
-    if prompt.messages is None:
-        return prompt.text + completion
-    return "\n".join([*(str(message["content"]) for message in prompt.messages), completion])
-
-
-def _float32_head(model: PreTrainedModel) -> None:
-    """Let the last layer compute in float32, whatever the dtype of the others."""
-    for name in ("score", "classifier"):
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Module):
-            head.float()
-            head.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))

@@ -65,7 +65,8 @@ class EvolvingRubric(RubricJudge):
         super().__init__(judge, rubric, lowest, highest, name)
         if every < 1 or num_samples < 1:
             raise ValueError(f"every={every} and num_samples={num_samples} must be at least 1. Use 10 and 20.")
-        longer = replace(self.judge, max_tokens=max(self.judge.max_tokens, _META_TOKENS))
+        limit = self.judge.max_tokens
+        longer = replace(self.judge, max_tokens=None if limit is None else max(limit, _META_TOKENS))
         self.meta = longer if meta is None else ChatModel.of(meta)
         self.meta_asker = Asker(f"the meta-judge of reward source '{name}'", name, self.meta)
         self.every, self.num_samples, self.seed = every, num_samples, seed

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,16 @@ class Reply:
     def is_whole(self) -> bool:
         """Whether there is a text, and nothing cut it off."""
         return self.text is not None and self.finish_reason not in ("length", "content_filter")
+
+
+def refused_field(said: str) -> str | None:
+    """The field of ours that a server will not have, as reasoning models refuse these two.
+
+    >>> refused_field("Unsupported parameter: 'max_tokens' is not supported with this model.")
+    'max_tokens'
+    """
+    refusal = re.search(r"(?i)unsupported|not support|unrecognized|unknown|not allowed|not permitted", said)
+    return next((field for field in ("max_tokens", "temperature") if refusal and field in said), None)
 
 
 class RequestFailedError(Exception):
@@ -127,6 +138,12 @@ class ChatServer:
             said = f"{type(error).__name__}: {self.without_key(error)}"
             if error.status_code in (408, 409, 429) or error.status_code >= 500:
                 raise _TryAgainError(said, retry_after(error.response.headers.get("retry-after", ""))) from None
+            if error.status_code == 400 and (field := refused_field(said)):
+                raise SourceConfigError(
+                    f"{self.source}: {self.base_url} refuses the field {field} for {self.model} ({said:.300}). Set "
+                    f"{field}: null; a limit of another name goes into extra_body, such as "
+                    "{max_completion_tokens: 2000}."
+                ) from None
             raise RequestFailedError(said) from None
         except openai.APIError as error:  # the connection was lost
             raise _TryAgainError(f"{type(error).__name__}: {self.without_key(error)}") from None

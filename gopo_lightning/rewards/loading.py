@@ -27,7 +27,6 @@ from gopo_lightning.policy.adapters import (
     saved_adapter,
 )
 from gopo_lightning.policy.loading import finding, load_weights, locate
-from gopo_lightning.policy.positions import position_limit, usual_length
 from gopo_lightning.policy.sharded_loading import model_without_weights
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16", "auto"]
@@ -38,8 +37,6 @@ Empty: TypeAlias = dict[nn.Module, tuple[str, str | None]]
 
 _CHECKED_AT_ONCE = 1000
 """Texts; enough that tokenizing them one by one costs nothing."""
-_UNLIMITED = 1_000_000
-"""Tokenizers without a limit give a model_max_length far above this."""
 
 
 _EMPTY: ContextVar["Empty | None"] = ContextVar("_EMPTY", default=None)
@@ -129,47 +126,40 @@ def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-def max_length_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None = None) -> int | None:
-    """The most tokens of a text: ``wanted``, or what both model and tokenizer take; None where neither has a limit.
-
-    Raises:
-        ValueError: ``wanted`` is more than the model has positions for.
-    """
-    positions = position_limit(model)
-    if wanted is not None and positions is not None and wanted > positions:
-        raise ValueError(
-            f"max_length={wanted}, but {type(model).__name__} has positions for {positions} tokens. Lower it, or leave "
-            "it out."
-        )
-    usual = usual_length(model) if positions is None else positions
-    limits = [n for n in (tokenizer.model_max_length, usual) if n is not None and 0 < n < _UNLIMITED]
-    return wanted or min(limits, default=None)
-
-
 def encode(
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[str | tuple[str, str]],
     max_length: int | None,
     truncation: Truncation,
     add_special_tokens: bool = True,
     *,
     may_be_empty: bool = False,
 ) -> BatchEncoding:
-    """Tokens of each text, unpadded, at most ``max_length``; special tokens survive truncation.
+    """Tokens of each text or pair of texts, unpadded, at most ``max_length``; special tokens survive truncation.
+
+    Of a pair the first text loses tokens on the left, or the second on the right.
 
     Raises:
-        ValueError: a text is longer under `truncation="error"`, or has no tokens at all and not ``may_be_empty``.
+        ValueError: a text is longer under `truncation="error"`, or has no tokens at all and not ``may_be_empty``; a
+            pair is too long even without the text that is cut.
     """
-    cut = truncation != "error" and max_length is not None
+    cut: bool | str = truncation != "error" and max_length is not None
     if cut:
         tokenizer.truncation_side = truncation
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=add_special_tokens,
-        truncation=cut,
-        max_length=max_length if cut else None,
-        verbose=False,
-    )
+    columns: list[list[str]] = [list(texts)]  # type: ignore[arg-type]
+    if texts and not isinstance(texts[0], str):
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        cut = cut and ("only_first" if truncation == "left" else "only_second")
+    options: dict[str, Any] = {"truncation": cut, "max_length": max_length if cut else None, "verbose": False}
+    try:
+        encoded = tokenizer(*columns, add_special_tokens=add_special_tokens, **options)
+    except Exception as error:  # of the Rust backend, which has no class of its own for it
+        if len(columns) == 1 or "too short" not in str(error):
+            raise
+        raise ValueError(
+            f"a pair of texts has more than max_length={max_length} tokens even without its "
+            f"{'prompt' if truncation == 'left' else 'completion'}. Raise max_length, or choose the other side."
+        ) from error
     for text, ids in zip(texts, encoded["input_ids"], strict=True):
         if max_length is not None and len(ids) > max_length:
             raise ValueError(

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gopo_lightning.data.conversations import without_end
 from gopo_lightning.distributed.gathering import compute_device, in_step
 from gopo_lightning.policy.next_token import next_token_logits
+from gopo_lightning.policy.positions import max_length_of
 from gopo_lightning.rewards.base import SourceConfigError
-from gopo_lightning.rewards.classifier import Template
 from gopo_lightning.rewards.judge_prompt import CRITERION, fenced
 from gopo_lightning.rewards.loading import Dtype, load_causal_lm, load_tokenizer, place
 from gopo_lightning.rewards.pairwise import PairComparator
+from gopo_lightning.rewards.scored_texts import Template
 from gopo_lightning.types import Prompt
 
 
@@ -80,8 +82,7 @@ class LocalJudge(PairComparator):
             )
             self._check_tokenizer(self.tokenizer)
             model = load_causal_lm(self.model_name, self.revision, self.dtype, self.trust_remote_code)
-            positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            self.max_length = self.max_length or positions
+            self.max_length = max_length_of(model, self.tokenizer, self.max_length, alone=self.micro_batch_size == 1)
             self.model = model.eval().requires_grad_(False)
         place(self.model, device)
 
@@ -115,7 +116,8 @@ class LocalJudge(PairComparator):
         assert self.tokenizer is not None
         text = f"{fenced(prompt, first, second)[0]}\n\n{self.criterion} Answer with one letter, A or B."
         if self.template == "plain" or not self.tokenizer.chat_template:
-            return self.tokenizer(text + "\nAnswer:\n")["input_ids"]
+            text = f"{text}\nAnswer:\n"
+            return without_end(self.tokenizer, self.tokenizer(text)["input_ids"], text)
         chat: Any = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )

@@ -15,7 +15,8 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from gopo_lightning.objectives.named import check_choice, load_callable
 from gopo_lightning.policy.loading import finding, load_weights, locate
-from gopo_lightning.rewards.loading import encode, load_tokenizer, max_length_of, pad
+from gopo_lightning.policy.positions import max_length_of
+from gopo_lightning.rewards.loading import encode, load_tokenizer, pad
 from gopo_lightning.types import Prompt
 
 Labels: TypeAlias = list[Hashable | None]

@@ -25,6 +25,7 @@ from gopo_lightning.distributed.fsdp import clip_grad_norm
 from gopo_lightning.objectives.comparison_losses import bradley_terry, centring, plackett_luce
 from gopo_lightning.policy.adapters import add_lora, lora_config
 from gopo_lightning.policy.model import evaluating
+from gopo_lightning.policy.positions import max_length_of
 from gopo_lightning.policy.prefix_sharing import PrefixSharing
 from gopo_lightning.rewards.calibration import Calibration, calibrate
 from gopo_lightning.rewards.loading import (
@@ -33,7 +34,6 @@ from gopo_lightning.rewards.loading import (
     encode_texts,
     load_classifier,
     load_tokenizer,
-    max_length_of,
     set_pad_token,
 )
 from gopo_lightning.rewards.shared_scoring import Scorer

@@ -26,6 +26,7 @@ class Server(ThreadingHTTPServer):
         self.answer: Callable[[str], Any] | None = None
         """To all that does not compare two responses; what was asked is in ``texts``."""
         self.texts: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
         self.key: str | None = None
         self.delay_seconds = 0.0
         self.running = self.most_running = 0
@@ -64,7 +65,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send(401 if wrong else 200, said if wrong else said | {"data": []})
 
     def do_POST(self) -> None:
-        text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.bodies.append(body)
+        text = body["messages"][0]["content"]
         match = PARTS.search(text)
         assert match or self.server.answer, text
         with self.server.lock:

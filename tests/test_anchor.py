@@ -46,9 +46,9 @@ def test_both_orders_make_the_score() -> None:
 
 @pytest.mark.parametrize("scale", ["probability", "logit"])
 def test_who_has_no_anchor_or_answer_has_no_score_and_the_anchor_itself_ties(scale: Any) -> None:
-    rows = [ROW, prompt("q", 1, anchor=None), prompt("q", 2), ROW, ROW]
-    scores = anchored(scale=scale)(rows, ["y", "y", "y", "?", "an anchor"]).tolist()
-    assert [math.isnan(s) for s in scores] == [False, True, True, True, False]
+    rows = [ROW, prompt("q", 1, anchor=None), prompt("q", 2), ROW, ROW, prompt("q", 3, anchor=" ")]
+    scores = anchored(scale=scale)(rows, ["y", "y", "y", "?", "an anchor", "y"]).tolist()
+    assert [math.isnan(s) for s in scores] == [False, True, True, True, False, True]
     assert scores[4] == (0.5 if scale == "probability" else 0.0)
 
 

@@ -296,9 +296,9 @@ def ultrafeedback_raw(**second: Any) -> dict[str, Any]:
 def test_ultrafeedback_as_published(tmp_path: Path) -> None:
     rows = load(tmp_path, ultrafeedback_raw(), ultrafeedback_raw(**{"fine-grained_score": None}))
     assert texts(rows[0]) == [dialogue("bad"), dialogue("good"), dialogue("fair")]
-    assert rows[0].ratings == (1.5, 4.75, 1.5) and rows[1].ratings == (1.5, 8.5, 1.5)
+    assert rows[0].ratings == (1.5, 4.75, 1.5) and rows[1].ratings == (10.0, 8.5, 5.0)  # of one column
     assert rows[0].wins[0][1] == 0 and rows[0].wins[1][2] == 1 and rows[0].wins[0][2] == 0.5
-    with pytest.raises(ValueError, match="completion 1 has neither a fine-grained_score nor an overall_score"):
+    with pytest.raises(ValueError, match="neither fine-grained_score nor overall_score is there for all completions"):
         load(tmp_path, ultrafeedback_raw(**{"fine-grained_score": None, "overall_score": None}))
     with pytest.raises(ValueError, match=r"no prompt has two answers to compare"):
         load(tmp_path, {**ultrafeedback_raw(), "completions": ultrafeedback_raw()["completions"][:1]})

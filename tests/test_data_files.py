@@ -68,6 +68,14 @@ def test_parquet_and_text(tmp_path: Path) -> None:
     assert read(tmp_path / "a.txt") == [{"prompt": "one"}, {"prompt": "two\u2028still two"}]
 
 
+def test_no_sign_in_a_files_name_is_a_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "[v1] x*"
+    folder.mkdir()
+    Dataset.from_list(ROWS).to_parquet(folder / "a[1]?.parquet")
+    (folder / "b[1]?.jsonl").write_bytes(KINDS["a.jsonl"])
+    assert read(folder / "a[1]?.parquet") == read(folder / "b[1]?.jsonl") == ROWS
+
+
 def test_cells_may_hold_commas_quotes_newlines_and_much_text(tmp_path: Path) -> None:
     long = "x" * 200_000
     (tmp_path / "a.csv").write_text(f'prompt,gold\n"a, ""b""\nc",{long}\n\n')

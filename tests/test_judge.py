@@ -312,6 +312,31 @@ def test_what_no_second_attempt_mends_is_not_tried_again(server: Server) -> None
     assert len(server.questions) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        ({}, {"max_tokens": 512, "temperature": 0.0}),
+        ({"max_tokens": None, "temperature": None}, {}),
+        ({"temperature": None, "extra_body": {"max_completion_tokens": 9}}, {"max_completion_tokens": 9}),
+    ],
+)
+def test_fields_that_a_model_will_not_have_can_be_left_out(
+    options: dict[str, Any], sent: dict[str, Any], server: Server
+) -> None:
+    assert ask(make_judge(server, **options), "aa", "b") == 1.0
+    fields = {"max_tokens", "temperature", "max_completion_tokens"}
+    assert {key: value for key, value in server.bodies[0].items() if key in fields} == sent
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "temperature"])
+def test_a_field_that_the_server_refuses_is_named_with_a_remedy(field: str, server: Server) -> None:
+    said = {"error": {"message": f"Unsupported value: '{field}' is not supported with this model."}}
+    server.faults = [lambda handler: handler.send(400, said)] * 2
+    with pytest.raises(SourceConfigError, match=rf"refuses the field {field} for m .*Set {field}: null"):
+        ask(make_judge(server), "aa", "b")
+    assert len(server.questions) == 1
+
+
 @pytest.mark.parametrize("content", ["prose", "", None, ["parts"], "cut off"])
 def test_a_reply_without_verdict_abstains_and_may_be_asked_again(content: Any, server: Server, tmp_path: Path) -> None:
     """It is shown once, and kept nowhere: another run may read what this one could not."""

@@ -55,6 +55,13 @@ def test_shuffling_keeps_every_row_and_reaches_no_further_than_the_buffer(num_ro
         assert order == sorted(order)
 
 
+def test_rows_have_the_columns_of_those_that_are_read_ahead(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"prompt": "a"}, {"prompt": "b", "answer": "4"}, {"prompt": "c"}, {"prompt": "d", "x": 1}])
+    rows = list(sources.stream_rows(PromptSource(path, stream_buffer=2)))
+    assert [row.get("answer", "absent") for row in rows] == [None, "4", None, None]
+    assert [row.get("x", "absent") for row in rows] == ["absent"] * 3 + [1]
+
+
 def test_every_place_of_a_row_is_equally_likely_within_the_buffer() -> None:
     first = Counter(next(shuffled(((n, {}) for n in range(9)), 5, seed))[0] for seed in range(2000))
     assert {*first} == {0, 1, 2, 3, 4}

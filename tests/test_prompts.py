@@ -1,6 +1,7 @@
 """Prompts from files to batches: rendering, checking, sharding, and what goes wrong with a remedy."""
 
 import json
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -254,10 +255,38 @@ def test_other_ways_to_write_a_conversation(tokenizer: Any, value: Any) -> None:
     assert prompt.messages == tuple(TURNS[:3])
 
 
+def test_messages_as_pandas_writes_them_into_csv(tokenizer: Any) -> None:
+    """Python's notation: single quotes, None and True. NumPy's has no commas, which nothing reads."""
+    assert render(tokenizer, str(TURNS), "messages").messages == tuple(TURNS[:3])
+    with pytest.raises(ValueError, match=r"row 7 .*column 'prompt' holds messages as text.*messages_column: prompt"):
+        render(tokenizer, str(TURNS))
+    for column in ("prompt", "messages"):
+        with pytest.raises(ValueError, match=r"row 7 .* looks like messages, but is no JSON: .* Write them as JSON"):
+            render(tokenizer, str(TURNS).replace("}, {", "}\n {"), column)
+
+
+def test_what_a_template_would_read_beside_messages_is_told(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% if tools %}{{ tools }}{% endif %}" + tokenizer.chat_template
+    source = PromptSource(path="rows.jsonl")
+    with pytest.warns(UserWarning, match=r"rows.jsonl has columns \['tools'\], which the chat template would write"):
+        PromptRenderer(tokenizer, source)(0, {"prompt": TURNS[:1], "tools": [{"name": "add"}], "documents": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PromptRenderer(tokenizer, source)(0, {"prompt": TURNS[:1], "tools": []})
+
+
+def test_an_answer_that_a_prompt_ends_with_is_left_out_and_told_once(tokenizer: Any) -> None:
+    renderer = PromptRenderer(tokenizer, PromptSource(path="rows.jsonl"))
+    with pytest.warns(UserWarning, match=r"end with an assistant's message, as row 3 does: it is left out"):
+        assert renderer(3, {"prompt": TURNS}).messages == tuple(TURNS[:3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        renderer(4, {"prompt": TURNS})
+        PromptRenderer(tokenizer, PromptSource(path="x", messages_column="turns"))(0, {"turns": TURNS})
+
+
 def test_text_is_not_taken_for_messages_nor_messages_for_text(tokenizer: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"row 7 .*column 'prompt' holds messages as JSON text.*messages_column: prompt"
-    ):
+    with pytest.raises(ValueError, match=r"row 7 .*column 'prompt' holds messages as text.*messages_column: prompt"):
         render(tokenizer, json.dumps(TURNS))
     for text in ("hi", "[1, 2]", '[{"a": 1}]', "[not JSON"):
         assert render(tokenizer, text).text == text

@@ -1,8 +1,8 @@
 """A reward model: any Hugging Face sequence classifier, with its own tokenizer and chat template."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -20,6 +20,7 @@ from gopo_lightning.rewards.loading import (
     Dtype,
     Truncation,
     encode,
+    equal_rows,
     load_classifier,
     load_tokenizer,
     pad,
@@ -160,21 +161,19 @@ class SequenceClassifierReward(RewardSource):
         if empty:
             stand_in = _STAND_IN if isinstance(texts[0], str) else (_STAND_IN, _STAND_IN)
             encoded = tokenize([stand_in if t in empty else t for t in texts], add_special_tokens=special_tokens)
-        rows_of: dict[Any, list[int]] = {}  # by their tokens
-        for row, tokens in enumerate(zip(*(map(tuple, column) for column in encoded.values()), strict=True)):
-            rows_of.setdefault(tokens, []).append(row)
-        self._tell_of_cuts(encoded, rows_of.values())
-        encoded = select(encoded, [row for row, *_ in rows_of.values()])
-        scores = torch.empty(len(rows_of), dtype=torch.float32, device=compute_device(self.model))
-        batches, score = self._plan(encoded, [prompt_of[texts[row]] for row, *_ in rows_of.values()])
+        same = equal_rows(encoded)
+        self._tell_of_cuts(encoded, same)
+        encoded = select(encoded, [row for row, *_ in same])
+        scores = torch.empty(len(same), dtype=torch.float32, device=compute_device(self.model))
+        batches, score = self._plan(encoded, [prompt_of[texts[row]] for row, *_ in same])
         for groups in in_step(batches, self.model, spare=[[0]]):
             rows = [n for group in groups for n in group]
             scores[rows] = score(select(encoded, rows), [len(group) for group in groups]).to(scores)
-        number = {texts[row]: n for n, rows in enumerate(rows_of.values()) for row in rows}
+        number = {texts[row]: n for n, rows in enumerate(same) for row in rows}
         scores_N = scores[[number[text] for text in texts_N]]
         return scores_N.masked_fill(torch.tensor([t in empty for t in texts_N], device=scores_N.device), torch.nan)
 
-    def _tell_of_cuts(self, encoded: BatchEncoding, same: Iterable[Sequence[int]]) -> None:
+    def _tell_of_cuts(self, encoded: BatchEncoding, same: Sequence[Sequence[int]]) -> None:
         """Warn once of texts that truncation makes equal."""
         if self.truncation == "error":
             return

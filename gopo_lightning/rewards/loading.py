@@ -268,6 +268,14 @@ def select(encoded: BatchEncoding, rows: Sequence[int]) -> BatchEncoding:
     return BatchEncoding({key: [values[n] for n in rows] for key, values in encoded.items()})
 
 
+def equal_rows(encoded: BatchEncoding) -> list[list[int]]:
+    """The numbers of the rows, those with the same tokens together."""
+    rows_of: dict[Any, list[int]] = {}
+    for row, tokens in enumerate(zip(*(map(tuple, column) for column in encoded.values()), strict=True)):
+        rows_of.setdefault(tokens, []).append(row)
+    return list(rows_of.values())
+
+
 def pad(tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding, rows: Sequence[int]) -> BatchEncoding:
     """The ``rows`` of ``encoded`` as tensors, padded to the longest of them."""
     columns = select(encoded, rows)

@@ -1,7 +1,6 @@
 """Reward models of foreign families: equal tokens tie, a score is the text's own, heads keep what differs apart."""
 
 import json
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from gopo_lightning.objectives.advantages import ordinal
 from gopo_lightning.rewards import LocalJudge, SequenceClassifierReward
+from gopo_lightning.rewards.shared_scoring import Scorer
 from gopo_lightning.types import Prompt
 from tests.conftest import byte_tokenizer, save_tiny_policy
 
@@ -106,9 +106,7 @@ def test_a_score_is_that_of_the_text_alone(tmp_path: Path, family: str) -> None:
     assert len({*alone.tolist()}) == 4
 
 
-def test_one_that_no_padding_suits_scores_texts_one_by_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_no_padding_suits_scores_texts_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a model of foreign code may be: its score depends on the width of its micro-batch."""
     source = loaded(save(tmp_path, "bert"))
     inside, rows = source._apart, []
@@ -118,11 +116,30 @@ def test_one_that_no_padding_suits_scores_texts_one_by_one(
         return inside(encoded, sizes) + max(map(len, encoded["input_ids"]))
 
     monkeypatch.setattr(source, "_apart", apart)
-    with caplog.at_level(logging.INFO):
+    with pytest.warns(UserWarning, match="another score beside a longer one, so they are scored one by one"):
         scores = source([HELLO] * 3, ["a", "bb" * 10, "c" * 30])
-    assert rows == [1, 2, 2, 1, 1, 1] and "scores texts one by one" in caplog.text
+    assert rows == [1, 2, 2, 1, 1, 1]
     again = source([HELLO] * 3, ["c" * 30, "a", "bb" * 10])
     assert torch.equal(again, scores[[2, 0, 1]]) and rows[6:] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("family", ["xlnet", "bert"])
+def test_batches_train_on_the_scores_of_the_texts_alone(tmp_path: Path, family: str) -> None:
+    source = loaded(save(tmp_path, family))
+    model, tokenizer = source.model, source.tokenizer
+    assert model is not None and tokenizer is not None
+    scorer, texts = Scorer(tokenizer, "auto"), ["ab", "a longer text" + BODY]
+    scores = scorer(model, tokenizer(texts), None)
+    alone = torch.cat([scorer(model, tokenizer([text]), None) for text in texts])
+    torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_no_padding_suits_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = loaded(save(tmp_path, "bert"))
+    assert source.tokenizer is not None
+    monkeypatch.setattr("gopo_lightning.rewards.shared_scoring.may_pad", lambda *_: False)
+    with pytest.raises(ValueError, match="another score beside a longer one, whichever side is padded"):
+        Scorer(source.tokenizer, "auto")(source.models()[0], source.tokenizer(["a", "bbb"]), None)
 
 
 def test_lengths_that_change_other_texts_scores_are_refused(tmp_path: Path) -> None:

@@ -134,6 +134,10 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+TO_PAD = ["separate"] * 2
+"""Once: the shortest text alone, and beside the longest."""
+
+
 def test_auto_checks_once_and_shares_what_saves_tokens(forms: list[str]) -> None:
     model, sizes = classifier("llama"), (2, 3, 2, 1, 4)
     scorer = Scorer(byte_tokenizer(), "auto")
@@ -145,7 +149,7 @@ def test_auto_checks_once_and_shares_what_saves_tokens(forms: list[str]) -> None
     scorer(model, encoded(lists(sizes)), sizes)
     scorer(model, encoded(lists(sizes)), None)
     scorer(model, encoded([[1, 2], [3, 4], [5, 6], [7, 8]]), (2, 2))  # nothing in common: 8 tokens either way
-    assert forms == ["shared", "separate", "separate"]
+    assert forms == ["shared", *TO_PAD, "separate", "separate"]
 
 
 def test_auto_shares_nothing_where_the_forms_differ(
@@ -161,7 +165,7 @@ def test_auto_shares_nothing_where_the_forms_differ(
     scorer = Scorer(byte_tokenizer(), "auto")
     for _ in range(2):
         scorer(model, encoded(lists(sizes)), sizes)
-    assert forms == ["separate", "shared", "separate", "separate"]
+    assert forms == ["separate", "shared", *TO_PAD, "separate", "separate"]
     assert len(said) == 1 and "scores differ by" in said[0]
 
 
@@ -188,7 +192,7 @@ def test_encoders_fall_back_and_causal_models_share(
     batch = next(iter(data.train_dataloader()))
     bert = RewardModelModule(str(save_bert(tmp_path / "bert")))
     bert(batch.texts, batch.group_sizes)
-    assert forms == ["separate"] and "BertForSequenceClassification is not causal" in said[0]
+    assert forms == [*TO_PAD, "separate"] and "BertForSequenceClassification is not causal" in said[0]
     classifier("qwen3").save_pretrained(tmp_path / "qwen3")
     byte_tokenizer().save_pretrained(tmp_path / "qwen3")
     qwen = RewardModelModule(str(tmp_path / "qwen3"), max_length=64)

@@ -12,6 +12,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from gopo_lightning.distributed.decoder_layers import plain_outputs
 from gopo_lightning.distributed.fsdp import is_sharded
 from gopo_lightning.distributed.gathering import compute_device, in_step
+from gopo_lightning.objectives.named import check_choice
 from gopo_lightning.policy.positions import max_length_of
 from gopo_lightning.policy.prefix_sharing import PrefixSharing
 from gopo_lightning.rewards.base import RewardSource, SourceConfigError
@@ -88,11 +89,11 @@ class SequenceClassifierReward(RewardSource):
         trust_remote_code: bool = False,
         name: str = "reward_model",
     ) -> None:
-        _check_choice("dtype", dtype, get_args(Dtype))
-        _check_choice("truncation", truncation, get_args(Truncation))
-        _check_choice("output_field", output_field, get_args(OutputField))
-        _check_choice("template", template, get_args(ScoredTemplate))
-        _check_choice("prefix_sharing", prefix_sharing, get_args(PrefixSharing))
+        check_choice("dtype", dtype, get_args(Dtype))
+        check_choice("truncation", truncation, get_args(Truncation))
+        check_choice("output_field", output_field, get_args(OutputField))
+        check_choice("template", template, get_args(ScoredTemplate))
+        check_choice("prefix_sharing", prefix_sharing, get_args(PrefixSharing))
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={micro_batch_size}: at least one completion goes in a pass. Use 32.")
         if template == "chat" and not include_prompt:
@@ -209,6 +210,10 @@ class SequenceClassifierReward(RewardSource):
         order = sorted(range(len(lengths)), key=lambda n: lengths[n])
         if self._may_pad is None and size > 1 and len({*lengths}) > 1 and not is_sharded(self.model):
             self._may_pad = may_pad(self.model, self.tokenizer, encoded, lambda few: self._apart(few, []))
+            if not self._may_pad:
+                self._tell_once(
+                    "a text has another score beside a longer one, so they are scored one by one", "padding"
+                )
         size = 1 if self._may_pad is False else size
         return [[order[start : start + size]] for start in range(0, len(order), size)], self._apart
 
@@ -292,9 +297,3 @@ def _filled(groups: Sequence[list[int]], size: int) -> list[list[list[int]]]:
         else:
             batches.append([group])
     return batches
-
-
-def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    """ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{option}={value!r} is unknown. Use one of {list(choices)}.")

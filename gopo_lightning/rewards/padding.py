@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,10 +38,6 @@ def may_pad(
         if bool((beside - alone).abs() <= tolerance * alone.abs().clamp(min=0.1)):  # False for NaN
             return True
     tokenizer.padding_side = "right"
-    rank_zero_info(
-        f"{type(model).__name__} scores texts one by one: beside a longer text one has another score, whichever side "
-        "is padded"
-    )
     return False
 
 

@@ -7,6 +7,7 @@ that of ``types``: N texts, S tokens of a packed row.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, get_args
 
@@ -26,6 +27,7 @@ from gopo_lightning.policy.shared_prefix import (
     supports_shared_prefix,
 )
 from gopo_lightning.rewards.loading import pad
+from gopo_lightning.rewards.padding import may_pad
 from gopo_lightning.types import TensorStruct
 
 
@@ -122,6 +124,7 @@ class Scorer:
             raise ValueError(f"prefix_sharing={mode!r} is unknown; use one of {list(get_args(PrefixSharing))}.")
         self.tokenizer, self.mode, self.trains = tokenizer, mode, trains
         self._allowed: bool | None = None
+        self._pads: bool | None = None
 
     def __call__(self, model: nn.Module, encoded: BatchEncoding, group_sizes: Sequence[int] | None) -> Tensor:
         """scores_N of N texts, which belong together as ``group_sizes`` says (None: each stands alone)."""
@@ -130,6 +133,7 @@ class Scorer:
                 "prefix_sharing=always, but the data are no pairs or lists: their texts share no prompt. Use auto."
             )
         if group_sizes is None or not self.may_share(model, encoded, group_sizes):
+            self._check_padding(model, encoded)
             return separate_scores(model, self.tokenizer, encoded)
         packed = self.packed(encoded, group_sizes)
         num_separate = len(encoded["input_ids"]) * max(map(len, encoded["input_ids"]))
@@ -142,6 +146,20 @@ class Scorer:
         if self._allowed is None:
             self._allowed = self.mode != "never" and self._decide(model, encoded, group_sizes)
         return self._allowed
+
+    def _check_padding(self, model: nn.Module, encoded: BatchEncoding) -> None:
+        """Find out, once, on which side texts are padded; ValueError where a score depends on the others anyway."""
+        if self._pads is not None or len({*map(len, encoded["input_ids"])}) == 1 or is_sharded(model):
+            return
+        parameter = next(model.parameters())
+        with evaluating(model), torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
+            score = partial(separate_scores, model, self.tokenizer)
+            self._pads = may_pad(model, self.tokenizer, encoded, lambda few: score(few).float())
+        if not self._pads:
+            raise ValueError(
+                f"{type(model).__name__} gives a text another score beside a longer one, whichever side is padded, so "
+                "batches cannot train it. Use another model."
+            )
 
     def packed(self, encoded: BatchEncoding, group_sizes: Sequence[int]) -> PackedTexts:
         """`pack` with the tokenizer's padding."""

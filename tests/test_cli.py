@@ -84,7 +84,7 @@ def test_help_answers_at_once() -> None:
 def test_help_of_a_command_names_the_commands_that_show_every_field(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         run(["fit", "--help"])
-    assert "\n  python -m gopo_lightning fit --data.help PromptDataModule  " in capsys.readouterr().out
+    assert "\n  gopo-lightning fit --data.help PromptDataModule  " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

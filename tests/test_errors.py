@@ -386,7 +386,7 @@ def test_a_long_message_is_cut() -> None:
     assert len(lines) == errors.MAX_LINES and lines[0] == "error: 0" and "--debug" in lines[-1]
 
 
-HELP = [line.partition("python -m gopo_lightning ")[2].split("  ")[0] for line in usage.FIELDS.splitlines()[1:]]
+HELP = [line.partition("gopo-lightning ")[2].split("  ")[0] for line in usage.FIELDS.splitlines()[1:]]
 
 
 @pytest.mark.parametrize("command", [*HELP, *(f"{name} --help" for name in usage.OWN)])

@@ -1,4 +1,4 @@
-"""``python -m gopo_lightning compare``: does one config beat another? Trains both with the same seeds."""
+"""``gopo-lightning compare``: does one config beat another? Trains both with the same seeds."""
 
 import argparse
 import hashlib
@@ -37,9 +37,9 @@ Data, models and reward functions outside of the package are not looked at: dele
 """
 EXAMPLES = """\
 examples:
-  python -m gopo_lightning compare quickstart/gopo quickstart/grpo --seeds 1 2 3 4 5
-  python -m gopo_lightning compare paper/tldr paper/tldr+advantage/grpo
-  python -m gopo_lightning compare a.yaml b.yaml --tags val/sentiment/reward -- --trainer.max_steps=50
+  gopo-lightning compare quickstart/gopo quickstart/grpo --seeds 1 2 3 4 5
+  gopo-lightning compare paper/tldr paper/tldr+advantage/grpo
+  gopo-lightning compare a.yaml b.yaml --tags val/sentiment/reward -- --trainer.max_steps=50
 """
 ROOT = Path("runs/compare")
 FINISHED = "compare.json"
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str]) -> None:
     if "--" in own:
         own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
     options = _parser().parse_args(own)
-    command = f"python -m gopo_lightning compare {shlex.join(arguments)}"
+    command = f"gopo-lightning compare {shlex.join(arguments)}"
     _compare(options, flags, command)
 
 
@@ -189,7 +189,7 @@ def _compare(options: argparse.Namespace, flags: Sequence[str], command: str) ->
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m gopo_lightning compare",
+        prog="gopo-lightning compare",
         usage="%(prog)s [-h] [--seeds SEED ...] [--tags TAG ...] [--output DIR] CONFIG CONFIG [-- FLAGS OF FIT]",
         description=DESCRIPTION,
         epilog=EXAMPLES,

@@ -1,4 +1,4 @@
-"""``python -m gopo_lightning duel``: its options, which need no import of torch."""
+"""``gopo-lightning duel``: its options, which need no import of torch."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -9,9 +9,9 @@ from gopo_lightning.commands.errors import RaisesUsageErrors
 from gopo_lightning.evaluation.duels import Orders
 
 USAGE = """\
-python -m gopo_lightning duel A B --judge JUDGE [options] [-- OPTIONS OF predict]
-       python -m gopo_lightning duel --ladder A B C ... --judge JUDGE
-       python -m gopo_lightning duel --curve RUN_A RUN_B --judge JUDGE"""
+gopo-lightning duel A B --judge JUDGE [options] [-- OPTIONS OF predict]
+       gopo-lightning duel --ladder A B C ... --judge JUDGE
+       gopo-lightning duel --curve RUN_A RUN_B --judge JUDGE"""
 DESCRIPTION = "Which of two policies wins on the same prompts, by a judge, with an interval."
 RECORDED = "rewards:"
 """Before the name of a source whose rewards the predictions hold."""
@@ -32,7 +32,7 @@ def make_parser(judges: tuple[type, ...] = ()) -> ArgumentParser:
     Args:
         judges: classes of which ``--judge`` may be one; without them, only its help is known.
     """
-    parser = ClassParser(prog="python -m gopo_lightning duel", usage=USAGE, description=DESCRIPTION)
+    parser = ClassParser(prog="gopo-lightning duel", usage=USAGE, description=DESCRIPTION)
     parser.add_argument(
         "policies",
         nargs="*",

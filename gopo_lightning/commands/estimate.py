@@ -16,7 +16,7 @@ the configurations of the models, no weights. What follows these options goes to
 """
 EXAMPLE = """\
 example:
-  python -m gopo_lightning estimate --config paper/tldr --config strategy/fsdp2 --gpus 8 \\
+  gopo-lightning estimate --config paper/tldr --config strategy/fsdp2 --gpus 8 \\
     --gpu-memory 80GB --tflops 990
 """
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -25,7 +25,7 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**
 def parser() -> argparse.ArgumentParser:
     """Of the options that are not the configuration's."""
     options = Parser(
-        prog="python -m gopo_lightning estimate",
+        prog="gopo-lightning estimate",
         description=DESCRIPTION,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

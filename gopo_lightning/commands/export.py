@@ -1,4 +1,4 @@
-"""``python -m gopo_lightning export``: a checkpoint as a Hugging Face folder."""
+"""``gopo-lightning export``: a checkpoint as a Hugging Face folder."""
 
 import argparse
 import os
@@ -14,10 +14,10 @@ or a reward model. It needs no GPU, no data and no rewards: of the run's config 
 """
 EXAMPLES = """\
 examples:
-  python -m gopo_lightning export runs/a/version_0/checkpoints/best.ckpt exports/a
-  python -m gopo_lightning export runs/a/version_0 exports/a            # the last checkpoint of the run
-  python -m gopo_lightning export runs/lora/version_0 exports/merged --merge_adapter
-  python -m gopo_lightning export runs/a/version_0 exports/a --push_to_hub my-name/my-model
+  gopo-lightning export runs/a/version_0/checkpoints/best.ckpt exports/a
+  gopo-lightning export runs/a/version_0 exports/a            # the last checkpoint of the run
+  gopo-lightning export runs/lora/version_0 exports/merged --merge_adapter
+  gopo-lightning export runs/a/version_0 exports/a --push_to_hub my-name/my-model
 """
 _NAME, _DEPTH = "config.yaml", 4
 
@@ -84,7 +84,7 @@ def _model_of(config: Path) -> Mapping[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m gopo_lightning export",
+        prog="gopo-lightning export",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -15,14 +15,14 @@ What follows these options goes to the configuration, as in fit: --config FILE (
 """
 EXAMPLE = """\
 example:
-  python -m gopo_lightning inspect --config quickstart/gopo --num_prompts 32
+  gopo-lightning inspect --config quickstart/gopo --num_prompts 32
 """
 
 
 def parser() -> argparse.ArgumentParser:
     """Of the options that are not the configuration's."""
     options = Parser(
-        prog="python -m gopo_lightning inspect",
+        prog="gopo-lightning inspect",
         description=DESCRIPTION,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

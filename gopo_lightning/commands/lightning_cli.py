@@ -119,7 +119,7 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class GOPOCommandLine(CommandLine):
-    """The command line of ``python -m gopo_lightning``."""
+    """The command line of ``gopo-lightning``."""
 
     def __init__(self, *classes: Any, args: Sequence[str] | None = None, **options: Any) -> None:
         self._given = resolve(sys.argv[1:] if args is None else args)

@@ -23,10 +23,10 @@ What follows these options goes to that configuration, as in fit: --config FILE 
 """
 EXAMPLES = """\
 examples:
-  python -m gopo_lightning rank --config quickstart/gopo --num_prompts 100 --rater ann
-  python -m gopo_lightning rank --rater bob                                # the same completions
-  python -m gopo_lightning rank --completions runs/a/predictions.jsonl --output runs/rank-a
-  python -m gopo_lightning rank --agreement runs/rank/verdicts
+  gopo-lightning rank --config quickstart/gopo --num_prompts 100 --rater ann
+  gopo-lightning rank --rater bob                                # the same completions
+  gopo-lightning rank --completions runs/a/predictions.jsonl --output runs/rank-a
+  gopo-lightning rank --agreement runs/rank/verdicts
 """
 GROUPS, SAMPLED, VERDICTS = "groups.jsonl", "sampled.json", "verdicts"
 
@@ -34,7 +34,7 @@ GROUPS, SAMPLED, VERDICTS = "groups.jsonl", "sampled.json", "verdicts"
 def parser() -> argparse.ArgumentParser:
     """Of the options that are not the configuration's."""
     options = Parser(
-        prog="python -m gopo_lightning rank",
+        prog="gopo-lightning rank",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

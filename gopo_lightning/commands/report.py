@@ -1,4 +1,4 @@
-"""``python -m gopo_lightning report``: finished runs as one page."""
+"""``gopo-lightning report``: finished runs as one page."""
 
 import argparse
 import shlex
@@ -16,16 +16,16 @@ Each group is compared with the baseline, seed by seed.
 """
 EXAMPLES = """\
 examples:
-  python -m gopo_lightning report runs/compare
-  python -m gopo_lightning report runs/quickstart/gopo-seed* runs/quickstart/grpo-seed* --output runs/report
-  python -m gopo_lightning report runs/compare --baseline rloo --tags val/sentiment/reward val/win_rate
+  gopo-lightning report runs/compare
+  gopo-lightning report runs/quickstart/gopo-seed* runs/quickstart/grpo-seed* --output runs/report
+  gopo-lightning report runs/compare --baseline rloo --tags val/sentiment/reward val/win_rate
 """
 
 
 def main(arguments: Sequence[str]) -> None:
     """Read, compare, write; say where the page is, and what it says first."""
     options = _parser().parse_args(arguments)
-    command = f"python -m gopo_lightning report {shlex.join(arguments)}"
+    command = f"gopo-lightning report {shlex.join(arguments)}"
     print(make(options.runs, options.output, options.tags, options.baseline, command))
 
 
@@ -49,7 +49,7 @@ def make(runs: Sequence[Path], output: Path, tags: Sequence[str], baseline: str 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m gopo_lightning report",
+        prog="gopo-lightning report",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -53,14 +53,14 @@ OF_LIGHTNING = ("fit", "validate", "test", "predict")
 
 FIELDS = """\
 every field is documented:
-  python -m gopo_lightning fit --help                               trainer, export, and these commands
-  python -m gopo_lightning fit --model.help GOPOModule              algorithm, policy, loss, sampling
-  python -m gopo_lightning fit --model.help RewardModelModule       reward-model training
-  python -m gopo_lightning fit --data.help PromptDataModule         prompts
-  python -m gopo_lightning fit --data.help PreferenceDataModule     preferences
-  python -m gopo_lightning fit --model.init_args.rewards.sources.help gopo_lightning.rewards.SequenceClassifierReward
-  python -m gopo_lightning fit --model.init_args.rollout.engine.help gopo_lightning.rollout.TransformersEngine
-  python -m gopo_lightning fit --config CONFIG.yaml --print_config  the whole configuration, defaults filled in
+  gopo-lightning fit --help                               trainer, export, and these commands
+  gopo-lightning fit --model.help GOPOModule              algorithm, policy, loss, sampling
+  gopo-lightning fit --model.help RewardModelModule       reward-model training
+  gopo-lightning fit --data.help PromptDataModule         prompts
+  gopo-lightning fit --data.help PreferenceDataModule     preferences
+  gopo-lightning fit --model.init_args.rewards.sources.help gopo_lightning.rewards.SequenceClassifierReward
+  gopo-lightning fit --model.init_args.rollout.engine.help gopo_lightning.rollout.TransformersEngine
+  gopo-lightning fit --config CONFIG.yaml --print_config  the whole configuration, defaults filled in
 """
 
 

@@ -31,11 +31,11 @@ def may_pad(
     lengths = [len(ids) for ids in encoded["input_ids"]]
     short, long = lengths.index(min(lengths)), lengths.index(max(lengths))
     alone = score(select(encoded, [short]))[0]
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    tolerance = 1e-2 if next(model.parameters()).dtype == torch.float32 else 0.2  # rounding, by TF32 too, is within
     for side in ("right", "left"):
         tokenizer.padding_side = side
         beside = score(select(encoded, [short, long]))[0]
-        if bool((beside - alone).abs() <= tolerance * alone.abs().clamp(min=0.1)):  # False for NaN
+        if bool((beside - alone).abs() <= tolerance * alone.abs().clamp(min=1.0)):  # False for NaN
             return True
     tokenizer.padding_side = "right"
     return False

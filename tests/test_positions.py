@@ -20,8 +20,7 @@ from transformers import (
 from gopo_lightning.data import PromptDataModule
 from gopo_lightning.data.sources import PromptSource
 from gopo_lightning.policy.logprobs import completion_logprobs
-from gopo_lightning.policy.positions import check_length, position_limit, steady_length
-from gopo_lightning.rewards.loading import max_length_of
+from gopo_lightning.policy.positions import check_length, max_length_of, position_limit, steady_length
 from gopo_lightning.training.callbacks.lengths import LengthCheck
 from tests.architectures import SIZES, build, family, prompt_batch, ragged_completions
 from tests.conftest import byte_tokenizer

@@ -60,7 +60,7 @@ $(INSTALLED_DOCS): requirements-docs.lock $(INSTALLED)
 
 quickstart quickstart-smoke test test-fast test-faults test-methods test-use test-use-sample test-cuda test-vllm test-verl docs docs-serve test-notebook: export HF_HUB_OFFLINE := 1
 
-quickstart: $(INSTALLED) ## Train a reward model on human ratings, then a policy on its ranks (8 to 13 minutes, 2 cores).
+quickstart: $(INSTALLED) ## Train a reward model on human ratings, then a policy on its ranks (8 to 22 minutes, 2 cores).
 	@$(BIN)/python -m gopo_lightning quickstart
 
 quickstart-smoke: $(INSTALLED) ## The quickstart cut to 3 steps.
